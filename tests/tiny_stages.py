@@ -26,6 +26,7 @@ from transformers import (
 from postgrad.config.stage_file import parse_stage
 from postgrad.distributed.world import World
 from postgrad.hardware.execution import Execution
+from postgrad.lineage.metrics import read_metrics
 from postgrad.models.pretrained import save_pretrained
 from postgrad.plan.plan import Plan, make_plan
 from postgrad.run.build import build_run, make_loader, make_tuned_model
@@ -33,7 +34,6 @@ from postgrad.run.events import CheckpointSaved, RunEvent, RunFinished, RunStopp
 from postgrad.run.run import run_stage
 from postgrad.storage.atomic import MANIFEST
 from postgrad.training.loop import train_steps
-from postgrad.training.metrics_log import read_metrics
 from postgrad.training.step import Run
 from tests.conftest import make_llama, make_tokenizer, new_text, old_text, write_jsonl
 

@@ -59,7 +59,7 @@ def check_stage(plan: Plan, *, cache: Path, show: int = 0) -> dict[str, Any]:
     )
     notes = (*plan.notes, *beside)
     record = {
-        **plan.as_record(),
+        **plan.as_record().as_json(),
         "parameters": counts.parameters,
         "trainable": counts.trainable,
         "tuning": plan.stage.tuning.kind,
@@ -69,10 +69,10 @@ def check_stage(plan: Plan, *, cache: Path, show: int = 0) -> dict[str, Any]:
         "seconds": execution.seconds,
         "teachers": [cost.record for cost in teaching],
         "penalties": [penalty.record for penalty in penalties],
-        "update": update,
+        "sparse_update": update.as_json() if update else None,
         "found": found,
         "notes": list(notes),
-        "overlap": plan.data.overlaps,
+        "contamination": {name: found.as_json() for name, found in plan.data.overlaps.items()},
         "schedule_curve": lr_schedules.sample_schedule(plan.schedule, plan.steps, 60),
     }
     free = machine.available_memory()

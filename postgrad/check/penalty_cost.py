@@ -41,7 +41,7 @@ def check_penalties(plan: Plan, subject: TunedModel, execution: Execution, world
     for spec, anchor in zip(plan.stage.penalties, anchors, strict=True):
         seconds = _time_penalty(anchor)
         share = seconds / step if step else None  # a stage that takes no time worth the name
-        record = {**describe_penalty(anchor), "strength": spec.strength, "seconds": seconds, "share": share}
+        record = {**describe_penalty(anchor).as_json(), "strength": spec.strength, "seconds": seconds, "share": share}
         costs.append(PenaltyCost(record, _penalty_lines(record, world)))
     weights.zero_gradients()
     return costs
@@ -64,10 +64,10 @@ def _penalty_lines(record: dict[str, Any], world: World) -> list[str]:
         if strength == "auto"
         else f"strength {strength:g}"
     )
-    parts = [f"{what} {format_bytes(size)}" for what, size in record["bytes"].items() if what != "mapped" and size]
+    parts = [f"{what} {format_bytes(size)}" for what, size in record["bytes"].items() if what != "mmap" and size]
     where = [f"{' and '.join(parts)} beside the weights on {world.device.type}"] if parts else []
-    if record["bytes"]["mapped"]:
-        where.append(f"{format_bytes(record['bytes']['mapped'])} mapped from files, nothing copied")
+    if record["bytes"]["mmap"]:
+        where.append(f"{format_bytes(record['bytes']['mmap'])} mapped from files, nothing copied")
     if not where:
         where.append("no copies, it follows from the tuning's own tensors")
     lines = [
@@ -75,12 +75,12 @@ def _penalty_lines(record: dict[str, Any], world: World) -> list[str]:
         f"{', '.join(where)}; {1e3 * record['seconds']:.2g} ms a step"
         + ("" if record["share"] is None else f", about {record['share']:.1%} of it")
     ]
-    measured = record["importance"]
+    measured = record.get("importance")
     if measured:
         lines.append(
-            f"  importance: {measured['kind']} of {measured['tokens']:,} {measured['per']}s, mean {measured['mean']:.3g}"
+            f"  importance: {measured['kind']} of {measured['tokens']:,} {measured['unit']}s, mean {measured['mean']:.3g}"
         )
-    left_out = record["left_out"]
+    left_out = record["skipped"]
     if left_out:
         more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
         lines.append(f"  not held: {', '.join(left_out[:3])}{more}")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
+from postgrad.lineage.record import DocumentSelection
 from postgrad.optim import lr_schedules
 from postgrad.plan.checkpoint_selection import selection_rule_line
 from postgrad.plan.plan import Plan
 from postgrad.plan.task_prompts import PromptedTask
 from postgrad.reports.html.notation import plain_text
-from postgrad.reports.sections.task_tables import omissions_text, prompting_text
+from postgrad.reports.sections.task_section import omissions_text, prompting_text
 from postgrad.run.task_scores import describe_task
 
 _PREVIEW_CHARACTERS = 110
@@ -24,27 +24,25 @@ def plan_lines(plan: Plan, source_lines: Sequence[str] = (), width: int = 72) ->
     stage = plan.stage
     lines = [
         f"stage {stage.name}: {plan.model.start.name} -> {_short_path(plan.output)}",
-        f"{record['tokens']:,} trained tokens in {plan.steps:,} steps of {plan.data.mixture.block_size} rows x {plan.model.context_length} tokens",
+        f"{record.tokens:,} trained tokens in {plan.steps:,} steps of {plan.data.mixture.block_size} rows x {plan.model.context_length} tokens",
         "",
         f"  {'source':<18} {'role':<7} {'kind':<9} {'documents':>10} {'trained':>13} {'share':>7} {'passes':>7}",
     ]
-    for source in record["sources"]:
+    for source in record.sources:
         lines.append(
-            f"  {source['name']:<18} {source['role']:<7} {'self-made' if source['made_by'] else source['kind']:<9} "
-            f"{source['documents']:>10,} "
-            f"{source['trained']:>13,} {source['share']:>7.2%} {source['passes']:>7.2f}"
+            f"  {source.name:<18} {source.role:<7} {'self-made' if source.generated_by else source.kind:<9} "
+            f"{source.documents:>10,} "
+            f"{source.trained_tokens:>13,} {source.share:>7.2%} {source.passes:>7.2f}"
         )
     lines += ["", *(f"  {line}" for line in source_lines)] if source_lines else []
-    lines += [
-        line for source in record["sources"] for line in _selection_lines(source["name"], source.get("selected", []))
-    ]
+    lines += [line for source in record.sources for line in _selection_lines(source.name, source.selection)]
     lines += ["", f"  {'held out':<18} {'role':<9} {'documents':>10} {'tokens':>11} {'bytes':>11}"]
     for h in plan.evaluation.sets:
         lines.append(f"  {h.name:<18} {h.role:<9} {len(h):>10,} {h.tokens:>11,} {int(h.bytes.sum()):>11,}")
     for name, met in plan.data.overlaps.items():
         lines.append(
-            f"  {name}: {met['duplicates']} exact copies in the training text (dropped there), "
-            f"{met['any']} documents share a 13-gram with it, {met['half']} at least half"
+            f"  {name}: {met.duplicates} exact copies in the training text (dropped there), "
+            f"{met.any_overlap} documents share a 13-gram with it, {met.half_overlap} at least half"
         )
     if plan.evaluation.selection_rule:
         lines.append(f"  {selection_rule_line(plan.evaluation.selection_rule)}")
@@ -55,25 +53,25 @@ def plan_lines(plan: Plan, source_lines: Sequence[str] = (), width: int = 72) ->
     return lines
 
 
-def _selection_lines(name: str, steps: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """What each way to select left of a source, with a few documents of both sides."""
+def _selection_lines(name: str, steps: Sequence[DocumentSelection]) -> Iterator[str]:
+    """What each document filter kept of a source, with a few documents of both sides."""
     if steps:
         yield ""
     for step in steps:
-        before, after = step["before"], step["after"]
+        before, after = step.before, step.after
         yield (
-            f"  {name}, {step['kind']}: {after['documents']:,} of {before['documents']:,} documents are kept "
-            f"({after['documents'] / before['documents']:.1%}), {after['tokens']:,} of {before['tokens']:,} tokens "
-            f"({after['tokens'] / before['tokens']:.1%})"
+            f"  {name}, {step.kind}: {after.documents:,} of {before.documents:,} documents are kept "
+            f"({after.documents / before.documents:.1%}), {after.tokens:,} of {before.tokens:,} tokens "
+            f"({after.tokens / before.tokens:.1%})"
         )
-        edges = f" ({step['edges'][0]:.3f} to {step['edges'][1]:.3f} {step['unit']})" if step["edges"] else ""
-        yield f"    {step['how']}{edges}"
-        for side in ("kept", "dropped"):
-            for shown in step[side]:
-                value = "" if shown["value"] is None else f"{shown['value']:+.3f} {step['unit']}  "
-                yield f"    {side:<7} {value}{plain_text(shown['text'], _PREVIEW_CHARACTERS)}"
-                if "like" in shown:
-                    yield f"            like: {plain_text(shown['like'], _PREVIEW_CHARACTERS)}"
+        bounds = step.score_bounds
+        yield f"    {step.description}" + (f" ({bounds[0]:.3f} to {bounds[1]:.3f} {step.unit})" if bounds else "")
+        for side, documents in (("kept", step.kept), ("dropped", step.dropped)):
+            for document in documents:
+                value = "" if document.value is None else f"{document.value:+.3f} {step.unit}  "
+                yield f"    {side:<7} {value}{plain_text(document.text, _PREVIEW_CHARACTERS)}"
+                if document.duplicate_of:
+                    yield f"            like: {plain_text(document.duplicate_of, _PREVIEW_CHARACTERS)}"
 
 
 def _describe_task(task: PromptedTask) -> str:

@@ -12,11 +12,14 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from postgrad.commands.builtin_corpus import write_texts
 from postgrad.errors import InterruptError, StageError
 from postgrad.storage.atomic import write_atomically
+
+if TYPE_CHECKING:
+    from postgrad.lineage.record import Record
 
 SEED = 0
 SEQUENCE_LENGTH = 256
@@ -28,12 +31,13 @@ def run_demo(folder: Path, *, as_json: bool) -> dict[str, Any]:
     """Make the texts and the base model, train both arms, and write the page that compares them."""
     from postgrad.cli.progress import make_screen, watch
     from postgrad.config.stage_file import load_stage
+    from postgrad.lineage.metrics import read_metrics
     from postgrad.plan.plan import make_plan
-    from postgrad.reports.html import document, tables
+    from postgrad.reports.html import document
     from postgrad.reports.pages import comparison_page
+    from postgrad.reports.sections.comparison_table import comparison_table
     from postgrad.run.events import RunFinished
     from postgrad.run.run import run_stage
-    from postgrad.training.metrics_log import read_metrics
 
     begun = time.perf_counter()
     if folder.exists() and not (folder / "data").exists() and any(folder.iterdir()):
@@ -48,7 +52,7 @@ def run_demo(folder: Path, *, as_json: bool) -> dict[str, Any]:
     sizes = write_texts(folder / "data")
     say(f"     {sizes['old']:,} and {sizes['new']:,} characters")
     write_random_model(folder / "random", folder / "data" / "old.jsonl")
-    records: dict[str, Any] = {}
+    records: dict[str, Record] = {}
     for number, (name, what) in enumerate(_STAGE_TITLES.items(), start=2):
         say(f"{number}/4  {what}")
         place = folder / f"{name}.yaml"
@@ -63,7 +67,7 @@ def run_demo(folder: Path, *, as_json: bool) -> dict[str, Any]:
     report = folder / "report.html"
     metrics = [list(read_metrics(folder / "runs" / name / "metrics.jsonl")) for name in ("naive", "replay")]
     document.write_page(report, comparison_page.comparison_page(arms, metrics, "Forgetting, and its cure", "naive"))
-    lines = ["", tables.comparison_table(arms, "naive").text(), "", *_conclusion(arms), ""]
+    lines = ["", comparison_table(arms, "naive").text(), "", *_conclusion(arms), ""]
     lines += [
         f"took {time.perf_counter() - begun:.0f} s",
         f"report: {report}   (open it in a browser; it needs no network)",
@@ -72,7 +76,9 @@ def run_demo(folder: Path, *, as_json: bool) -> dict[str, Any]:
     return {
         "text": "\n".join(lines),
         "report": str(report),
-        "arms": {name: {"changes": r["changes"], "achieved": r["achieved"]} for name, r in records.items()},
+        "arms": {
+            name: {key: record.as_json()[key] for key in ("changes", "totals")} for name, record in records.items()
+        },
     }
 
 
@@ -110,15 +116,15 @@ def demo_stage_text(name: str) -> str:
     )
 
 
-def _conclusion(arms: list[dict[str, Any]]) -> list[str]:
+def _conclusion(arms: list[Record]) -> list[str]:
     """What the numbers say, in words made from them."""
-    naive, cured = (arm["changes"]["english"] for arm in arms)
-    gain, gain_cured = (arm["changes"]["code"]["difference"] for arm in arms)
-    removed = 1 - cured["difference"] / naive["difference"] if naive["difference"] > 0 else float("nan")
+    naive, cured = (arm.changes["english"].difference or 0.0 for arm in arms)
+    gain, gain_cured = (arm.changes["code"].difference or 0.0 for arm in arms)
+    removed = 1 - cured / naive if naive > 0 else float("nan")
     return [
-        f"Naively the model's loss on English rose by {naive['difference']:.2f} nats per token ({naive['verdict']}), while it "
+        f"Naively the model's loss on English rose by {naive:.2f} nats per token ({arms[0].changes['english'].verdict}), while it "
         f"learnt code ({gain:+.2f}).",
-        f"With 10 % replay it rose by {cured['difference']:.2f}: {removed:.0%} of the forgetting is gone, for "
+        f"With 10 % replay it rose by {cured:.2f}: {removed:.0%} of the forgetting is gone, for "
         f"{gain_cured - gain:+.2f} nats on code and the same number of tokens.",
     ]
 

@@ -158,8 +158,8 @@ def train(stage: StageFile, overrides: Overrides = None, as_json: Json = False) 
     outcome = _watch_run(run_stage(plan, command=command, cache=cache_folder()), command, as_json)
     if not isinstance(outcome, RunFinished):  # of several processes, the first one alone tells how it ended
         return
-    _print(outcome.record, as_json, summary_text(outcome))
-    if outcome.record["status"] == "gate-failed":
+    _print(outcome.record.as_json(), as_json, summary_text(outcome))
+    if outcome.record.status == "gate-failed":
         raise typer.Exit(4)
 
 
@@ -219,7 +219,9 @@ def restore(
         return
     found = measure_restoration(restoration, outcome)
     head = summary_text(outcome).rsplit("\nnext: ", 1)[0]
-    _print({**outcome.record, "restored": found}, as_json, f"{head}\n{restoration_text(restoration, outcome)}")
+    _print(
+        {**outcome.record.as_json(), "restored": found}, as_json, f"{head}\n{restoration_text(restoration, outcome)}"
+    )
     if not found["enough"]:
         raise typer.Exit(4)
 

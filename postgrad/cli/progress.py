@@ -7,12 +7,13 @@ import os
 import sys
 import time
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from postgrad.hardware.memory import format_bytes
+from postgrad.lineage.metrics import EvaluationRow
 from postgrad.reports.html.notation import format_duration
 from postgrad.run import events as r
 
@@ -83,7 +84,7 @@ def event_text(event: r.RunEvent) -> str:
             where = f"resuming after step {event.step:,} of" if event.step else "training for"
             return f"{where} {event.plan.steps:,} steps: {', '.join(parts)}"
         case r.EvaluationCompleted():
-            return f"step {event.row['step']:>6,}  " + _evaluation_text(event.row)
+            return f"step {event.row.step:>6,}  " + _evaluation_text(event.row)
         case r.CheckpointSaved():
             return f"step {event.step:>6,}  checkpoint {event.folder.name} saved and verified"
         case r.PhaseStarted():
@@ -96,16 +97,15 @@ def event_text(event: r.RunEvent) -> str:
             return ""
 
 
-def _evaluation_text(row: dict[str, Any]) -> str:
+def _evaluation_text(row: EvaluationRow) -> str:
     parts = []
-    for name, found in row["sets"].items():
-        parts.append(f"{name} {found['nats']:.3f} ({found['change']:+.3f})")
-    choice = row.get("choice")
-    if choice:
-        best = "no candidate yet" if choice["best"] is None else f"best so far at step {choice['best']:,}"
-        parts.append(f"{choice['by']} on {choice['set']} {choice['value']:.4f} ({best})")
+    for name, found in row.sets.items():
+        parts.append(f"{name} {found.nats:.3f} ({found.change:+.3f})")
+    if choice := row.checkpoint_selection:
+        best = "no candidate yet" if choice.best_step is None else f"best so far at step {choice.best_step:,}"
+        parts.append(f"{choice.metric} on {choice.set} {choice.value:.4f} ({best})")
     text = "held out: " + ", ".join(parts)
-    asked = [f"{name} {found['metric']} {found['value']:.3f}" for name, found in row.get("tasks", {}).items()]
+    asked = [f"{name} {found.metric} {found.value:.3f}" for name, found in row.tasks.items()]
     return text + ("; asked: " + ", ".join(asked) if asked else "")
 
 
@@ -246,7 +246,7 @@ class _BarScreen:
                 if isinstance(event, r.RunStarted):
                     self.steps = event.plan.steps
                 if isinstance(event, r.EvaluationCompleted):
-                    rises = {n: v["change"] for n, v in event.row["sets"].items() if v["role"] == "retained"}
+                    rises = {n: v.change for n, v in event.row.sets.items() if v.role == "retained"}
                     if rises:
                         worst = max(rises, key=lambda n: rises[n])
                         self.forgetting = f"{worst} {rises[worst]:+.3f}"
@@ -274,7 +274,7 @@ class _JsonScreen:
                 report = event.report
                 row = {"event": "step", "step": report.step, "loss": report.loss, "seconds": event.seconds}
             case r.EvaluationCompleted():
-                row = {"event": "evaluation", **{k: v for k, v in event.row.items() if k != "kind"}}
+                row = {"event": "evaluation", **{k: v for k, v in event.row.as_json().items() if k != "kind"}}
             case r.CheckpointSaved():
                 row = {"event": "saved", "step": event.step, "place": str(event.folder)}
             case r.InfoMessage():

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from postgrad.lineage.metrics import EvaluationRow
 from postgrad.reports.html.notation import format_duration, format_signed
 from postgrad.studies.run_step import StepProgress, StepWarning
 from postgrad.studies.run_study import StepFailed, StepFinished, StepStarted, StudyEvent, StudyFinished
@@ -82,7 +83,7 @@ class StudyProgress:
         for chain in self.work.arm_chains(arm):
             row = next((self.evaluations[key] for key in reversed(chain.steps) if key in self.evaluations), None)
             if row is not None:
-                found += [entry["change"] for entry in row["sets"].values() if entry["role"] == role]
+                found += [entry.change for entry in row.sets.values() if entry.role == role]
         return statistics.fmean(found) if found else None
 
     def seconds_left(self) -> float:
@@ -132,8 +133,8 @@ def _step_slug(progress: StudyProgress, key: str) -> str:
     return progress.work.steps[key].slug
 
 
-def _evaluation_text(row: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {format_signed(entry['change'])}" for name, entry in row["sets"].items())
+def _evaluation_text(row: EvaluationRow) -> str:
+    return ", ".join(f"{name} {format_signed(entry.change)}" for name, entry in row.sets.items())
 
 
 class _PlainStudyScreen:

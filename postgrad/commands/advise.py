@@ -195,8 +195,8 @@ def _source_shares(plan: Plan) -> dict[str, float]:
             src.name: share for src, share in zip(plan.stage.data.sources, plan.stage.resolve_shares(), strict=True)
         }
     found = dict.fromkeys((source.name for source in plan.stage.data.sources), 0.0)
-    for leaf, told in zip(plan.data.sources, plan.as_record()["sources"], strict=True):
-        found[leaf.spec.source] += told["share"]
+    for leaf, told in zip(plan.data.sources, plan.as_record().sources, strict=True):
+        found[leaf.spec.source] += told.share
     return found
 
 
@@ -204,9 +204,9 @@ def _max_replay_share(plan: Plan) -> float:
     """The largest share for which there is enough replay text, each source in its part."""
     if plan.stage.data.on_exhausted == "repeat":
         return MAX_SHARE
-    planned = plan.as_record()["sources"]
+    planned = plan.as_record().sources
     replayed = [
-        (leaf.spec.max_passes * told["available"], told["share"])
+        (leaf.spec.max_passes * told.available_tokens, told.share)
         for leaf, told in zip(plan.data.sources, planned, strict=True)
         if leaf.role == "replay"
     ]
@@ -345,8 +345,8 @@ def _run_pilot(
 
 def _scores_text(record: Record) -> str:
     parts = []
-    for name, change in record["changes"].items():
-        parts.append(f"{name} {record['scores']['after'][name]['nats']:.4f} ({change['relative']:+.1%})")
+    for name, change in record.changes.items():
+        parts.append(f"{name} {record.scores.after[name].nats:.4f} ({change.relative_difference:+.1%})")
     return ", ".join(parts)
 
 
@@ -357,15 +357,15 @@ def _read_pilot_record(advice_plan: AdvicePlan, pilot: Pilot) -> Record:
 def _pilot_result(advice_plan: AdvicePlan, pilot: Pilot) -> PilotResult:
     """How a pilot ended."""
     record = _read_pilot_record(advice_plan, pilot)
-    changes, done = record["changes"].items(), record["achieved"]
-    least = 0.5 / sum(source["rows"] for source in done["sources"])
+    changes, totals = record.changes.items(), record.totals
+    least = 0.5 / sum(source.rows for source in totals.sources)
     # In few rows there may be none of replay, or of new text: then there was less than one.
-    share = sum(source["share"] for source in done["sources"] if source["role"] == "replay")
+    share = sum(source.share for source in totals.sources if source.role == "replay")
     share = min(max(share, least), 1 - least)
     return PilotResult(
-        Pilot(Setting(share, pilot.setting.peak), done["tokens"]),
-        {name: c["difference"] for name, c in changes if c["role"] == "retained"},
-        {name: record["scores"]["after"][name]["nats"] for name, c in changes if c["role"] == "learned"},
+        Pilot(Setting(share, pilot.setting.peak), totals.tokens),
+        {name: c.difference or 0.0 for name, c in changes if c.role == "retained"},
+        {name: record.scores.after[name].nats for name, c in changes if c.role == "learned"},
         pilot in advice_plan.exploring_pilots,
     )
 
@@ -373,7 +373,7 @@ def _pilot_result(advice_plan: AdvicePlan, pilot: Pilot) -> PilotResult:
 def _start_losses(advice_plan: AdvicePlan) -> dict[str, float]:
     """The start model's loss on each retained set."""
     record = _read_pilot_record(advice_plan, advice_plan.exploring_pilots[0])
-    return {n: record["scores"]["before"][n]["nats"] for n, c in record["changes"].items() if c["role"] == "retained"}
+    return {name: record.scores.before[name].nats for name in record.changes_with_role("retained")}
 
 
 def _fit_laws(advice_plan: AdvicePlan, pilots: Sequence[Pilot]) -> Laws:

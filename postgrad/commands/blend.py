@@ -30,6 +30,7 @@ from postgrad.models.pretrained import load_tokenizer, locate_model, save_pretra
 from postgrad.plan.plan import Plan, make_plan
 from postgrad.reports.html import document
 from postgrad.reports.pages import blend_page
+from postgrad.reports.results import BlendResult
 from postgrad.storage.atomic import publish_folder
 from postgrad.training.checkpoint import Checkpoints
 from postgrad.tuning.open_model import LoadedModel, open_model
@@ -72,9 +73,8 @@ def blend_run(
     machine.tune_allocator()
     _check_options(sweep, granularity, choose, max_forgetting, out)
     record = read_record(run)
-    plan = make_plan(
-        parse_recorded_stage(yaml.safe_load(record["stage_yaml"]), record["name"]), Path(record["root"]), cache
-    )
+    stage = parse_recorded_stage(yaml.safe_load(record.stage_yaml), record.name)
+    plan = make_plan(stage, Path(record.stage_folder), cache)
     sets = list(plan.evaluation.scored_sets)
     if not any(h.role == "retained" for h in sets):
         raise StageError(
@@ -87,24 +87,26 @@ def blend_run(
     end = _average_checkpoints(run, record, average) if average else interpolate.copy_weights(model)
     start = _start_weights(record, plan, opened)
     blocks = interpolate.block_parameter_names(model)
-    new = interpolate.refuse_other_shapes(start, end, (record["model"]["start"], str(run)), blocks)
+    new = interpolate.refuse_other_shapes(start, end, (record.model.start_model, str(run)), blocks)
     world = World(machine.default_device())
     view = wrap_model(model, opened.task).to(world.device)
     start, end = ({n: t.to(world.device) for n, t in state.items()} for state in (start, end))
 
     def scored(point: _BlendPoint) -> before_after.AllScores:
         interpolate.interpolate_weights(model, start, end, _point_weights(point, start, blocks))
-        return before_after.score_sets(view, sets, context=record["model"]["context"], world=world)
+        return before_after.score_sets(view, sets, context=record.model.context_length, world=world)
 
     before = scored(_BlendPoint("start", 0.0, None))
     points: list[dict[str, Any]] = []
     for point in _sweep_points(sweep, granularity, len(blocks)):
         now = before if point.weight == 0 and point.block is None else scored(point)
-        points.append({**asdict(point), "changes": before_after.loss_changes(sets, before, now, plan.model.vocab_size)})
+        losses = before_after.loss_changes(sets, before, now, plan.model.vocab_size)
+        changes = {name: change.as_json() for name, change in losses.items()}
+        points.append({**asdict(point), "changes": changes})
     chosen = _choose_point(points, choose, max_forgetting)
     found = {
         "run": str(run),
-        "start": record["model"]["start"],
+        "start": record.model.start_model,
         "by": granularity,
         "average": average,
         "new": new,
@@ -127,7 +129,7 @@ def blend_run(
         found["folder"] = str(out)
         lines.append(f"wrote {out}: {chosen['name']}")
     if report:
-        document.write_page(report, blend_page.blend_page(found))
+        document.write_page(report, blend_page.blend_page(BlendResult.model_validate(found)))
         lines.append(f"report: {report}")
     lines.append(f"next: {shlex.join(['postgrad', *following])}")
     return {"text": "\n".join(lines), **found}
@@ -196,7 +198,7 @@ def _start_weights(record: Record, plan: Plan, loaded_model: LoadedModel) -> dic
     """The weights of a run's start model, as the stage found it."""
     start = open_model(plan.model.start)
     if start.tunings:
-        raise StageError(f"`{start.tunings[-1].kind}` stands in {record['model']['start']}", where="blend")
+        raise StageError(f"`{start.tunings[-1].kind}` stands in {record.model.start_model}", where="blend")
     found = interpolate.copy_weights(start.model)
     # A classifier's backbone has other names only where its task layer stands beside it.
     return {name: tensor for name, tensor in found.items() if name in dict(loaded_model.model.named_parameters())}
@@ -277,7 +279,7 @@ def _lines(result: dict[str, Any], sets: Sequence[HeldOutSet], bound: float | No
 
 
 def _publish_blend(out: Path, model: PreTrainedModel, record: Record) -> None:
-    start = locate_model(record["model"]["source"], Path(record["root"]))
+    start = locate_model(record.model.source, Path(record.stage_folder))
     dtype = stored_dtype(start)
     with torch.no_grad():
         publish_folder(out, lambda staged: save_pretrained(model, load_tokenizer(start), staged, dtype=dtype))

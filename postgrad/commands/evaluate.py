@@ -28,6 +28,7 @@ from postgrad.evaluation.held_out import HeldOutSet
 from postgrad.evaluation.perplexity import Scores, score_held_out
 from postgrad.evaluation.pseudo_perplexity import score_masked_tokens
 from postgrad.hardware import machine
+from postgrad.lineage.metrics import read_metrics
 from postgrad.lineage.record import Record, read_record
 from postgrad.lineage.tree import lineage_matrix, read_lineage, set_key
 from postgrad.models.model import wrap_model
@@ -45,12 +46,13 @@ from postgrad.plan.objective_rows import (
 from postgrad.plan.plan import make_plan
 from postgrad.plan.sources import make_text_files
 from postgrad.plan.start_model import resolve_start_model
-from postgrad.reports.html import document, tables
+from postgrad.reports.html import document
 from postgrad.reports.pages import comparison_page, lineage_page
-from postgrad.reports.sections.task_tables import comparison_task_table
+from postgrad.reports.sections.comparison_table import arm_names, comparison_table
+from postgrad.reports.sections.lineage_tables import lineage_summary_table, lineage_table
+from postgrad.reports.sections.task_section import comparison_task_table
 from postgrad.run import task_scores
 from postgrad.stats.forgetting import paired_change
-from postgrad.training.metrics_log import read_metrics
 from postgrad.tuning.open_model import BaseReference, get_task, open_model, start_fingerprint, starts_as_prefix_lm
 
 _DEFAULT_CONTEXT = 1024
@@ -312,40 +314,39 @@ def compare_runs(runs: list[Path], report: Path | None) -> dict[str, Any]:
     records = [read_record(run) for run in runs]
     first = records[0]
     for run, record in zip(runs, records, strict=True):
-        if not record.get("changes"):
+        if not record.changes:
             raise StageError(f"{run} has not finished", where="compare", hint="finish it with the same train command")
-        if record["fingerprints"]["start_model"] != first["fingerprints"]["start_model"]:
+        if record.fingerprints.start_model != first.fingerprints.start_model:
             raise StageError(
                 f"{run} and {runs[0]} start from different models",
                 where="compare",
                 hint="compare their models on text: postgrad compare ... --on FILE",
             )
-        if record["model"]["context"] != first["model"]["context"]:
+        if record.model.context_length != first.model.context_length:
             raise StageError(
-                f"{run} was scored with {record['model']['context']} tokens of context and {runs[0]} with "
-                f"{first['model']['context']}",
+                f"{run} was scored with {record.model.context_length} tokens of context and {runs[0]} with "
+                f"{first.model.context_length}",
                 where="compare",
                 hint="compare their models on text: postgrad compare ... --on FILE",
             )
-        for name in record["changes"].keys() & first["changes"].keys():
-            if record["fingerprints"]["sets"][name] != first["fingerprints"]["sets"][name]:
+        for name in record.changes.keys() & first.changes.keys():
+            if record.fingerprints.sets[name] != first.fingerprints.sets[name]:
                 raise StageError(f"the held-out set '{name}' of {run} is not that of {runs[0]}", where="compare")
-    text = tables.comparison_table(records, tables.arm_names(records)[0]).text()
+    text = comparison_table(records, arm_names(records)[0]).text()
     asked = comparison_task_table(records)
     text += f"\n\n{asked.text()}" if asked else ""
     found: dict[str, Any] = {
         "arms": [
-            {"run": str(run), "changes": r["changes"], "achieved": r["achieved"], "tasks": r.get("tasks", [])}
+            {"run": str(run), **{key: r.as_json()[key] for key in ("changes", "totals", "tasks")}}
             for run, r in zip(runs, records, strict=True)
         ],
         "paired": _paired_changes(runs, records),
-        "paired_tasks": task_scores.paired_task_changes(runs, records, tables.arm_names(records)),
+        "paired_tasks": task_scores.paired_task_changes(runs, records, arm_names(records)),
     }
-    budgets = {record["achieved"]["tokens"] for record in records}
+    budgets = {record.totals.tokens for record in records}
     if max(budgets) > 1.02 * min(budgets):
         text += "\nThe budgets differ: " + ", ".join(
-            f"{name} {record['achieved']['tokens']:,} tokens"
-            for name, record in zip(tables.arm_names(records), records, strict=True)
+            f"{name} {record.totals.tokens:,} tokens" for name, record in zip(arm_names(records), records, strict=True)
         )
     for item in found["paired"]:
         text += (
@@ -359,25 +360,23 @@ def compare_runs(runs: list[Path], report: Path | None) -> dict[str, Any]:
         )
     if report:
         metrics = [list(read_metrics(run / "metrics.jsonl")) for run in runs]
-        title = " and ".join(tables.arm_names(records))
-        document.write_page(
-            report, comparison_page.comparison_page(records, metrics, title, tables.arm_names(records)[0])
-        )
+        title = " and ".join(arm_names(records))
+        document.write_page(report, comparison_page.comparison_page(records, metrics, title, arm_names(records)[0]))
         text += f"\n\nreport: {report}\nnext: open it in a browser"
     else:
         text += f"\nnext: {shlex.join(['postgrad', 'compare', *map(str, runs), '--report', 'compare.html'])}"
-    return {"text": text, **found}
+    return {"text": text, **found.as_json()}
 
 
 def _paired_changes(runs: list[Path], records: list[Record]) -> list[dict[str, Any]]:
     """Paired differences between each later run's model and the first one's, on the same documents."""
     out: list[dict[str, Any]] = []
-    names = tables.arm_names(records)
+    names = arm_names(records)
     first = before_after.read_scores(runs[0] / "scores" / "after.npz")
     for run, record, name in zip(runs[1:], records[1:], names[1:], strict=True):
         other = before_after.read_scores(run / "scores" / "after.npz")
         for held_out in [n for n in first if n in other]:
-            change = before_after.loss_change(first[held_out], other[held_out], record["model"]["vocabulary"])
+            change = before_after.loss_change(first[held_out], other[held_out], record.model.vocab_size)
             out.append(
                 {
                     "set": held_out,
@@ -405,33 +404,33 @@ def show_lineage(run: Path, report: Path | None, *, cache: Path) -> dict[str, An
             return None
         start = _load_first_start(record, cache) if row == 0 else locate_model(str(place), Path.cwd())
         held_out = known[key]
-        return score_model(start, [held_out], record["model"]["context"], cache)[held_out.name].nats
+        return score_model(start, [held_out], record.model.context_length, cache)[held_out.name].nats
 
     found = lineage_matrix(stages, missing)
-    text = tables.lineage_table(found).text() + "\n\n" + tables.lineage_summary_table(found).text(max_characters=100)
+    text = lineage_table(found).text() + "\n\n" + lineage_summary_table(found).text(max_characters=100)
     if report:
         document.write_page(report, lineage_page.lineage_page(found))
         text += f"\n\nreport: {report}\nnext: open it in a browser"
     else:
         text += f"\nnext: {shlex.join(['postgrad', 'lineage', str(run), '--report', 'lineage.html'])}"
-    return {"text": text, **found}
+    return {"text": text, **found.as_json()}
 
 
 def _load_first_start(record: Record, cache: Path) -> ModelLocation:
     """The model that a run started from; one that was made anew is made again when it is gone."""
-    if "fresh" not in record["model"]:
-        return locate_model(record["model"]["source"], Path(record["root"]))
+    if record.model.new_model is None:
+        return locate_model(record.model.source, Path(record.stage_folder))
     return resolve_start_model(
-        parse_recorded_stage(yaml.safe_load(record["stage_yaml"]), record["name"]), Path(record["root"]), cache
+        parse_recorded_stage(yaml.safe_load(record.stage_yaml), record.name), Path(record.stage_folder), cache
     )
 
 
 def _load_stage_sets(stages: list[tuple[Path, Record]], key: str, cache: Path) -> dict[str, HeldOutSet]:
     """The held-out sets of the stage that knows `key`, read again."""
     for _, record in stages:
-        if any(set_key(record, name) == key for name in record.get("changes", {})):
-            raw = yaml.safe_load(record["stage_yaml"])
+        if any(set_key(record, name) == key for name in record.changes):
+            raw = yaml.safe_load(record.stage_yaml)
             raw["evaluation"]["tasks"] = []  # which may have moved since, and have no column in the matrix
-            plan = make_plan(parse_recorded_stage(raw, record["name"]), Path(record["root"]), cache)
+            plan = make_plan(parse_recorded_stage(raw, record.name), Path(record.stage_folder), cache)
             return {f"{h.name}:{h.fingerprint}": h for h in plan.evaluation.sets}
     return {}

@@ -16,7 +16,8 @@ from postgrad.hardware import machine
 from postgrad.models.model import wrap_model
 from postgrad.models.pretrained import ModelLocation, locate_model
 from postgrad.plan.task_prompts import PromptedTask, add_soft_prompts, make_prompted_task
-from postgrad.reports.sections.task_tables import task_score_table
+from postgrad.reports.results import TaskScore
+from postgrad.reports.sections.task_section import task_score_table
 from postgrad.run import task_scores
 from postgrad.tuning.open_model import open_model, start_fingerprint
 
@@ -31,7 +32,11 @@ def evaluate_tasks(
     machine.tune_allocator()
     asked, answers = _load_and_answer(locate_model(model, Path.cwd(), base), file, shots, cache)
     entries = _task_entries(asked, answers)
-    lines = [task_score_table(entries, f"{model}, asked the tasks of {file}").text(max_characters=100)]
+    lines = [
+        task_score_table(list(map(TaskScore.model_validate, entries)), f"{model}, asked the tasks of {file}").text(
+            max_characters=100
+        )
+    ]
     lines += [note for task in asked for note in task.notes]
     lines.append(f"next: {shlex.join(['postgrad', 'compare', model, 'another-model', '--tasks', str(file)])}")
     return {"text": "\n".join(lines), "model": model, "tasks": entries}
@@ -48,7 +53,7 @@ def compare_tasks(models: list[str], file: Path, *, cache: Path) -> dict[str, An
     (first, answers), *others = found
     entries = [_task_entries(*each) for each in found]
     for model, mine in zip(models, entries, strict=True):
-        parts.append(task_score_table(mine, model).text(max_characters=100))
+        parts.append(task_score_table(list(map(TaskScore.model_validate, mine)), model).text(max_characters=100))
     lines = [f"each model held against {models[0]}, item by item (metric: change, 95 % interval)"]
     for model, (theirs, said), mine in zip(models[1:], others, entries[1:], strict=True):
         for one, other, entry in zip(first, theirs, mine, strict=True):
@@ -106,6 +111,9 @@ def _load_and_answer(
 
 def _task_entries(tasks: Sequence[PromptedTask], answers: task_scores.AllAnswers) -> list[dict[str, Any]]:
     return [
-        {**task_scores.describe_task(task), "scores": task_scores.summarize_metrics(task, answers[task.name])}
+        TaskScore(
+            **task_scores.describe_task(task).model_dump(),
+            scores=task_scores.summarize_metrics(task, answers[task.name]),
+        ).as_json()
         for task in tasks
     ]

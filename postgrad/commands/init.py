@@ -127,8 +127,8 @@ def _suggested_rates(start: ModelLocation, model: str) -> tuple[str, str, str]:
     said = "higher learns more and forgets more"
     if start.run is not None and (start.run / RECORD).exists():
         record = read_record(start.run)
-        curve = [rate for _, rate in record.get("schedule_curve", [])]
-        if curve and record["stage"]["tuning"]["kind"] == "full":
+        curve = [rate for _, rate in record.schedule_curve]
+        if curve and record.stage["tuning"]["kind"] == "full":
             peak, floor = (f"{rate:.1e}".replace("e-0", "e-") for rate in (max(curve), max(curve) / 10))
             return peak, floor, f"that of {model}; {said}"
     return "2.0e-5", "2.0e-6", said

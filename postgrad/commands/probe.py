@@ -49,6 +49,7 @@ from postgrad.plan.held_out_sets import HeldOutDocuments, make_held_out_set
 from postgrad.plan.model_inputs import ModelInputs, make_encoder, make_model_inputs
 from postgrad.plan.objective_rows import RowTemplate, make_renderer
 from postgrad.plan.sources import make_text_files
+from postgrad.reports import results
 from postgrad.reports.html import document
 from postgrad.reports.pages import probe_page
 from postgrad.storage.fingerprint import fingerprint
@@ -417,7 +418,7 @@ def _render_result(result: dict[str, Any], train: str, test: str, report: Path |
     seconds = result["seconds"]
     best = max(result["views"], key=lambda v: v["dev"] if result["problem"] != "number" else -v["dev"])
     lines = [
-        probe_page.probe_table(result).text(),
+        probe_page.probe_table(results.ProbeResult.model_validate(result)).text(),
         "",
         f"{items['train']:,} {what} to learn from, {items['dev']:,} to choose by, {items['test']:,} to be judged on, once; "
         f"{seconds['features']:.1f} s for the features of all layers, {seconds['classifiers']:.1f} s for all classifiers",
@@ -425,7 +426,7 @@ def _render_result(result: dict[str, Any], train: str, test: str, report: Path |
         f"best on dev: {best['name']}; in a stage: {_objective_text(best, result)}",
     ]
     if report:
-        document.write_page(report, probe_page.probe_page(result))
+        document.write_page(report, probe_page.probe_page(results.ProbeResult.model_validate(result)))
         lines += [f"report: {report}", "next: open it in a browser"]
     else:
         command = ["postgrad", "probe", result["model"], train, test, "--report", "layers.html"]

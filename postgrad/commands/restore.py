@@ -9,7 +9,6 @@ ends when enough is won back. So old and new change places: what is to be won ba
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 from collections.abc import Mapping, Sequence
@@ -25,7 +24,8 @@ from postgrad.distributed.world import World
 from postgrad.errors import StageError
 from postgrad.evaluation import before_after
 from postgrad.hardware import machine
-from postgrad.lineage.record import PLAN, Record, read_record
+from postgrad.lineage.record import Record, read_record
+from postgrad.lineage.saved_plan import read_plan
 from postgrad.models.model import wrap_model
 from postgrad.models.pretrained import ModelLocation, locate_model
 from postgrad.plan.plan import Plan, make_plan
@@ -83,11 +83,11 @@ def plan_restoration(request: RestoreRequest, cache: Path) -> Restoration:
     root = Path.cwd()
     _check_request(request, root)
     record = read_record(request.run)
-    if not record.get("changes"):
+    if not record.changes:
         raise StageError(
             f"{request.run} has not finished", where="restore", hint="finish it with the same train command"
         )
-    if record["model"]["task"] != "causal":
+    if record.model.task != "causal":
         raise StageError(
             f"{request.run} holds no model that writes on, so nothing it says could be judged",
             where="restore",
@@ -135,7 +135,7 @@ def _check_request(request: RestoreRequest, root: Path) -> None:
 
 def _restore_stage(request: RestoreRequest, record: Record, root: Path) -> dict[str, Any]:
     """The stage as plain data, but for what is chosen by."""
-    was, origin = upgrade_stage(record["stage"]), Path(record["root"])
+    was, origin = upgrade_stage(record.stage), Path(record.stage_folder)
     kept = _new_sources(request) if request.self_distill_share else []
     prompts = _prompt_sources(request, root)
     share = 1.0 - (request.self_distill_share if kept else 0.0)
@@ -198,7 +198,7 @@ def _prompt_sources(request: RestoreRequest, root: Path) -> list[dict[str, Any]]
             }
             for i, path in enumerate(request.prompts)
         ]
-    replayed = [make_replay_source(leaf) for leaf in _trained_sources(request.run, "replay")]
+    replayed = [source for source, _ in _trained_sources(request.run, "replay")]
     if not replayed:
         raise StageError(
             f"{request.run} replayed nothing that its model could go on from",
@@ -215,17 +215,21 @@ _PROMPT_SOURCE_DEFAULTS: dict[str, Any] = {"role": "new", "held_out": 0.0}
 
 
 def _new_sources(request: RestoreRequest) -> list[dict[str, Any]]:
-    """The new text of the run, in the shares that it had."""
-    leaves = _trained_sources(request.run, "new")
-    total = sum(leaf["share"] for leaf in leaves)
-    return [{**make_replay_source(leaf), "role": "replay", "share": leaf["share"] / total} for leaf in leaves]
+    """The new text of the run, in its shares."""
+    sources = _trained_sources(request.run, "new")
+    total = sum(share for _, share in sources)
+    return [{**source, "role": "replay", "share": share / total} for source, share in sources]
 
 
-def _trained_sources(run: Path, role: str) -> list[dict[str, Any]]:
-    """Where the texts of a run come from, and which share of its tokens they had."""
-    planned = json.loads((run / PLAN).read_text())
-    shares = {source["name"]: (source["role"], source["share"]) for source in planned["plan"]["sources"]}
-    return [{**leaf, "share": shares[leaf["name"]][1]} for leaf in planned["leaves"] if shares[leaf["name"]][0] == role]
+def _trained_sources(run: Path, role: str) -> list[tuple[dict[str, Any], float]]:
+    """The sources of one role of a run, as a stage file has them, with their shares of its tokens."""
+    saved = read_plan(run)
+    planned = {source.name: source for source in saved.plan.sources}
+    return [
+        (make_replay_source(source.name, source.origin), planned[source.name].share)
+        for source in saved.resolved_sources
+        if planned[source.name].role == role
+    ]
 
 
 def _absolute_sets(items: Sequence[Mapping[str, Any]], origin: Path) -> list[dict[str, Any]]:
@@ -243,14 +247,14 @@ def _teacher_name(request: RestoreRequest, record: Record) -> str:
     if request.teacher is not None:
         place = Path.cwd() / request.teacher
         return str(place) if place.exists() else request.teacher
-    began = record["stage"]["model"]
+    began = record.stage["model"]
     if not isinstance(began, str):
         raise StageError(
             f"{request.run} began with a model made anew, which knew nothing",
             where="--teacher",
             expected="an earlier model that knows what is to be won back",
         )
-    place = Path(record["root"]) / began
+    place = Path(record.stage_folder) / began
     return str(place) if place.exists() else began
 
 
@@ -318,11 +322,11 @@ def restoration_text(restoration: Restoration, outcome: RunFinished) -> str:
 
 def measure_restoration(restoration: Restoration, outcome: RunFinished) -> dict[str, Any]:
     """The share of the loss that is won back and of each gain that is lost, and whether that is enough."""
-    aim, after = restoration.target, outcome.record["scores"]["after"]
-    nats = after[aim.set_name]["nats"]
+    aim, after = restoration.target, outcome.record.scores.after
+    nats = after[aim.set_name].nats
     recovered = (aim.run_loss - nats) / (aim.run_loss - aim.teacher_loss)
     costs = {
-        name: (after[name]["nats"] - new) / (old - new)
+        name: (after[name].nats - new) / (old - new)
         for name, (old, new) in aim.gains.items()
         if not math.isclose(old, new)
     }

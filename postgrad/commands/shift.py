@@ -23,6 +23,7 @@ from postgrad.hardware import machine
 from postgrad.models.pretrained import load_tokenizer, locate_model
 from postgrad.reports.html import document as shell
 from postgrad.reports.pages import shift_page
+from postgrad.reports.results import ShiftResult
 from postgrad.stats.forgetting import bootstrap
 
 _MAX_DOCUMENTS = 20_000
@@ -121,7 +122,7 @@ def measure_shift(
     }
     lines = _lines(found)
     if report:
-        shell.write_page(report, shift_page.shift_page(found))
+        shell.write_page(report, shift_page.shift_page(ShiftResult.model_validate(found)))
         lines.append(f"report: {report}")
     lines.append(
         f"next: {shlex.join(['postgrad', 'init', 'stage', '--model', model, '--data', new[0], '--replay', old[0]])}"

@@ -13,6 +13,9 @@ import numpy as np
 from postgrad.distributed.world import World
 from postgrad.evaluation.held_out import HeldOutSet
 from postgrad.evaluation.perplexity import Scores, score_held_out
+from postgrad.lineage.metrics import EvaluationRow, SetRow
+from postgrad.lineage.record import BeforeAfter, RetentionGate, SetChange, SetScore, WorstSet
+from postgrad.lineage.record import Scores as RecordScores
 from postgrad.models.model import Model
 from postgrad.stats.forgetting import LossChange, paired_change
 from postgrad.storage.atomic import write_atomically
@@ -107,65 +110,72 @@ def loss_change(before: Scores, after: Scores, vocabulary: int) -> LossChange:
 
 def loss_changes(
     sets: Sequence[ScoredSet], before: AllScores, after: AllScores, vocabulary: int
-) -> dict[str, dict[str, Any]]:
-    """The change of every set with its role, as plain data."""
+) -> dict[str, SetChange]:
+    """The change of every set that both models were scored on."""
     return {
-        h.name: {"role": h.role, **asdict(loss_change(before[h.name], after[h.name], vocabulary))}
+        h.name: _set_change(h.role, loss_change(before[h.name], after[h.name], vocabulary))
         for h in sets
         if h.name in before and h.name in after
     }
 
 
+def _set_change(role: str, change: LossChange) -> SetChange:
+    return SetChange(
+        role=role,
+        difference=change.difference,
+        low=change.low,
+        high=change.high,
+        verdict=change.verdict,
+        relative_difference=change.relative,
+        relative_high=change.relative_high,
+        share_of_range=change.share_of_range,
+        bits_per_byte_difference=change.bits_per_byte_difference,
+        units=change.units,
+        unit_count=change.count,
+    )
+
+
+def summarize_scores(scores: AllScores) -> dict[str, SetScore]:
+    """The scores as a record holds them."""
+    return {name: SetScore.model_validate(each.summary()) for name, each in scores.items()}
+
+
 def summarize_before_after(
     sets: Sequence[ScoredSet], before: AllScores, after: AllScores, vocabulary: int
-) -> dict[str, Any]:
-    """The scores before and after and the changes, as a record has them."""
-    return {
-        "scores": {
-            "before": {name: scores.summary() for name, scores in before.items()},
-            "after": {name: scores.summary() for name, scores in after.items()},
-        },
-        "changes": loss_changes(sets, before, after, vocabulary),
-    }
+) -> BeforeAfter:
+    """The scores before and after and their changes."""
+    return BeforeAfter(
+        scores=RecordScores(before=summarize_scores(before), after=summarize_scores(after)),
+        changes=loss_changes(sets, before, after, vocabulary),
+    )
 
 
 def retention_gate(
-    changes: Mapping[str, dict[str, Any]], before: AllScores, limit: float | None
-) -> dict[str, Any] | None:
-    """Whether the loss of every retained set rose by at most the share `limit`, at the upper end of its interval.
-
-    `level` is the strictest of the limits in nats per token, for drawing.
-    """
-    if limit is None:
+    changes: Mapping[str, SetChange], before: AllScores, max_forgetting: float | None
+) -> RetentionGate | None:
+    """Whether the loss of every retained set rose by at most `max_forgetting`, at the upper end of its interval."""
+    if max_forgetting is None:
         return None
-    retained = {name: c for name, c in changes.items() if c["role"] == "retained"}
-    name = max(retained, key=lambda n: retained[n]["relative_high"])
-    worst = retained[name]
-    return {
-        "max_forgetting": limit,
-        "level": limit * min(before[n].nats for n in retained),
-        "worst": {"set": name, "rise": worst["relative"], "high": worst["relative_high"]},
-        "passed": worst["relative_high"] <= limit,
-    }
+    retained = {name: c for name, c in changes.items() if c.role == "retained"}
+    name = max(retained, key=lambda n: retained[n].relative_high or 0.0)
+    difference, high = retained[name].relative_difference or 0.0, retained[name].relative_high or 0.0
+    return RetentionGate(
+        max_forgetting=max_forgetting,
+        loss_rise_limit=max_forgetting * min(before[n].nats for n in retained),
+        worst=WorstSet(set=name, relative_difference=difference, relative_high=high),
+        passed=high <= max_forgetting,
+    )
 
 
 def evaluation_row(
-    step: int, trained: int, sets: Sequence[HeldOutSet], before: AllScores, current: AllScores, vocabulary: int
-) -> dict[str, Any]:
+    step: int, trained_tokens: int, sets: Sequence[HeldOutSet], before: AllScores, current: AllScores, vocabulary: int
+) -> EvaluationRow:
     """A line of metrics: every set's loss now and its change since the start."""
-    found = loss_changes(sets, before, current, vocabulary)
-    return {
-        "kind": "evaluation",
-        "step": step,
-        "trained": trained,
-        "sets": {
-            name: {
-                "role": c["role"],
-                "nats": current[name].nats,
-                "change": c["difference"],
-                "low": c["low"],
-                "high": c["high"],
-            }
-            for name, c in found.items()
-        },
-    }
+    rows = {}
+    for h in sets:
+        if h.name in before and h.name in current:
+            change = loss_change(before[h.name], current[h.name], vocabulary)
+            rows[h.name] = SetRow(
+                role=h.role, nats=current[h.name].nats, change=change.difference, low=change.low, high=change.high
+            )
+    return EvaluationRow(step=step, trained_tokens=trained_tokens, sets=rows)

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from postgrad.data.layouts.rows import IGNORED
 from postgrad.data.loading.batch import Batch, collate
 from postgrad.evaluation.held_out import HeldOutSet
+from postgrad.lineage.record import Interval, SetDrift
 from postgrad.models.interpolate import block_parameter_names
 from postgrad.models.model import Model, Output
 from postgrad.models.pretrained import get_embedding_weight, get_layer_stacks
@@ -53,27 +54,28 @@ class Drift:
     relative_change_L: np.ndarray
     cosine_L: np.ndarray
 
-    def summary(self) -> dict[str, Any]:
-        """The measures with their 95 % intervals over documents, as plain data."""
+    def summary(self, role: str = "") -> SetDrift:
+        """The measures with their 95 % intervals over documents."""
         documents = int(self.document_W.max(initial=-1)) + 1
         tokens = np.bincount(self.document_W, self.tokens_W, documents)
 
-        def of(sums_W: np.ndarray) -> dict[str, float]:
+        def mean(sums_W: np.ndarray) -> Interval:
             by_document = np.bincount(self.document_W, sums_W, documents)
             low, high = bootstrap(by_document, tokens)
-            return {"value": float(by_document.sum() / max(tokens.sum(), 1)), "low": low, "high": high}
+            return Interval(value=float(by_document.sum() / max(tokens.sum(), 1)), low=low, high=high)
 
-        return {
-            "tokens": int(tokens.sum()),
-            "documents": documents,
-            "divergence": of(self.divergence_W),
-            "base_cross_entropy": of(self.cross_entropy_W),
-            "right_before": of(self.correct_W),
-            "lost": of(self.lost_W),
-            "won": of(self.won_W),
-            "outputs": [None if np.isnan(v) else float(v) for v in self.relative_change_L],
-            "cosines": [None if np.isnan(v) else float(v) for v in self.cosine_L],
-        }
+        return SetDrift(
+            role=role,
+            tokens=int(tokens.sum()),
+            documents=documents,
+            kl_divergence=mean(self.divergence_W),
+            base_cross_entropy=mean(self.cross_entropy_W),
+            accuracy_before=mean(self.correct_W),
+            correct_to_wrong=mean(self.lost_W),
+            wrong_to_correct=mean(self.won_W),
+            relative_output_change=[None if np.isnan(v) else float(v) for v in self.relative_change_L],
+            output_cosines=[None if np.isnan(v) else float(v) for v in self.cosine_L],
+        )
 
 
 class _PositionMeasures(NamedTuple):

@@ -1,6 +1,7 @@
 """Conversion of a run's files from format 1 (record.json, plan.json and metrics.jsonl) to format 2.
 
-Each table pairs the path of an old key with its new name; `*` is every item of a list or value of a mapping.
+Each table pairs the path of an old key with its new name; `*` is every item of a list or value of a mapping. The keys of a
+recorded stage and of the origin of a source are those of a stage file, which `config.renamed_keys` converts.
 """
 
 from __future__ import annotations
@@ -26,13 +27,6 @@ _PLAN: Renames = (
     ("plan.sources.*.selected.*.values.edges", "bin_edges"),
     ("plan.sources.*.selected.*.dropped.*.like", "duplicate_of"),
     ("plan.sources.*.selected.*.kept.*.like", "duplicate_of"),
-    ("execution.micro", "micro_batch_size"),
-    ("execution.seconds", "estimated_seconds"),
-)
-_ORIGIN: Renames = (
-    ("only", "filter"),
-    ("words", "label_words"),
-    ("documents", "document_unit"),
 )
 _CHANGES: Renames = (
     ("changes.*.relative", "relative_difference"),
@@ -76,7 +70,6 @@ RECORD_KEYS: Renames = (
     ("chosen.stopped", "stopped_early"),
     ("chosen.within", "within_max_forgetting"),
     ("seen", "consumed"),
-    *((f"seen.*.origin.{old}", new) for old, new in _ORIGIN),
     *_CHANGES,
     *((f"pseudo_perplexity.{old}", new) for old, new in _CHANGES),
     *_METRICS,
@@ -124,10 +117,8 @@ RECORD_KEYS: Renames = (
 PLAN_KEYS: Renames = (
     ("start", "start_model"),
     ("seen_before", "consumed_before"),
-    *((f"seen_before.*.origin.{old}", new) for old, new in _ORIGIN),
     ("leaves", "resolved_sources"),
     ("leaves.*.stands_for", "prior_tokens"),
-    *((f"leaves.*.origin.{old}", new) for old, new in _ORIGIN),
     ("strengths", "penalty_strengths"),
     ("strengths.*.push", "gradient_norm"),
     ("strengths.*.pull", "unit_penalty_norm"),

@@ -67,14 +67,14 @@ class ModelSummary(RecordPart):
 
     start_model: str
     """As written in the stage file."""
-    source: str | None = None
+    source: str = ""
     """The resolved folder or hub name."""
     parameters: int | None = None
     trainable: int | None = None
     """Trainable parameters, those of the tuning included."""
     task: str = "causal"
-    vocab_size: int | None = None
-    context_length: int | None = None
+    vocab_size: int = 0
+    context_length: int = 0
     """Tokens per row."""
     new_model: NewModel | None = None
 
@@ -189,11 +189,12 @@ class ExecutionSummary(RecordPart):
 
     model_config = ConfigDict(extra="allow")
 
-    dtype: str | None = None
-    compile: bool | None = None
-    attention: str | None = None
-    threads: int | None = None
+    dtype: str = ""
+    compile: bool = False
+    attention: str = ""
+    threads: int = 0
     reasons: dict[str, str] = {}
+    """By setting."""
 
 
 class TokenLedger(RecordPart):
@@ -536,11 +537,11 @@ class Record(RecordPart):
     status: Status
     created: str
     finished: str | None = None
-    command: str | None = None
-    stage_yaml: str | None = None
+    command: str = ""
+    stage_yaml: str = ""
     stage: dict[str, Any] = {}
     """The stage as resolved."""
-    stage_folder: str | None = None
+    stage_folder: str = ""
     """The folder that the paths of the stage are relative to."""
     model: ModelSummary
     fingerprints: Fingerprints = Fingerprints()
@@ -557,7 +558,7 @@ class Record(RecordPart):
     schedule_curve: list[tuple[float, float]] = []
     """Step and learning rate."""
     held_out: list[HeldOutSummary] = []
-    totals: TrainingTotals | None = None
+    totals: TrainingTotals = TrainingTotals()
     published_checkpoint: PublishedCheckpoint | None = None
     """Null when the last step is published by rule."""
     consumed: dict[str, ConsumedSource] = {}
@@ -588,7 +589,7 @@ class Record(RecordPart):
         """Trained tokens of the published model."""
         if self.published_checkpoint:
             return self.published_checkpoint.trained_tokens
-        return self.totals.tokens if self.totals else 0
+        return self.totals.tokens
 
 
 def write_record(run_folder: Path, record: Record) -> None:

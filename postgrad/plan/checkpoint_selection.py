@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from postgrad.config import stage as s
 from postgrad.config.quantities import length_in_steps
@@ -23,6 +22,8 @@ from postgrad.errors import StageError, suggest_nearest
 from postgrad.evaluation.classification_metrics import metric_names
 from postgrad.evaluation.held_out import HeldOutSet
 from postgrad.evaluation.perplexity import Scores
+from postgrad.lineage.metrics import EvaluationRow, SelectionRow
+from postgrad.lineage.record import PublishedCheckpoint
 from postgrad.optim import lr_schedules
 
 _STABILITY_GAP_SHARE = 0.02
@@ -170,63 +171,70 @@ def make_selection_rule(
 
 
 def summarize_evaluation(
-    rule: SelectionRule, row: Mapping[str, Any], scores: Mapping[str, Scores], start_scores: Mapping[str, Scores]
+    rule: SelectionRule, row: EvaluationRow, scores: Mapping[str, Scores], start_scores: Mapping[str, Scores]
 ) -> CheckpointEvaluation:
     """What an evaluation saw: `row` is its line of metrics, `scores` are of the sets that the rule watches, as a whole."""
     own = scores[rule.set]
     value = own.nats if rule.by == "loss" else own.compute_metrics()[rule.by]["value"]
     rises = [
-        entry["high"] / max(start_scores[name].nats, 1e-12)
-        for name, entry in row["sets"].items()
-        if entry["role"] == "retained"
+        entry.high / max(start_scores[name].nats, 1e-12) for name, entry in row.sets.items() if entry.role == "retained"
     ]
-    return CheckpointEvaluation(
-        row["step"], row["trained"], value, max(rises) if rule.max_forgetting is not None else None
-    )
+    relative_high = max(rises) if rule.max_forgetting is not None else None
+    return CheckpointEvaluation(row.step, row.trained_tokens, value, relative_high)
 
 
 class CheckpointSelector:
     """The looks of a run so far, and what follows from them."""
 
-    def __init__(self, rule: SelectionRule, rows: Iterable[Mapping[str, Any]]) -> None:
+    def __init__(self, rule: SelectionRule, rows: Iterable[EvaluationRow]) -> None:
         """`rows`: the lines of metrics that are there already."""
         self.rule = rule
         self.evaluations = [
-            CheckpointEvaluation(row["step"], row["trained"], row["choice"]["value"], row["choice"]["rise"])
+            CheckpointEvaluation(row.step, row.trained_tokens, selection.value, selection.relative_high)
             for row in rows
-            if "choice" in row
+            if (selection := row.checkpoint_selection)
         ]
 
-    def add(self, evaluation: CheckpointEvaluation) -> dict[str, Any]:
+    def add(self, evaluation: CheckpointEvaluation) -> SelectionRow:
         """Take in a look; returns what its line of metrics says of it."""
         self.evaluations.append(evaluation)
         best = self.state.best
-        return {
-            "set": self.rule.set,
-            "by": self.rule.by,
-            "value": evaluation.value,
-            "rise": evaluation.rise,
-            "best": best.step if best else None,
-        }
+        return SelectionRow(
+            set=self.rule.set,
+            metric=self.rule.by,
+            value=evaluation.value,
+            relative_high=evaluation.rise,
+            best_step=best.step if best else None,
+        )
 
     @property
     def state(self) -> SelectionState:
         """Where the choice stands."""
         return compute_selection_state(self.evaluations, self.rule)
 
-    def as_record(self, last_step: int) -> dict[str, Any]:
+    def as_record(self, last_step: int) -> PublishedCheckpoint:
         """What a record says of the choice, when `last` was the last step."""
-        found = self.state
-        assert found.best is not None
-        return {
-            **asdict(self.rule),
-            **asdict(found.best),
-            "last": last_step,
-            "looks": found.candidates,
-            "since": found.candidates_since_gain,
-            "stopped": found.should_stop,
-            "within": self.rule.is_within_limit(found.best),
-        }
+        rule, state = self.rule, self.state
+        best = state.best
+        assert best is not None
+        return PublishedCheckpoint(
+            set=rule.set,
+            metric=rule.by,
+            patience=rule.patience,
+            min_delta=rule.gain,
+            stop_at=rule.enough,
+            first_step=rule.first,
+            max_forgetting=rule.max_forgetting,
+            step=best.step,
+            trained_tokens=best.trained,
+            value=best.value,
+            relative_high=best.rise,
+            last_step=last_step,
+            evaluations=state.candidates,
+            evaluations_since_best=state.candidates_since_gain,
+            stopped_early=state.should_stop,
+            within_max_forgetting=rule.is_within_limit(best),
+        )
 
 
 def selection_rule_line(rule: SelectionRule) -> str:

@@ -38,6 +38,7 @@ from postgrad.errors import DataError, ModelError, StageError
 from postgrad.evaluation.held_out import HeldOutText
 from postgrad.evaluation.perplexity import score_held_out
 from postgrad.hardware import machine
+from postgrad.lineage.record import DocumentSelection
 from postgrad.models.model import Model, wrap_model
 from postgrad.models.pretrained import ModelLocation, load_tokenizer, locate_model
 from postgrad.models.task import Task
@@ -64,7 +65,7 @@ class SelectionResult:
     """What a selection left of a source, and of each way what it did, as plain data."""
 
     store: TokenStore
-    steps: tuple[dict[str, Any], ...] = ()
+    steps: tuple[DocumentSelection, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -92,21 +93,22 @@ def select_documents(
 
     Raises `DataError` for too little text or a way that leaves nothing, `StageError` for a model that cannot judge.
     """
-    steps: list[dict[str, Any]] = []
+    steps: list[DocumentSelection] = []
     for number, way in enumerate(methods):
         where = f"{files.where}.select[{number}]"
         before = store
         identity = _method_identity(way, files.root, where, model_inputs, cache, seed)
         key = fingerprint([_FORMAT, store.fingerprint, identity])
-        place = cache / "selections" / f"{key}.npz"
+        place = cache / "selection" / f"{key}.npz"
         report = _make_reporter(progress, f"{files.name} (selecting by {way.kind})", store)
         with _lock_selection(cache, key):
             if not place.exists():
                 _write_result(place, _apply_method(way, before, files, where, model_inputs, cache, key, seed, report))
         chosen, step = _read_result(place)
         store = before.select(chosen, key)
-        short = f"; {step['unjudged']:,} too short to be judged are left out" if step["unjudged"] else ""
-        steps.append({"kind": way.kind, "how": describe_method(way) + short, **step})
+        short = f"; {step['unscored']:,} too short to be judged are left out" if step["unscored"] else ""
+        description = describe_method(way) + short
+        steps.append(DocumentSelection.model_validate({"kind": way.kind, "description": description, **step}))
     return SelectionResult(store, tuple(steps))
 
 
@@ -241,7 +243,7 @@ def _select_by_perplexity(
     low, high = method.quantiles
     ways.require_documents(len(store), where)
     judge = _make_scorer(method, root, model_inputs, where)
-    kept = cache / "selections" / f"{key}.part.npy"
+    kept = cache / "selection" / f"{key}.part.npy"
     bits_N = compute_bits_per_byte(judge, store, model_inputs.encoder, method.max_tokens, kept, on_progress)
     band = ways.select_band(bits_N, low, high, where)
     kept.unlink(missing_ok=True)
@@ -367,9 +369,9 @@ def _summarize_result(store: TokenStore, result: _MethodResult, tokenizer: Token
         "before": {"documents": len(store), "tokens": store.tokens},
         "after": {"documents": len(result.kept_indices), "tokens": int(table["tokens"][result.kept_indices].sum())},
         "unit": result.unit,
-        "edges": list(result.edges) if result.edges else None,
-        "unjudged": int(np.isnan(result.scores_N).sum()) if result.unit else 0,
-        "values": _compute_histogram(result.scores_N, kept_N),
+        "score_bounds": list(result.edges) if result.edges else None,
+        "unscored": int(np.isnan(result.scores_N).sum()) if result.unit else 0,
+        "score_histogram": _compute_histogram(result.scores_N, kept_N),
         **parts,
     }
 
@@ -396,7 +398,7 @@ def _preview_documents(
         value = float(result.scores_N[number])
         shown: dict[str, Any] = {"text": text(number), "value": None if np.isnan(value) else value}
         if result.duplicate_of_N is not None and result.duplicate_of_N[number] >= 0:
-            shown["like"] = text(int(result.duplicate_of_N[number]))
+            shown["duplicate_of"] = text(int(result.duplicate_of_N[number]))
         out.append(shown)
     return out
 
@@ -414,7 +416,7 @@ def _compute_histogram(scores_N: np.ndarray, kept_N: np.ndarray) -> dict[str, li
         name: np.histogram(scores_N[of & known].clip(low, high), edges)[0].tolist()
         for name, of in _kept_and_dropped(kept_N)
     }
-    return {"edges": edges.tolist(), **counts}
+    return {"bin_edges": edges.tolist(), **counts}
 
 
 # --- what is kept -------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ from postgrad.data.tokens.tokenize import read_all_labels
 from postgrad.errors import DataError, StageError
 from postgrad.evaluation.held_out import HeldOutRows, HeldOutSet, HeldOutText
 from postgrad.evaluation.pseudo_perplexity import MaskedHeldOutText, MaskedWindow
+from postgrad.lineage.record import ConsumedSource, Contamination
 from postgrad.plan.model_inputs import ModelInputs
 from postgrad.plan.objective_rows import (
     DemonstrationWrapper,
@@ -85,7 +86,7 @@ def select_held_out_documents(
     stage: s.Stage,
     sources: Sequence[ResolvedSource],
     file_specs: Sequence[HeldOutFileSpec],
-    seen_sources: dict[str, dict[str, Any]],
+    seen_sources: dict[str, ConsumedSource],
     model_inputs: ModelInputs,
     cache: Path,
     progress: ProgressCallback | None,
@@ -107,10 +108,10 @@ def select_held_out_documents(
         if not leaf.held_out:
             continue
         before = seen_sources.get(leaf.store.fingerprint)
-        if before and before["origin"]["held_out"] < leaf.held_out:
+        if before and before.origin["held_out"] < leaf.held_out:
             notes.append(
                 f"{leaf.name}: an earlier stage trained on part of what is held out now "
-                f"({before['origin']['held_out']:.1%} was held out then); its scores look better than they are"
+                f"({before.origin['held_out']:.1%} was held out then); its scores look better than they are"
             )
         table = np.asarray(leaf.store.documents)
         chosen = np.flatnonzero(held_out_mask(table["digest"], leaf.held_out))
@@ -466,19 +467,19 @@ def measure_overlaps(
     held_out: Sequence[HeldOutSet],
     cache: Path,
     notes: list[str],
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Contamination]:
     """13-gram overlap of each held-out file with the training text (a source's own split is exact by construction)."""
     if stage.data.overlap == "off":
         return {}
-    out: dict[str, dict[str, Any]] = {}
+    out: dict[str, Contamination] = {}
     by_source = {leaf.spec.source: leaf.spec for leaf in sources}
     for role, item in stage.evaluation.held_out_files():
         files = make_text_files(item.name, inherit_row_format(item, role, by_source), root, f"evaluation.{role}")
         found = _measure_overlap(files, sources, cache)
         out[item.name] = found
-        if found["half"]:
+        if found.half_overlap:
             message = (
-                f"{item.name}: {found['half']:,} of {found['documents']:,} held-out documents share at least half of "
+                f"{item.name}: {found.half_overlap:,} of {found.documents:,} held-out documents share at least half of "
                 f"their 13-grams with the training text"
             )
             if stage.data.overlap == "refuse":
@@ -487,21 +488,21 @@ def measure_overlaps(
     return out
 
 
-def _measure_overlap(files: Files, sources: Sequence[ResolvedSource], cache: Path) -> dict[str, Any]:
+def _measure_overlap(files: Files, sources: Sequence[ResolvedSource], cache: Path) -> Contamination:
     key = fingerprint([str(files), sorted(leaf.store.fingerprint for leaf in sources), _file_stamps(files)])
-    place = cache / "overlap" / f"{key}.json"
+    place = cache / "contamination" / f"{key}.json"
     if place.exists():
-        return json.loads(place.read_text())
+        return Contamination.model_validate_json(place.read_text())
     report: OverlapReport = measure_overlap(
         read_documents(files), (document for leaf in sources for document in _read_training_documents(leaf))
     )
-    found = {
-        "documents": report.documents,
-        "duplicates": report.duplicates,
-        "any": report.overlapping,
-        "half": report.half_overlapping,
-    }
-    write_atomically(place, json.dumps(found))
+    found = Contamination(
+        documents=report.documents,
+        duplicates=report.duplicates,
+        any_overlap=report.overlapping,
+        half_overlap=report.half_overlapping,
+    )
+    write_atomically(place, json.dumps(found.as_json()))
     return found
 
 

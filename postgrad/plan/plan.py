@@ -23,6 +23,7 @@ from postgrad.data.tokens.held_out_split import select_documents
 from postgrad.errors import DataError, StageError
 from postgrad.evaluation.held_out import HeldOutSet
 from postgrad.evaluation.pseudo_perplexity import MaskedHeldOutText
+from postgrad.lineage.record import ConsumedSource, Contamination, PlannedSource, PlanSummary
 from postgrad.models.pretrained import ClassifierSpec, ModelLocation, load_tokenizer
 from postgrad.models.task import Task
 from postgrad.models.task_head import TaskHeadConfig
@@ -91,9 +92,9 @@ class DataPlan:
     mixture: Mixture
     target_shares: tuple[float, ...]
     """The share of trained tokens that each source should have."""
-    seen_sources: dict[str, dict[str, Any]]
+    seen_sources: dict[str, ConsumedSource]
     """What the start model's lineage has trained on, by fingerprint."""
-    overlaps: dict[str, dict[str, Any]]
+    overlaps: dict[str, Contamination]
 
     @property
     def source_names(self) -> list[str]:
@@ -182,35 +183,34 @@ class Plan:
         before, after = mixture.counts(first), mixture.counts(first + self.steps * mixture.block_size)
         return tuple(b - a for a, b in zip(before, after, strict=True))
 
-    def as_record(self) -> dict[str, Any]:
-        """The plan as plain data: what is shown, and what a resumed run is held against."""
+    def as_record(self) -> PlanSummary:
+        """The plan in numbers, for the record."""
         counts, per_row = self.row_counts(), self.data.trained_tokens_per_row()
         trained = [round(c * t) for c, t in zip(counts, per_row, strict=True)]
-        return {
-            "steps": self.steps,
-            "rows": self.steps * self.data.mixture.block_size,
-            "sequence_length": self.stage.data.sequence_length,
-            "tokens": sum(trained),
-            "sources": [
-                {
-                    "name": leaf.name,
-                    "role": leaf.role,
-                    "asked": asked,
-                    "share": t / max(sum(trained), 1),
-                    "rows": c,
-                    "trained": t,
-                    "passes": c / len(r),
-                    "available": r.ledger.trained,
-                    "documents": len(leaf.store),
-                    "kind": leaf.store.kind,
-                    "made_by": leaf.generated_by,
-                    **({"selected": list(leaf.selection)} if leaf.selection else {}),
-                }
-                for leaf, asked, c, t, r in zip(
-                    self.data.sources, self.data.target_shares, counts, trained, self.data.rows, strict=True
+        columns = zip(self.data.sources, self.data.target_shares, counts, trained, self.data.rows, strict=True)
+        return PlanSummary(
+            steps=self.steps,
+            rows=self.steps * self.data.mixture.block_size,
+            sequence_length=self.stage.data.sequence_length,
+            tokens=sum(trained),
+            sources=[
+                PlannedSource(
+                    name=source.name,
+                    role=source.role,
+                    requested_share=target_share,
+                    share=tokens / max(sum(trained), 1),
+                    rows=count,
+                    trained_tokens=tokens,
+                    passes=count / len(rows),
+                    available_tokens=rows.ledger.trained,
+                    documents=len(source.store),
+                    kind=source.store.kind,
+                    generated_by=source.generated_by,
+                    selection=list(source.selection),
                 )
+                for source, target_share, count, tokens, rows in columns
             ],
-        }
+        )
 
     def fingerprints(self) -> dict[str, Any]:
         """Of everything that goes into the run besides the start model."""
@@ -226,7 +226,7 @@ class Plan:
     @property
     def seen_clusters(self) -> set[str]:
         """The sorts of tasks that this stage or an earlier one trains on."""
-        earlier = (entry["origin"].get("cluster") for entry in self.data.seen_sources.values())
+        earlier = (source.origin.get("cluster") for source in self.data.seen_sources.values())
         return {c for c in (*earlier, *(leaf.spec.cluster for leaf in self.data.sources)) if c is not None}
 
 

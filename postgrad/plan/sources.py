@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,7 +30,8 @@ from postgrad.data.tokens.held_out_split import held_out_mask
 from postgrad.data.tokens.store import TokenStore, digest
 from postgrad.data.tokens.tokenize import Encoder, build_store, read_all_labels, render_example
 from postgrad.errors import StageError
-from postgrad.lineage.record import PLAN, add_stage, get_seen_data, read_record
+from postgrad.lineage.record import ConsumedSource, add_consumed, read_record
+from postgrad.lineage.saved_plan import ReplayableSource, read_plan
 from postgrad.models.pretrained import ModelLocation
 from postgrad.plan.filter_documents import resolve_methods, select_documents
 from postgrad.plan.model_inputs import ModelInputs
@@ -106,15 +106,15 @@ class ResolvedSource:
         return get_generator_model(self.files)
 
 
-def get_seen_sources(start_model: ModelLocation) -> dict[str, dict[str, Any]]:
+def get_seen_sources(start_model: ModelLocation) -> dict[str, ConsumedSource]:
     """What the start model has consumed: all of its run, or, for a checkpoint, what was consumed up to there."""
     if start_model.run is None or start_model.folder is None:
         return {}
     if (start_model.folder / "state.json").exists():
-        planned = json.loads((start_model.run / PLAN).read_text())
+        planned = read_plan(start_model.run)
         trained = read_progress(start_model.folder).trained_by_source
-        return add_stage(planned["seen_before"], count_consumed_tokens(planned["leaves"], trained))
-    return get_seen_data(read_record(start_model.run))
+        return add_consumed(planned.consumed_before, count_consumed_tokens(planned.resolved_sources, trained))
+    return read_record(start_model.run).consumed
 
 
 def resolve_source_specs(
@@ -122,7 +122,7 @@ def resolve_source_specs(
     objectives: Sequence[AnyObjective],
     start_objectives: Sequence[RowsObjective],
     root: Path,
-    seen_sources: dict[str, dict[str, Any]],
+    seen_sources: dict[str, ConsumedSource],
 ) -> list[SourceSpec]:
     """The sources of a stage with what each is for. Raises `StageError` for rows that no objective serves."""
     out: list[SourceSpec] = []
@@ -131,14 +131,14 @@ def resolve_source_specs(
         if not source.seen_so_far:
             origins = [(1.0, source.name, source.model_dump(), root, source.held_out, source.prior_tokens)]
         elif seen_sources:
-            weights = seen_weights({key: entry["tokens"] for key, entry in seen_sources.items()}, 1.0)
+            weights = seen_weights({key: entry.tokens for key, entry in seen_sources.items()}, 1.0)
             origins = [
                 (
                     weight,
-                    f"{source.name}/{seen_sources[key]['name']}",
-                    upgrade_source(seen_sources[key]["origin"]),
-                    Path(seen_sources[key]["origin"]["root"]),
-                    seen_sources[key]["origin"]["held_out"],
+                    f"{source.name}/{seen_sources[key].name}",
+                    upgrade_source(seen_sources[key].origin),
+                    Path(seen_sources[key].origin["root"]),
+                    seen_sources[key].origin["held_out"],
                     None,
                 )
                 for key, weight in weights.items()
@@ -311,29 +311,33 @@ def make_demonstration_wrapper(
 
 def make_source_records(
     sources: Sequence[ResolvedSource], start_model: ModelLocation, seed: int
-) -> list[dict[str, Any]]:
+) -> list[ReplayableSource]:
     """What a later stage needs to know of each leaf to replay it, of a stage with such a start and seed."""
     return [
-        {
-            "name": leaf.name,
-            "fingerprint": leaf.store.fingerprint,
-            "stands_for": leaf.spec.stands_for or 0,
-            "origin": make_source_origin(leaf, start_model, seed),
-        }
+        ReplayableSource(
+            name=leaf.name,
+            fingerprint=leaf.store.fingerprint,
+            prior_tokens=leaf.spec.prior_tokens or 0,
+            origin=make_source_origin(leaf, start_model, seed),
+        )
         for leaf in sources
     ]
 
 
-def count_consumed_tokens(sources: list[dict[str, Any]], trained_tokens: dict[str, int]) -> list[dict[str, Any]]:
-    """The tokens of each leaf, as `with_stage` takes them."""
+def count_consumed_tokens(
+    sources: Sequence[ReplayableSource], trained_tokens: Mapping[str, int]
+) -> list[tuple[str, ConsumedSource]]:
+    """What a model has consumed of each source, with its data fingerprint."""
     return [
-        {
-            "fingerprint": leaf["fingerprint"],
-            "name": leaf["name"].split("/")[-1],
-            "tokens": trained_tokens[leaf["name"]] + leaf["stands_for"],
-            "origin": leaf["origin"],
-        }
-        for leaf in sources
+        (
+            source.fingerprint,
+            ConsumedSource(
+                name=source.name.split("/")[-1],
+                tokens=trained_tokens[source.name] + source.prior_tokens,
+                origin=source.origin,
+            ),
+        )
+        for source in sources
     ]
 
 
@@ -365,17 +369,14 @@ def make_source_origin(source: ResolvedSource, start_model: ModelLocation, seed:
     }
 
 
-def make_replay_source(source: Mapping[str, Any]) -> dict[str, Any]:
-    """A source as plain data that reads the documents which an earlier stage read, less what that held out.
-
-    `leaf`: what `leaves_of` says of one.
-    """
-    origin = upgrade_source(source["origin"])
+def make_replay_source(name: str, origin: Mapping[str, Any]) -> dict[str, Any]:
+    """A source of a stage file that reads the documents an earlier stage read, without its held-out ones."""
+    origin = upgrade_source(origin)
     base = Path(origin.pop("root"))
     origin["path"] = str(base / origin["path"]) if origin["path"] else None
     known = s.Source.model_fields
-    name = source["name"].replace("/", "-")
-    return {"name": name, **{key: value for key, value in origin.items() if key in known and value is not None}}
+    settings = {key: value for key, value in origin.items() if key in known and value is not None}
+    return {"name": name.replace("/", "-"), **settings}
 
 
 def make_row_template(config: dict[str, Any]) -> RowTemplate:

@@ -198,10 +198,10 @@ def _describe_new_model(
     """What a record says of a new model."""
     learnt = None if isinstance(spec.tokenizer, str) else spec.tokenizer
     return {
-        "asked": spec.model_dump(mode="json"),
+        "requested": spec.model_dump(mode="json"),
         "weights": count_weights(config),
         "tokenizer": f"{learnt.kind}, learnt from the training documents" if learnt else spec.tokenizer,
-        "vocabulary": len(tokenizer),
+        "vocab_size": len(tokenizer),
         "seed": seed,
         "config": {k: v for k, v in config.to_diff_dict().items() if k not in ("transformers_version", "dtype")},
     }
@@ -213,11 +213,11 @@ def new_model_note(start_model: ModelLocation, stage: s.Stage) -> str:
     made, asked = start_model.scratch_recipe, stage.model
     assert isinstance(asked, s.FreshModel)
     short = ""
-    if isinstance(asked.tokenizer, s.NewTokenizer) and made["vocabulary"] < asked.tokenizer.vocab_size:
+    if isinstance(asked.tokenizer, s.NewTokenizer) and made["vocab_size"] < asked.tokenizer.vocab_size:
         short = f" ({asked.tokenizer.vocab_size:,} were asked for; the text has no more pairs that occur twice)"
     return (
         f"{start_model.name} is new: {made['weights']:,} random weights (seed {made['seed']}), "
-        f"{made['vocabulary']:,} tokens ({made['tokenizer']}){short}"
+        f"{made['vocab_size']:,} tokens ({made['tokenizer']}){short}"
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from postgrad.lineage.record import Difference, RecordPart
+from postgrad.lineage.record import Difference, MetricValue, RecordPart, TaskResult
 
 
 class Estimate(RecordPart):
@@ -14,6 +14,12 @@ class Estimate(RecordPart):
     low: float | None = None
     high: float | None = None
     by_seed: list[float] = []
+
+
+class TaskScore(TaskResult):
+    """One model's metrics on a task."""
+
+    scores: dict[str, MetricValue] = {}
 
 
 # --- shift ----------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
@@ -17,6 +17,7 @@ from postgrad.config.penalties import AnchorPenalty
 from postgrad.config.quantities import load_function
 from postgrad.distributed.shards import full_tensor, local_shard, local_shard_like, to_dtensor
 from postgrad.errors import DataError, ModelError, StageError, suggest_nearest
+from postgrad.lineage.record import Penalty
 from postgrad.models.pretrained import ModelLocation, locate_model
 from postgrad.optim.optimizer import Weight, Weights
 from postgrad.penalties.anchor import Anchor, AnchoredDecay, AnchoredDelta, AnchoredWeight
@@ -169,7 +170,7 @@ class _AnchorBuilder:
         self.weight_deltas: list[AnchoredDelta] = []
         self.numbers = 0
         self.importance_sum = 0.0
-        self.bytes = {"reference": 0, "importance": 0, "mapped": 0}
+        self.bytes = {"reference": 0, "importance": 0, "mmap": 0}
         self.skipped: list[str] = []
         self.copied_names: list[str] = []
 
@@ -232,9 +233,9 @@ class _AnchorBuilder:
             "tensors": len(self.anchored) + len(self.weight_deltas),
             "reference": {"model": self.reference.start.name, "fingerprint": self.reference.fingerprint},
             "importance": metadata
-            and {"kind": metadata.kind, "per": metadata.per, "tokens": metadata.tokens, "mean": mean},
+            and {"kind": metadata.kind, "unit": metadata.per, "tokens": metadata.tokens, "mean": mean},
             "bytes": self.bytes,
-            "left_out": self.skipped,
+            "skipped": self.skipped,
             "notes": self._notes(),
         }
         return anchor
@@ -321,7 +322,7 @@ class _AnchorBuilder:
             self.copied_names.append(name)
             return None
         rows = local_shard_like(stored, master)
-        self.bytes["mapped"] += rows.nbytes
+        self.bytes["mmap"] += rows.nbytes
         return rows
 
     def _notes(self) -> list[str]:
@@ -336,7 +337,7 @@ class _AnchorBuilder:
         """This rank's rows of an importance."""
         rows = local_shard_like(importance, like)
         if self.spec.storage == "mmap" and importance.device.type == "cpu":
-            self.bytes["mapped"] += rows.nbytes
+            self.bytes["mmap"] += rows.nbytes
             return rows
         return self._copy_rows(rows, "importance", local_shard(like).device)
 
@@ -384,6 +385,6 @@ def _importance_path(name: str, number: int, root: Path) -> Path:
     return path
 
 
-def describe_penalty(penalty: StagePenalty) -> dict[str, Any]:
+def describe_penalty(penalty: StagePenalty) -> Penalty:
     """A penalty in the record."""
-    return {**penalty.metadata, "strength": penalty.strength}
+    return Penalty.model_validate({**penalty.metadata, "strength": penalty.strength})

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import uuid
 from pathlib import Path
 from typing import Any
 
 from postgrad.distributed.world import World
 from postgrad.hardware.execution import Execution
-from postgrad.lineage.record import PLAN, RECORD, STAGE, read_record
+from postgrad.lineage.record import RECORD, STAGE, ExecutionSummary, read_record
+from postgrad.lineage.saved_plan import SavedPlan, read_plan, write_plan
 from postgrad.plan.plan import Plan
 from postgrad.plan.sources import make_source_records
 from postgrad.run.anchors import penalty_fingerprints
@@ -31,7 +31,7 @@ def claim_run(plan: Plan, world: World, interrupt: Interrupt, *, command: str, c
     if plan.stage.penalties:
         fingerprints["penalties"] = penalty_fingerprints(plan)
     saved_plan = claim_run_folder(plan.output, plan, fingerprints)
-    if (plan.output / RECORD).exists() and read_record(plan.output)["status"] != "stopped":
+    if (plan.output / RECORD).exists() and read_record(plan.output).status != "stopped":
         yield RunFinished(read_record(plan.output), plan.output, already_complete=True)
         return None
 
@@ -43,8 +43,7 @@ def claim_run(plan: Plan, world: World, interrupt: Interrupt, *, command: str, c
     prepare_model(plan, tuned_model.model, execution)
     if world.is_main:
         write_atomically(plan.output / STAGE, dump_stage(plan.stage))
-        document = _plan_document(plan, fingerprints, execution, saved_plan or {})
-        write_atomically(plan.output / PLAN, json.dumps(document, indent=1))
+        write_plan(plan.output, _make_saved_plan(plan, fingerprints, execution, saved_plan))
         remove_staging(plan.output)
     world.barrier()
     return RunContext(
@@ -55,7 +54,7 @@ def claim_run(plan: Plan, world: World, interrupt: Interrupt, *, command: str, c
         cache,
         start_identity,
         fingerprints,
-        json.loads((plan.output / PLAN).read_text()),
+        read_plan(plan.output),
         execution,
         tuned_model.counts(),
         (*tuned_model.loaded_model.notes, *tuned_model.tuning.notes),
@@ -63,33 +62,31 @@ def claim_run(plan: Plan, world: World, interrupt: Interrupt, *, command: str, c
     )
 
 
-def _resolve_execution(
-    plan: Plan, tuned_model: TunedModel, saved_plan: dict[str, Any] | None, world: World
-) -> Execution:
+def _resolve_execution(plan: Plan, tuned_model: TunedModel, saved_plan: SavedPlan | None, world: World) -> Execution:
     """How to compute: measured once and saved, since a resumed run must give the same bits."""
     if saved_plan is None:
         # Ranks may time differently; all take the first rank's choice.
         return world.all_gather(choose_execution(plan, tuned_model, world))[0]  # type: ignore[return-value]
-    execution = Execution(**saved_plan["execution"])
+    execution = Execution(**saved_plan.execution.as_json())
     # With another number of ranks a rank has other rows. The micro-batch size does not change the result.
     rows_per_rank = plan.data.mixture.block_size // world.size
     micro = max(m for m in range(1, min(execution.micro, rows_per_rank) + 1) if rows_per_rank % m == 0)
     return dataclasses.replace(execution, micro=micro)
 
 
-def _plan_document(
-    plan: Plan, fingerprints: dict[str, Any], execution: Execution, saved_plan: dict[str, Any]
-) -> dict[str, Any]:
-    """The content of plan.json; a resumed run keeps its id, its date and the strengths of its penalties."""
-    return {
-        "stage": plan.stage.model_dump(mode="json"),
-        "start": plan.model.start.name,
-        "fingerprints": fingerprints,
-        "execution": execution.as_dict(),
-        "plan": plan.as_record(),
-        "seen_before": plan.data.seen_sources,
-        "leaves": make_source_records(plan.data.sources, plan.model.start, plan.stage.seed),
-        "strengths": saved_plan.get("strengths", {}),
-        "id": saved_plan.get("id") or uuid.uuid4().hex,
-        "created": saved_plan.get("created") or utc_timestamp(),
-    }
+def _make_saved_plan(
+    plan: Plan, fingerprints: dict[str, Any], execution: Execution, earlier: SavedPlan | None
+) -> SavedPlan:
+    """The plan to save; a resumed run keeps its id, its date and the strengths of its penalties."""
+    return SavedPlan(
+        id=earlier.id if earlier else uuid.uuid4().hex,
+        created=earlier.created if earlier else utc_timestamp(),
+        stage=plan.stage.model_dump(mode="json"),
+        start_model=plan.model.start.name,
+        fingerprints=fingerprints,
+        execution=ExecutionSummary.model_validate(execution.as_dict()),
+        plan=plan.as_record(),
+        consumed_before=plan.data.seen_sources,
+        resolved_sources=make_source_records(plan.data.sources, plan.model.start, plan.stage.seed),
+        penalty_strengths=earlier.penalty_strengths if earlier else {},
+    )

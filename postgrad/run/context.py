@@ -9,6 +9,7 @@ from typing import Any
 
 from postgrad.distributed.world import World
 from postgrad.hardware.execution import Execution
+from postgrad.lineage.saved_plan import SavedPlan
 from postgrad.models.model import Model, verify_model, wrap_model
 from postgrad.models.pretrained import locate_model
 from postgrad.plan.plan import Plan
@@ -36,7 +37,7 @@ class RunContext:
     start_identity: str
     """Fingerprint of the start model; the name of one from the Hub."""
     fingerprints: dict[str, Any]
-    saved_plan: dict[str, Any]
+    saved_plan: SavedPlan
     """Content of plan.json: what a resumed run must repeat (execution, penalty strengths, id)."""
     execution: Execution
     counts: ParameterCounts

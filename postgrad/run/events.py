@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from postgrad.hardware.execution import Execution
+from postgrad.lineage.metrics import EvaluationRow
 from postgrad.lineage.record import Record
 from postgrad.plan.plan import Plan
 from postgrad.run.build import ParameterCounts
@@ -42,7 +43,7 @@ class StepCompleted:
 class EvaluationCompleted:
     """The held-out sets were scored during training. `row`: the line of metrics.jsonl, losses in nats per token."""
 
-    row: dict[str, Any]
+    row: EvaluationRow
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -12,6 +11,7 @@ from postgrad.evaluation import before_after
 from postgrad.evaluation.before_after import AllScores
 from postgrad.evaluation.continuations import decode_ids, generate_continuations
 from postgrad.evaluation.pseudo_perplexity import score_masked_tokens
+from postgrad.lineage.record import Drift, Relearning, Sample
 from postgrad.models.model import Model
 from postgrad.plan.plan import Plan
 from postgrad.run import task_scores
@@ -33,9 +33,9 @@ class Measurements:
     test_scores_before: AllScores
     """The start model's scores on the test sets, which are scored only once training has ended."""
     answers: AllAnswers
-    samples: list[dict[str, str]]
-    drift: dict[str, Any] | None
-    relearning: dict[str, Any] | None
+    samples: list[Sample]
+    drift: Drift | None
+    relearning: Relearning | None
 
 
 def measure(context: RunContext, baseline: Baseline) -> Phase[Measurements]:
@@ -75,23 +75,23 @@ def _answer_tasks(context: RunContext, model: Model) -> AllAnswers:
     return task_scores.answer_tasks(model, plan.evaluation.tasks, plan.model.inputs, world=world)
 
 
-def _make_samples(plan: Plan, model: PreTrainedModel, baseline: Baseline) -> list[dict[str, str]]:
+def _make_samples(plan: Plan, model: PreTrainedModel, baseline: Baseline) -> list[Sample]:
     """Continuations before and after, with their prompts and the text that really follows."""
     tokenizer, inputs = plan.model.tokenizer, plan.model.inputs
     after = generate_continuations(model, tokenizer, baseline.prompts, inputs.virtual_tokens, inputs.encoder.bos)
     return [
-        {
-            "set": prompt.set_name,
-            "prompt": decode_ids(tokenizer, prompt.ids),
-            "reference": decode_ids(tokenizer, prompt.reference),
-            "before": text_before,
-            "after": text_after,
-        }
+        Sample(
+            set=prompt.set_name,
+            prompt=decode_ids(tokenizer, prompt.ids),
+            reference=decode_ids(tokenizer, prompt.reference),
+            before=text_before,
+            after=text_after,
+        )
         for prompt, text_before, text_after in zip(baseline.prompts, baseline.continuations, after, strict=True)
     ]
 
 
-def _measure_relearning(context: RunContext, before: AllScores, after: AllScores) -> Phase[dict[str, Any] | None]:
+def _measure_relearning(context: RunContext, before: AllScores, after: AllScores) -> Phase[Relearning | None]:
     """The relearning test, if the stage asks for it; when it fails, the trained model is still recorded."""
     plan = context.plan
     for note in relearning_notes(plan):

@@ -96,11 +96,11 @@ def find_strengths(run: Run, loader: Loader, rates: Sequence[float], optimizer: 
         reference = displacement / (peak * steps) if isinstance(penalty, DecoupledPenalty) else push
         strengths[penalty.name] = {
             "strength": _rounded(PULL_RATIO * reference / pull),
-            "push": reference,
-            "pull": pull,
+            "gradient_norm": reference,
+            "unit_penalty_norm": pull,
             "ratio": PULL_RATIO,
             "steps": steps,
-            "spread": spread,
+            "distance_scale": spread,
         }
     for master, start in zip(masters, before, strict=True):
         local_shard(master.detach()).copy_(start)
@@ -139,7 +139,7 @@ def strength_lines(strengths: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """The strengths and their measurements, as text."""
     return [
         f"{name}: strength {entry['strength']:.3g}, from {entry['steps']:.0f} probe steps: at the expected end of the stage "
-        f"the penalty's gradient at strength 1 is {entry['pull']:.3g}, that of the losses {entry['push']:.3g}"
+        f"the penalty's gradient at strength 1 is {entry['unit_penalty_norm']:.3g}, that of the losses {entry['gradient_norm']:.3g}"
         for name, entry in strengths.items()
     ]
 

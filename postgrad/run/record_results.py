@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from postgrad.evaluation import before_after
-from postgrad.lineage.record import Record, read_record, write_record
+from postgrad.lineage.metrics import METRICS, read_metrics
+from postgrad.lineage.record import Record, Scores, read_record, write_record
 from postgrad.reports.pages import run_page
 from postgrad.run import task_scores
 from postgrad.run.baseline import Baseline
@@ -14,10 +13,9 @@ from postgrad.run.events import Phase, PhaseStarted, RunFinished
 from postgrad.run.measure import Measurements
 from postgrad.run.run_folder import MODEL, REPORT
 from postgrad.run.training_session import TrainingOutcome
-from postgrad.run.write_record import METRICS, make_record, summarize_training, update_seen_sources, utc_timestamp
+from postgrad.run.write_record import make_record
 from postgrad.storage.atomic import write_atomically
 from postgrad.storage.fingerprint import model_fingerprint
-from postgrad.training.metrics_log import read_metrics
 
 
 def record_finished(
@@ -33,13 +31,32 @@ def record_finished(
     if not is_main:
         return
     _write_scores(context, measurements)
-    record = _start_record(context, outcome) | _results(context, baseline, measurements)
-    record |= {
-        "status": "gate-failed" if record["gate"] and not record["gate"]["passed"] else "finished",
-        "chosen": outcome.selector.as_record(outcome.step) if outcome.selector else None,
-        "seen": update_seen_sources(context.plan, published_tokens),
-    }
-    record["fingerprints"]["model"] = model_fingerprint(context.folder / MODEL)
+    plan, evaluation = context.plan, context.plan.evaluation
+    before, vocabulary = baseline.scores | measurements.test_scores_before, plan.model.vocab_size
+    losses = before_after.summarize_before_after(evaluation.sets, before, measurements.scores, vocabulary)
+    pseudo_perplexity = before_after.summarize_before_after(
+        evaluation.pseudo_perplexity_sets, baseline.pseudo_scores, measurements.pseudo_scores, vocabulary
+    )
+    gate = before_after.retention_gate(losses.changes, before, plan.stage.max_forgetting)
+    record = make_record(
+        context,
+        outcome,
+        "finished" if gate is None or gate.passed else "gate-failed",
+        published_tokens,
+        published_checkpoint=outcome.selector.as_record(outcome.step) if outcome.selector else None,
+        scores=losses.scores,
+        changes=losses.changes,
+        pseudo_perplexity=pseudo_perplexity if measurements.pseudo_scores else None,
+        retention_gate=gate,
+        drift=measurements.drift,
+        relearning=measurements.relearning,
+        tasks=task_scores.task_rows(evaluation.tasks, baseline.answers, measurements.answers),
+        task_clusters=task_scores.cluster_rows(
+            evaluation.tasks, baseline.answers, measurements.answers, plan.seen_clusters
+        ),
+        samples=measurements.samples,
+    )
+    record.fingerprints.model = model_fingerprint(context.folder / MODEL)
     _write(context, record)
     yield RunFinished(read_record(context.folder), context.folder)
 
@@ -48,59 +65,15 @@ def record_stopped(context: RunContext, baseline: Baseline, outcome: TrainingOut
     """Write a record of a run that the user stopped, so that it has a report."""
     if not context.world.is_main:
         return
-    record = _start_record(context, outcome) | {
-        "status": "stopped",
-        "seen": update_seen_sources(context.plan, outcome.tokens_by_source),
-        "scores": {"before": {name: scores.summary() for name, scores in baseline.scores.items()}, "after": {}},
-        "changes": {},
-        "gate": None,
-        "tasks": task_scores.task_rows(context.plan.evaluation.tasks, baseline.answers, {}),
-        "samples": [],
-    }
-    _write(context, record)
-
-
-def _start_record(context: RunContext, outcome: TrainingOutcome) -> Record:
-    """What the records of finished and stopped runs share: inputs, provenance and the training."""
-    plan, folder = context.plan, context.folder
     record = make_record(
-        folder,
-        plan,
-        context.saved_plan,
-        context.fingerprints,
-        context.execution,
-        context.counts,
-        context.command,
-        context.notes,
+        context,
+        outcome,
+        "stopped",
+        outcome.tokens_by_source,
+        scores=Scores(before=before_after.summarize_scores(baseline.scores)),
+        tasks=task_scores.task_rows(context.plan.evaluation.tasks, baseline.answers, {}),
     )
-    return record | {
-        "finished": utc_timestamp(),
-        "penalties": outcome.penalties,
-        "update": outcome.update,
-        "achieved": summarize_training(folder, plan, outcome.tokens, outcome.tokens_by_source, outcome.step),
-    }
-
-
-def _results(context: RunContext, baseline: Baseline, measurements: Measurements) -> dict[str, Any]:
-    """Scores, tasks, samples and their changes from the start model to the trained one."""
-    plan, evaluation = context.plan, context.plan.evaluation
-    before, vocabulary = baseline.scores | measurements.test_scores_before, plan.model.vocab_size
-    losses = before_after.summarize_before_after(evaluation.sets, before, measurements.scores, vocabulary)
-    pseudo_perplexity = before_after.summarize_before_after(
-        evaluation.pseudo_perplexity_sets, baseline.pseudo_scores, measurements.pseudo_scores, vocabulary
-    )
-    return {
-        **losses,
-        "drift": measurements.drift,
-        "realign": measurements.relearning,
-        "pseudo_perplexity": pseudo_perplexity if measurements.pseudo_scores else None,
-        "gate": before_after.retention_gate(losses["changes"], before, plan.stage.max_forgetting),
-        "tasks": task_scores.task_rows(evaluation.tasks, baseline.answers, measurements.answers),
-        "clusters": task_scores.cluster_rows(
-            evaluation.tasks, baseline.answers, measurements.answers, plan.seen_clusters
-        ),
-        "samples": measurements.samples,
-    }
+    _write(context, record)
 
 
 def _write_scores(context: RunContext, measurements: Measurements) -> None:

@@ -26,6 +26,7 @@ from postgrad.distributed.world import World
 from postgrad.evaluation import before_after
 from postgrad.evaluation.perplexity import Scores
 from postgrad.hardware.execution import Execution
+from postgrad.lineage.record import Interval, Relearning, SetRelearning
 from postgrad.models.model import wrap_model
 from postgrad.optim.lr_schedules import sample_schedule
 from postgrad.plan.held_out_sets import inherit_row_format
@@ -49,8 +50,8 @@ def measure_relearning(
     execution: Execution,
     world: World,
     cache: Path,
-) -> dict[str, Any] | None:
-    """Forgotten, recovered and remaining loss by set, as plain data; None without retained sets.
+) -> Relearning | None:
+    """Forgotten, recovered and remaining loss by set; None without retained sets.
 
     `trained`: folder of the published model. `scores`: of the start model and the trained one, on all sets.
     """
@@ -63,17 +64,14 @@ def measure_relearning(
         raw = _relearning_stage(plan, model, base, sources, rate)
         copies.append(_train_copy(make_plan(parse_stage(raw, "relearning"), plan.root, cache), plan, execution, world))
     start, copy = copies
-    sets: dict[str, Any] = {}
+    sets: dict[str, SetRelearning] = {}
     for name in start.scores:
         if name in copy.scores:
             pair = (start.digests[name], start.scores[name]), (copy.digests[name], copy.scores[name])
             if comparison := _compare_copies(plan, name, scores, *pair):
                 sets[name] = comparison
-    return (
-        {"steps": plan.stage.evaluation.relearning_steps, "rate": rate, "tokens": copy.tokens, "sets": sets}
-        if sets
-        else None
-    )
+    steps = plan.stage.evaluation.relearning_steps
+    return Relearning(steps=steps, learning_rate=rate, tokens=copy.tokens, sets=sets) if sets else None
 
 
 def relearning_notes(plan: Plan) -> list[str]:
@@ -94,20 +92,19 @@ def relearning_notes(plan: Plan) -> list[str]:
     ]
 
 
-def relearning_lines(result: Mapping[str, Any]) -> list[str]:
-    """A line of text for each set."""
-    return [f"{name}: {_relearning_line(entry, result['steps'])}" for name, entry in result["sets"].items()]
+def relearning_lines(result: Relearning) -> list[str]:
+    """A line for each set."""
+    return [f"{name}: {_relearning_line(entry, result.steps)}" for name, entry in result.sets.items()]
 
 
-def _relearning_line(entry: Mapping[str, Any], steps_taken: int) -> str:
-    forgot, won, left = entry["forgot"], entry["won"], entry["left"]
-    if forgot["low"] <= 0:
-        return f"no significant forgetting ({forgot['value']:+.3f} nats/token)"
-    share = entry["share"]
+def _relearning_line(entry: SetRelearning, steps: int) -> str:
+    forgotten, recovered, remaining, share = entry.forgotten, entry.recovered, entry.remaining, entry.recovered_share
+    if share is None:
+        return f"no significant forgetting ({forgotten.value:+.3f} nats/token)"
     return (
-        f"of {forgot['value']:+.3f} nats/token forgotten, {steps_taken} steps on old text recovered {won['value']:+.3f} "
-        f"({share['value']:.0%}, {share['low']:.0%} to {share['high']:.0%}); {left['value']:+.3f} "
-        f"({left['low']:+.3f} to {left['high']:+.3f}) remains"
+        f"{recovered.value:+.3f} of {forgotten.value:+.3f} nats/token forgotten recovered in {steps} steps on old text "
+        f"({share.value:.0%}, {share.low:.0%} to {share.high:.0%}), {remaining.value:+.3f} remain "
+        f"({remaining.low:+.3f} to {remaining.high:+.3f})"
     )
 
 
@@ -193,7 +190,7 @@ def _relearning_sources(plan: Plan) -> list[dict[str, Any]]:
 
 def _remaining_source(source: ResolvedSource, plan: Plan) -> dict[str, Any]:
     origin = make_source_origin(source, plan.model.start, plan.stage.seed)
-    return {**make_replay_source({"name": source.name, "origin": origin}), "held_out": source.held_out}
+    return {**make_replay_source(source.name, origin), "held_out": source.held_out}
 
 
 # --- results ----------------------------------------------------------------------------------
@@ -208,7 +205,7 @@ def _compare_copies(
     scores: tuple[Mapping[str, Scores], Mapping[str, Scores]],
     start: _DocumentScores,
     copy: _DocumentScores,
-) -> dict[str, Any] | None:
+) -> SetRelearning | None:
     """Forgotten, recovered and remaining loss, on the documents that all four models were scored on; None without any."""
     digests = next(h.digests for h in plan.evaluation.sets if h.name == name)
     sides = [_scores_by_document(digests, scores[0][name]), _scores_by_document(digests, scores[1][name])]
@@ -221,21 +218,20 @@ def _compare_copies(
     tokens = np.array([sides[0][key][1] for key in common], np.float64)
     before, after, start_copy, trained_copy = (np.array([side[key][0] for key in common]) for side in sides)
     forgot, left = after - before, trained_copy - start_copy
-    result: dict[str, Any] = {
-        "documents": len(common),
-        "tokens": int(tokens.sum()),
-        "forgot": _estimate(forgot, tokens),
-        "left": _estimate(left, tokens),
-        "won": _estimate(forgot - left, tokens),
-        "start_learnt": _estimate(start_copy - before, tokens),
-        "share": None,
-    }
-    if result["forgot"]["low"] > 0:
+    forgotten, share = _estimate(forgot, tokens), None
+    if forgotten.low > 0:
         shares = bootstrap_means(forgot - left, tokens) / bootstrap_means(forgot, tokens)
         low, high = np.quantile(shares, [0.025, 0.975])
-        value = float((forgot - left).sum() / forgot.sum())
-        result["share"] = {"value": value, "low": float(low), "high": float(high)}
-    return result
+        share = Interval(value=float((forgot - left).sum() / forgot.sum()), low=float(low), high=float(high))
+    return SetRelearning(
+        documents=len(common),
+        tokens=int(tokens.sum()),
+        forgotten=forgotten,
+        remaining=_estimate(left, tokens),
+        recovered=_estimate(forgot - left, tokens),
+        start_model_gain=_estimate(start_copy - before, tokens),
+        recovered_share=share,
+    )
 
 
 def _scores_by_document(digests: np.ndarray, scores: Scores) -> dict[int, tuple[float, int]]:
@@ -250,7 +246,7 @@ def _scores_by_document(digests: np.ndarray, scores: Scores) -> dict[int, tuple[
     return out
 
 
-def _estimate(nats: np.ndarray, tokens: np.ndarray) -> dict[str, float]:
+def _estimate(nats: np.ndarray, tokens: np.ndarray) -> Interval:
     """Nats per token with the 95 % interval over documents."""
     low, high = np.quantile(bootstrap_means(nats, tokens), [0.025, 0.975])
-    return {"value": float(nats.sum() / tokens.sum()), "low": float(low), "high": float(high)}
+    return Interval(value=float(nats.sum() / tokens.sum()), low=float(low), high=float(high))

@@ -16,6 +16,7 @@ from postgrad.config.renamed_keys import upgrade_stage
 from postgrad.distributed.world import World
 from postgrad.errors import BusyError, ResumeError
 from postgrad.lineage.record import PLAN, STAGE
+from postgrad.lineage.saved_plan import SavedPlan, read_plan
 from postgrad.plan.plan import Plan
 from postgrad.storage.atomic import disk_error
 from postgrad.storage.fingerprint import differences
@@ -52,7 +53,7 @@ def lock_run_folder(run_folder: Path, world: World) -> Iterator[None]:
         yield
 
 
-def claim_run_folder(run_folder: Path, plan: Plan, fingerprints: dict[str, Any]) -> dict[str, Any] | None:
+def claim_run_folder(run_folder: Path, plan: Plan, fingerprints: dict[str, Any]) -> SavedPlan | None:
     """The plan.json of this run, or None for a new folder. Raises `ResumeError` when the folder belongs to another run."""
     if not (run_folder / PLAN).exists():
         foreign = [
@@ -65,11 +66,11 @@ def claim_run_folder(run_folder: Path, plan: Plan, fingerprints: dict[str, Any])
                 hint="set another `output`, or empty the folder",
             )
         return None
-    saved_plan = json.loads((run_folder / PLAN).read_text())
-    if saved_plan["fingerprints"] != fingerprints:
+    saved_plan = read_plan(run_folder)
+    if saved_plan.fingerprints != fingerprints:
         now = json.loads(json.dumps(plan.stage.model_dump(mode="json")))
-        changes = differences(upgrade_stage(saved_plan["stage"]), now) + [
-            line for line in differences(saved_plan["fingerprints"], fingerprints) if not line.startswith("stage:")
+        changes = differences(upgrade_stage(saved_plan.stage), now) + [
+            line for line in differences(saved_plan.fingerprints, fingerprints) if not line.startswith("stage:")
         ]
         harmless = ("save.every", "save.keep", "output")
         listed = "\n    ".join(line for line in changes if not line.startswith(harmless))

@@ -17,6 +17,8 @@ from postgrad.evaluation.choices.loglikelihood import ChoiceItem, score_choices
 from postgrad.evaluation.choices.normalization import calibrate_scores, normalize_scores
 from postgrad.evaluation.generate_answers import generate_answers
 from postgrad.evaluation.generation_metrics import TaskPredictions, joint_change, metric_change, metric_summary
+from postgrad.lineage.metrics import TaskRow
+from postgrad.lineage.record import ClusterResult, Difference, MetricValue, Record, TaskExample, TaskResult
 from postgrad.models.model import Model
 from postgrad.plan.model_inputs import ModelInputs
 from postgrad.plan.task_prompts import PromptedTask, TaskPrompt
@@ -144,106 +146,117 @@ def read_answers(path: Path) -> AllAnswers:
 # --- record ---------------------------------------------------------------------------------------
 
 
-def describe_task(prompted_task: PromptedTask) -> dict[str, Any]:
-    """A task with its prompts and metrics, as plain data."""
+def describe_task(prompted_task: PromptedTask) -> TaskResult:
+    """A task without its scores."""
     task = prompted_task.task
-    return {
-        "name": task.name,
-        "role": task.role,
-        "cluster": task.cluster,
-        "kind": prompted_task.kind,
-        "answered": "choose" if prompted_task.is_multiple_choice else "write",
-        "shots": task.shots,
-        "seeds": len(prompted_task.prompts_KI),
-        "items": len(prompted_task),
-        "skipped": dict(prompted_task.skipped),
-        "shortened": prompted_task.num_shortened_prompts,
-        "metrics": list(prompted_task.metrics),
-        "fingerprint": prompted_task.rows_fingerprint,
-        "prompt": prompted_task.prompts_KI[0][0].text,
-    }
+    return TaskResult(
+        name=task.name,
+        role=task.role,
+        task_cluster=task.cluster,
+        kind=prompted_task.kind,
+        scoring="multiple-choice" if prompted_task.is_multiple_choice else "generate",
+        shots=task.shots,
+        seeds=len(prompted_task.prompts_KI),
+        items=len(prompted_task),
+        skipped=dict(prompted_task.skipped),
+        truncated_prompts=prompted_task.num_shortened_prompts,
+        metrics=list(prompted_task.metrics),
+        fingerprint=prompted_task.rows_fingerprint,
+        prompt=prompted_task.prompts_KI[0][0].text,
+    )
 
 
-def summarize_metrics(prompted_task: PromptedTask, answers: TaskPredictions) -> dict[str, dict[str, Any]]:
-    """Each metric's value, interval and spread."""
-    return {name: metric_summary(name, answers) for name in prompted_task.metrics}
+def summarize_metrics(prompted_task: PromptedTask, answers: TaskPredictions) -> dict[str, MetricValue]:
+    """Each metric's value, interval and spread over prompt seeds."""
+    return {name: _metric_value(metric_summary(name, answers)) for name in prompted_task.metrics}
 
 
-def task_rows(tasks: Sequence[PromptedTask], before: AllAnswers, after: AllAnswers) -> list[dict[str, Any]]:
-    """Each task with its metrics before and after, and their changes; `after` lacks the tasks of a stopped run."""
-    out = []
+def _metric_value(summary: dict[str, Any]) -> MetricValue:
+    return MetricValue(
+        value=summary["value"],
+        low=summary["low"],
+        high=summary["high"],
+        values_by_seed=summary["seeds"],
+        std=summary["spread"],
+    )
+
+
+def task_rows(tasks: Sequence[PromptedTask], before: AllAnswers, after: AllAnswers) -> list[TaskResult]:
+    """Every task with its metrics before and after and their changes; `after` lacks the tasks of a stopped run."""
+    results = []
     for task in tasks:
         was, now = before[task.name], after.get(task.name)
-        entry = {**describe_task(task), "before": summarize_metrics(task, was), "after": {}, "changes": {}}
-        entry["examples"] = [
-            {
-                "question": prompt.question,
-                "reference": was.references_I[i][0],
-                "before": was.predictions_KI[0][i],
-                "after": None if now is None else now.predictions_KI[0][i],
-            }
+        result = describe_task(task)
+        result.before = summarize_metrics(task, was)
+        result.examples = [
+            TaskExample(
+                question=prompt.question,
+                reference=was.references_I[i][0],
+                before=was.predictions_KI[0][i],
+                after=None if now is None else now.predictions_KI[0][i],
+            )
             for i, prompt in enumerate(task.prompts_KI[0][:_EXAMPLES_SHOWN])
         ]
         if now is not None:
-            entry["after"] = summarize_metrics(task, now)
-            entry["changes"] = {name: metric_change(name, was, now) for name in task.metrics}
-        out.append(entry)
-    return out
+            result.after = summarize_metrics(task, now)
+            result.changes = {name: Difference(**metric_change(name, was, now)) for name in task.metrics}
+        results.append(result)
+    return results
 
 
 def cluster_rows(
     tasks: Sequence[PromptedTask], before: AllAnswers, after: AllAnswers, trained_clusters: set[str]
-) -> list[dict[str, Any]]:
-    """Each cluster with the mean of its tasks' first metric before and after; `seen` clusters were trained on."""
+) -> list[ClusterResult]:
+    """Every cluster of tasks with the mean of its tasks' first metric before and after; those not trained on first."""
     groups: dict[tuple[str, str], list[PromptedTask]] = {}
     for task in tasks:
         if task.task.cluster is not None and task.name in after:
             groups.setdefault((task.task.cluster, task.metrics[0]), []).append(task)
-    out = []
+    results = []
     for (cluster, metric), members in groups.items():
         pairs = [(member.metrics[0], before[member.name], after[member.name]) for member in members]
         was, now = (
             float(np.mean([metric_summary(name, pair[side])["value"] for name, *pair in pairs])) for side in (0, 1)
         )
-        out.append(
-            {
-                "cluster": cluster,
-                "seen": cluster in trained_clusters,
-                "tasks": [member.name for member in members],
-                "metric": metric,
-                "before": was,
-                "after": now,
+        results.append(
+            ClusterResult(
+                task_cluster=cluster,
+                trained_on=cluster in trained_clusters,
+                tasks=[task.name for task in members],
+                metric=metric,
+                before=was,
+                after=now,
                 **joint_change(pairs),
-            }
+            )
         )
-    return sorted(out, key=lambda entry: (entry["seen"], entry["cluster"]))
+    return sorted(results, key=lambda result: (result.trained_on, result.task_cluster))
 
 
-def paired_task_changes(
-    runs: Sequence[Path], records: Sequence[Mapping[str, Any]], names: Sequence[str]
-) -> list[dict[str, Any]]:
-    """Paired differences between the answers of each later run and the first, for tasks evaluated in the same way."""
+def paired_task_changes(runs: Sequence[Path], records: Sequence[Record], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Paired differences between each later run's answers and the first one's, on tasks with the same prompts."""
     out: list[dict[str, Any]] = []
     first = read_answers(runs[0] / "scores" / "tasks-after.json")
-    first_tasks = {entry["name"]: entry for entry in records[0].get("tasks", ())}
+    tasks = {task.name: task for task in records[0].tasks}
     for run, record, arm in zip(runs[1:], records[1:], names[1:], strict=True):
         other = read_answers(run / "scores" / "tasks-after.json")
-        for entry in record.get("tasks", ()):
-            name, metric = entry["name"], entry["metrics"][0]
-            first_task = first_tasks.get(name, {})
-            is_same = all(
-                first_task.get(key) == entry[key] for key in ("fingerprint", "shots", "seeds", "answered", "metrics")
-            )
-            if is_same and name in first and name in other:
-                change = metric_change(metric, first[name], other[name])
+        for task in record.tasks:
+            name, metric = task.name, task.metrics[0]
+            is_alike = name in tasks and _prompting(tasks[name]) == _prompting(task)
+            if is_alike and name in first and name in other:
+                change = metric_change(metric, first[name], other[name])  # type: ignore[arg-type]
                 out.append({"task": name, "metric": metric, "arm": arm, "against": names[0], **change})
     return out
 
 
-def task_headlines(tasks: Sequence[PromptedTask], answers: AllAnswers) -> dict[str, dict[str, Any]]:
+def _prompting(task: TaskResult) -> tuple[object, ...]:
+    """What must agree for two runs' answers to be paired."""
+    return task.fingerprint, task.shots, task.seeds, task.scoring, task.metrics
+
+
+def task_headlines(tasks: Sequence[PromptedTask], answers: AllAnswers) -> dict[str, TaskRow]:
     """The first metric of every task, for a line of metrics."""
     return {
-        task.name: {"metric": task.metrics[0], "value": metric_summary(task.metrics[0], answers[task.name])["value"]}
+        task.name: TaskRow(metric=task.metrics[0], value=metric_summary(task.metrics[0], answers[task.name])["value"])
         for task in tasks
         if task.name in answers
     }

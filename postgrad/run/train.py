@@ -6,12 +6,12 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 from postgrad.distributed.fsdp import reshard
 from postgrad.evaluation import before_after
 from postgrad.evaluation.before_after import AllScores
 from postgrad.evaluation.held_out import HeldOutSet
+from postgrad.lineage.metrics import EvaluationRow, StepRow
 from postgrad.plan.checkpoint_selection import summarize_evaluation
 from postgrad.run import task_scores
 from postgrad.run.baseline import Baseline
@@ -52,7 +52,8 @@ def train(context: RunContext, session: TrainingSession, baseline: Baseline) -> 
         if report.step in evaluation_at:
             row = evaluator.evaluate(report)
             yield EvaluationCompleted(row)
-            is_best = row.get("choice", {}).get("best") == report.step
+            selection = row.checkpoint_selection
+            is_best = selection is not None and selection.best_step == report.step
             is_done = _selector_ended(session)
             run.model.train()
         is_stopped = context.is_stop_requested() and report.step < plan.steps
@@ -89,13 +90,13 @@ class _Evaluator:
         if self.run.step == 0 and context.world.is_main:
             session.metrics.write(self._with_tasks(self._row(0, 0, self.start_scores), baseline.answers))
 
-    def evaluate(self, report: StepReport) -> dict[str, Any]:
+    def evaluate(self, report: StepReport) -> EvaluationRow:
         """Score the current weights, tell the selector, and log the row."""
         selector = self.session.selector
         scores = self._score(self.sets)
         row = self._row(report.step, report.trained_tokens, scores)
         if selector:
-            row["choice"] = selector.add(summarize_evaluation(selector.rule, row, scores, self.start_scores))
+            row.checkpoint_selection = selector.add(summarize_evaluation(selector.rule, row, scores, self.start_scores))
         row = self._with_tasks(row)
         if self.context.world.is_main:
             self.session.metrics.write(row)
@@ -122,11 +123,11 @@ class _Evaluator:
             reshard(self.run.model)
             return scores
 
-    def _row(self, step: int, trained_tokens: int, scores: AllScores) -> dict[str, Any]:
+    def _row(self, step: int, trained_tokens: int, scores: AllScores) -> EvaluationRow:
         vocabulary = self.context.plan.model.vocab_size
         return before_after.evaluation_row(step, trained_tokens, self.sets, self.start_scores, scores, vocabulary)
 
-    def _with_tasks(self, row: dict[str, Any], answers: AllAnswers | None = None) -> dict[str, Any]:
+    def _with_tasks(self, row: EvaluationRow, answers: AllAnswers | None = None) -> EvaluationRow:
         """A row with the headline metric of each task evaluated during training; `answers`: known ones."""
         if not self.tasks:
             return row
@@ -135,26 +136,25 @@ class _Evaluator:
                 answers = task_scores.answer_tasks(
                     self.run.model, self.tasks, self.context.plan.model.inputs, world=self.context.world
                 )
-        return {**row, "tasks": task_scores.task_headlines(self.tasks, answers)}
+        return row.model_copy(update={"tasks": task_scores.task_headlines(self.tasks, answers)})
 
 
-def _step_row(report: StepReport, seconds: float) -> dict[str, Any]:
+def _step_row(report: StepReport, seconds: float) -> StepRow:
     """The line of metrics.jsonl for a step."""
-    return {
-        "kind": "step",
-        "step": report.step,
-        "tokens": report.tokens,
-        "trained": report.trained_tokens,
-        "loss": report.loss,
-        "losses": report.losses,
-        "penalties": report.penalties,
-        "by_source": report.losses_by_source,
-        "rate": report.rate,
-        "grad_norm": report.gradient_norm,
-        **({} if report.loss_gradient_norm is None else {"push": report.loss_gradient_norm}),
-        **({} if report.num_updated is None else {"moved": report.num_updated}),
-        "seconds": round(seconds, 4),
-    }
+    return StepRow(
+        step=report.step,
+        tokens=report.tokens,
+        trained_tokens=report.trained_tokens,
+        loss=report.loss,
+        losses_by_objective=report.losses,
+        penalties=report.penalties,
+        loss_sums_by_source=report.losses_by_source,
+        learning_rate=report.rate,
+        grad_norm=report.gradient_norm,
+        loss_grad_norm=report.loss_gradient_norm,
+        updated_weights=report.num_updated,
+        seconds=round(seconds, 4),
+    )
 
 
 def _save_checkpoint(context: RunContext, session: TrainingSession) -> CheckpointSaved:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from typing import Any
 
 from postgrad.data.loading.loader import Loader
-from postgrad.lineage.record import PLAN
+from postgrad.lineage.metrics import METRICS, read_evaluations
+from postgrad.lineage.record import Penalty, SparseUpdate
+from postgrad.lineage.saved_plan import write_plan
 from postgrad.plan.checkpoint_selection import CheckpointSelector
 from postgrad.run import task_scores
 from postgrad.run.anchors import describe_penalty
@@ -23,11 +23,9 @@ from postgrad.run.penalty_strength import (
     strength_lines,
 )
 from postgrad.run.update_summary import describe_update
-from postgrad.run.write_record import METRICS
-from postgrad.storage.atomic import write_atomically
 from postgrad.training.checkpoint import Checkpoints
 from postgrad.training.checkpoint_files import CheckpointMetadata, restore_run
-from postgrad.training.metrics_log import MetricsLog, read_metrics
+from postgrad.training.metrics_log import MetricsLog
 from postgrad.training.step import Run
 
 _BYTES_PER_TRAINABLE = 16
@@ -45,7 +43,7 @@ class TrainingSession:
     metrics: MetricsLog
     selector: CheckpointSelector | None
     """Selects the step to publish; None publishes the last one."""
-    update: dict[str, Any] | None
+    update: SparseUpdate | None
     """The sparse update, for the record."""
 
     def outcome(self) -> TrainingOutcome:
@@ -72,8 +70,8 @@ class TrainingOutcome:
     step: int
     tokens: int
     tokens_by_source: list[int]
-    penalties: list[dict[str, Any]]
-    update: dict[str, Any] | None
+    penalties: list[Penalty]
+    update: SparseUpdate | None
     selector: CheckpointSelector | None
 
 
@@ -112,17 +110,17 @@ def prepare_training(context: RunContext) -> Phase[TrainingSession]:
 def _apply_strengths(context: RunContext, run: Run, loader: Loader) -> Phase[None]:
     """Set the strengths of penalties with `strength: auto`: saved ones, or found now and saved."""
     saved_plan = context.saved_plan
-    if not saved_plan["strengths"]:
+    if not saved_plan.penalty_strengths:
         yield PhaseStarted("finding the strengths of the penalties")
         rates = [context.plan.schedule(step) for step in range(1, context.plan.steps + 1)]
         optimizer = make_optimizer(context.plan, run.weights, run.optimizer.update_mask)
-        saved_plan["strengths"] = find_strengths(run, loader, rates, optimizer)
+        saved_plan.penalty_strengths = find_strengths(run, loader, rates, optimizer)
         if run.world.is_main:
-            write_atomically(context.folder / PLAN, json.dumps(saved_plan, indent=1))
+            write_plan(context.folder, saved_plan)
         run.world.barrier()
-        for line in strength_lines(saved_plan["strengths"]):
+        for line in strength_lines(saved_plan.penalty_strengths):
             yield InfoMessage(line)
-    set_strengths(run, saved_plan["strengths"])
+    set_strengths(run, saved_plan.penalty_strengths)
 
 
 def _make_selector(context: RunContext) -> CheckpointSelector | None:
@@ -130,6 +128,5 @@ def _make_selector(context: RunContext) -> CheckpointSelector | None:
     rule, world = context.plan.evaluation.selection_rule, context.world
     if rule is None:
         return None
-    rows = list(read_metrics(context.folder / METRICS)) if world.is_main else []
-    evaluations = [row for row in rows if row["kind"] == "evaluation"]
+    evaluations = read_evaluations(context.folder / METRICS) if world.is_main else []
     return CheckpointSelector(rule, world.all_gather(evaluations)[0])  # type: ignore[arg-type]

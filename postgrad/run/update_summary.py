@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from postgrad.hardware.memory import format_bytes
+from postgrad.lineage.record import SparseUpdate
 from postgrad.optim.optimizer import Weights
 from postgrad.optim.sparse_update import SparseMask, UpdateMask
 from postgrad.plan.plan import Plan
@@ -14,40 +13,40 @@ from postgrad.run.build import TunedModel
 from postgrad.run.update_masks import make_update_mask
 
 
-def describe_update(plan: Plan, update_mask: UpdateMask) -> dict[str, Any] | None:
-    """Counts of a sparse update, as plain data; None for a dense one."""
+def describe_update(plan: Plan, update_mask: UpdateMask) -> SparseUpdate | None:
+    """Counts of a sparse update; None for a dense one."""
     spec = plan.stage.optimizer.sparse_update
     if spec is None or not isinstance(update_mask, SparseMask):
         return None
     sparse, dense = (
         sum(m.numel() for m in masters) for masters in (update_mask.sparse_masters, update_mask.dense_masters)
     )
-    return {
-        "kind": spec.kind,
-        "share": spec.share,
-        "moved": update_mask.num_updated,
-        "of": sparse + dense,
-        "whole": dense,
-        "bytes": 4 * sparse,
-    }
+    return SparseUpdate(
+        kind=spec.kind,
+        share=spec.share,
+        updated_weights=update_mask.num_updated,
+        total_weights=sparse + dense,
+        always_updated_weights=dense,
+        bytes=4 * sparse,
+    )
 
 
-def check_update(plan: Plan, tuned_model: TunedModel) -> dict[str, Any] | None:
+def check_update(plan: Plan, tuned_model: TunedModel) -> SparseUpdate | None:
     """The same without a run, for `check`. Raises `StageError` for an update that is impossible."""
     weights = Weights(tuned_model.model, tuned_model.tuning, torch.float32, master_copies=False)
     return describe_update(plan, make_update_mask(plan, tuned_model, weights))
 
 
-def update_lines(plan: Plan, summary: dict[str, Any] | None) -> list[str]:
+def update_lines(plan: Plan, summary: SparseUpdate | None) -> list[str]:
     """Lines on the stage's updates; none for dense ones at the scheduled rate."""
     lines = []
     spec = plan.stage.optimizer.sparse_update
     if summary and spec:
-        kind, share = summary["kind"], f"{100 * summary['share']:.3g} %"
+        share = summary.updated_weights / summary.total_weights
         lines.append(
-            f"update: {kind}, {share} of {spec.selection}: {summary['moved']:,} of {summary['of']:,} weights per step "
-            f"({summary['moved'] / summary['of']:.1%}; {summary['whole']:,} of them are always updated); a temporary copy of "
-            f"{format_bytes(summary['bytes'])}"
+            f"update: {summary.kind}, {100 * summary.share:.3g} % of {spec.selection}: {summary.updated_weights:,} of "
+            f"{summary.total_weights:,} weights per step ({share:.1%}; {summary.always_updated_weights:,} of them are always "
+            f"updated); a temporary copy of {format_bytes(summary.bytes)}"
         )
     adaptive = plan.stage.optimizer.loss_adaptive
     if adaptive:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import numpy as np
 
@@ -20,7 +19,7 @@ MIN_TOKENS = 1_000_000
 run, and so often as much again would not come (of 100,000 tokens it can be more than the loss itself)."""
 
 
-def losses_by_source(metrics: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+def losses_by_source(steps: Iterable[Mapping[str, tuple[float, int]]]) -> dict[str, dict[str, float]]:
     """For each source: `first` and `last` loss in nats per trained token, their `change` with its 95 % interval (`low`, `high`,
     where there are two steps in each tenth), `per_million`, the change per million of its trained tokens (of `LEAST` or more),
     and `share`, the part of all nats that it makes up.
@@ -30,12 +29,15 @@ def losses_by_source(metrics: Iterable[Mapping[str, Any]]) -> dict[str, dict[str
     finite populations), and the interval is 1.96 standard errors of the difference to either side.
     """
     met: dict[str, list[tuple[float, int]]] = defaultdict(list)
-    for row in metrics:
-        for name, (nats, tokens) in row.get("by_source", {}).items():
+    for row in steps:
+        for name, (nats, tokens) in row.items():
             met[name].append((nats, tokens))
     sums = {name: float(np.sum([nats for nats, _ in steps])) for name, steps in met.items()}
     whole = sum(sums.values())
-    return {name: {**_loss_change(steps), "share": sums[name] / whole if whole else 0.0} for name, steps in met.items()}
+    return {
+        name: {**_loss_change(steps), "share_of_loss": sums[name] / whole if whole else 0.0}
+        for name, steps in met.items()
+    }
 
 
 def _loss_change(steps: list[tuple[float, int]]) -> dict[str, float]:
@@ -47,10 +49,10 @@ def _loss_change(steps: list[tuple[float, int]]) -> dict[str, float]:
         _mean_and_variance(nats[part], tokens[part]) for part in (begin, end)
     )
     change = last - first
-    found = {"first": first, "last": last, "change": change}
+    found = {"first_tenth": first, "last_tenth": last, "change": change}
     if until[-1] >= MIN_TOKENS:
         between = (1 - EDGE_SHARE) * until[-1]  # from the middle of the first tenth to that of the last
-        found["per_million"] = 1e6 * change / between
+        found["change_per_million_tokens"] = 1e6 * change / between
     spread = 1.96 * (first_variance + last_variance) ** 0.5
     return found if np.isnan(spread) else {**found, "low": change - spread, "high": change + spread}
 

@@ -10,6 +10,7 @@ from typing import Any
 from postgrad.reports.html import document
 from postgrad.reports.html.notation import format_duration, format_percent
 from postgrad.reports.pages.study_page import study_page
+from postgrad.reports.results import StudyResults
 from postgrad.reports.sections.study_table import claims_table, study_arms_table, study_csv
 from postgrad.run.run_folder import REPORT
 from postgrad.storage.atomic import write_atomically
@@ -25,16 +26,17 @@ def write_outputs(prepared: PreparedStudy, failed: Mapping[str, str]) -> dict[st
     home = prepared.folder.path
     found["study_yaml"] = study_text(prepared)
     write_atomically(home / STUDY_JSON, json.dumps(found, indent=1) + "\n")
-    write_atomically(home / STUDY_CSV, study_csv(found))
-    document.write_page(home / REPORT, study_page(found))
+    study = StudyResults.model_validate(found)
+    write_atomically(home / STUDY_CSV, study_csv(study))
+    document.write_page(home / REPORT, study_page(study))
     return found
 
 
 def outputs_text(prepared: PreparedStudy, results: Mapping[str, Any], command: str, *, stopped: bool) -> str:
     """The closing summary: table, claims, failures, output paths and the next command."""
-    home, time = prepared.folder.path, results["time"]
-    lines = ["", study_arms_table(results, brief=True).text(), ""]
-    claims = claims_table(results)
+    home, time, study = prepared.folder.path, results["time"], StudyResults.model_validate(results)
+    lines = ["", study_arms_table(study, brief=True).text(), ""]
+    claims = claims_table(study)
     if claims:
         lines += [claims.text(max_characters=100), ""]
     lines += results["summary"]

@@ -21,14 +21,14 @@ from postgrad.analysis.scaling_laws import MIXTURE_LAW
 from postgrad.errors import DataError
 from postgrad.evaluation import before_after
 from postgrad.evaluation.perplexity import Scores
+from postgrad.lineage.metrics import METRICS, read_evaluations
 from postgrad.lineage.record import Record, read_record
+from postgrad.reports.results import StudyResults
 from postgrad.reports.sections.study_text import study_summary
-from postgrad.run.write_record import METRICS
 from postgrad.stats.forgetting import RESAMPLES, bootstrap_means
 from postgrad.studies.run_study import PreparedStudy, load_times
 from postgrad.studies.step_graph import Chain
 from postgrad.studies.study import Arm, Claim, Study
-from postgrad.training.metrics_log import read_metrics
 
 FORMAT = 1
 LOSS_KINDS = ("old", "new", "average")
@@ -159,7 +159,7 @@ def compute_results(prepared: PreparedStudy, failed: Mapping[str, str]) -> dict[
         "machine": _machine_description(prepared),
         "failed": {prepared.graph.steps[key].slug: error for key, error in failed.items()},
     }
-    return {**found, "summary": study_summary(found)}
+    return {**found, "summary": study_summary(StudyResults.model_validate(found))}
 
 
 def _is_finished(prepared: PreparedStudy, chain: Chain) -> bool:
@@ -305,13 +305,13 @@ def _total_cost(prepared: PreparedStudy, keys: Sequence[str]) -> dict[str, float
         seconds += sum(note.get("seconds", {}).get(phase, 0.0) for phase in ("training", "making"))
         peaks += [note["peak_memory"]] if note.get("peak_memory") else []
         if step.kind == "train":
-            tokens += _read_step_record(prepared, key)["achieved"]["tokens"]
+            tokens += _read_step_record(prepared, key).totals.tokens
     return {"tokens": tokens, "seconds": seconds, "peak_memory": max(peaks, default=None)}
 
 
 def _has_failed_gate(prepared: PreparedStudy, key: str) -> bool:
     """Whether a run failed its retention gate."""
-    return prepared.graph.steps[key].kind == "train" and _read_step_record(prepared, key)["status"] == "gate-failed"
+    return prepared.graph.steps[key].kind == "train" and _read_step_record(prepared, key).status == "gate-failed"
 
 
 def _read_step_record(prepared: PreparedStudy, key: str) -> Record:
@@ -331,14 +331,14 @@ def _loss_curves(prepared: PreparedStudy, chains: Sequence[Sequence[str]]) -> di
             if step.kind != "train":
                 continue
             switches.append(before)
-            rows = [r for r in read_metrics(prepared.folder.step_path(step) / METRICS) if r["kind"] == "evaluation"]
+            rows = read_evaluations(prepared.folder.step_path(step) / METRICS)
             # Seeds differ by a few tokens per step, so evaluations are aligned by the fraction of the stage.
-            whole = _read_step_record(prepared, key)["plan"]["tokens"]
-            last = rows[-1]["step"] if rows else 1
+            whole = _read_step_record(prepared, key).plan.tokens
+            last = rows[-1].step if rows else 1
             for row in rows:
-                at = round(before + whole * row["step"] / max(last, 1))
-                for name, found in row["sets"].items():
-                    own.setdefault(name, {})[at] = found["nats"]
+                at = round(before + whole * row.step / max(last, 1))
+                for name, found in row.sets.items():
+                    own.setdefault(name, {})[at] = found.nats
             before += whole
         curves.append(own)
     out: dict[str, list[list[float]]] = {}
@@ -533,6 +533,11 @@ def _machine_description(prepared: PreparedStudy) -> dict[str, Any]:
     for key, step in prepared.graph.steps.items():
         if step.kind == "train" and prepared.folder.is_finished(step):
             record = _read_step_record(prepared, key)
-            return {**record["machine"], "versions": record["versions"], "parameters": record["model"]["parameters"],
-                    "execution": {k: record["execution"][k] for k in ("dtype", "attention", "threads")}}  # fmt: skip
+            execution = record.execution
+            return {
+                **record.machine,
+                "versions": record.versions,
+                "parameters": record.model.parameters,
+                "execution": {"dtype": execution.dtype, "attention": execution.attention, "threads": execution.threads},
+            }
     return {}

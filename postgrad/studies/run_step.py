@@ -92,7 +92,7 @@ class StudyFolder:
         place = self.step_path(step)
         match step.kind:
             case "train":
-                return (place / RECORD).exists() and read_record(place)["status"] != "stopped"
+                return (place / RECORD).exists() and read_record(place).status != "stopped"
             case "blend":
                 return (place / "scores" / "after.npz").exists()
             case _:
@@ -269,7 +269,7 @@ def _blend_models(graph: StepGraph, step: Step, folder: StudyFolder, timer: Phas
         dtype, tokenizer = stored_dtype(begun), load_tokenizer(begun)
         publish_folder(home / MODEL, lambda staged: save_pretrained(end.model, tokenizer, staged, dtype=dtype))
     record = read_record(run)
-    plan = make_plan(parse_recorded_stage(record["stage"], run.name), folder.root, folder.cache)
+    plan = make_plan(parse_recorded_stage(record.stage, run.name), folder.root, folder.cache)
     world = World(machine.default_device())
     model = wrap_model(end.model, end.task).to(world.device)
     begin = time.perf_counter()

@@ -28,7 +28,7 @@ from postgrad.hardware import machine
 from postgrad.plan.plan import Plan, make_plan
 from postgrad.plan.start_model import resolve_start_model
 from postgrad.reports.html.notation import format_compact, format_duration
-from postgrad.reports.html.tables import Cell, Column, Number, Table, count_cell, text_cell
+from postgrad.reports.html.table import Cell, Column, Number, Table, count_cell, text_cell
 from postgrad.run.build import choose_execution, make_tuned_model
 from postgrad.run.milestones import evaluation_steps
 from postgrad.storage.atomic import write_atomically

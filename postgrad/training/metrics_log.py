@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+from postgrad.lineage.metrics import MetricsRow, read_metrics
 from postgrad.storage.atomic import disk_error, write_atomically
 
 
@@ -21,14 +20,14 @@ class MetricsLog:
     def rewind(self, step: int) -> None:
         """Remove the lines after `step`, which a resumed run writes again."""
         if self.path.exists():
-            lines = [json.dumps(row) + "\n" for row in read_metrics(self.path) if row["step"] <= step]
+            lines = [json.dumps(row.as_json()) + "\n" for row in read_metrics(self.path) if row.step <= step]
             write_atomically(self.path, "".join(lines))
 
-    def write(self, row: dict[str, Any]) -> None:
+    def write(self, row: MetricsRow) -> None:
         """Append one row."""
         try:
             with self.path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps(row.as_json()) + "\n")
         except OSError as error:
             raise disk_error(error, self.path) from error
 
@@ -40,18 +39,6 @@ class MetricsLog:
                 os.fsync(handle)
             finally:
                 os.close(handle)
-
-
-def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a metrics file, without a truncated last line."""
-    if not path.exists():
-        return
-    with path.open() as file:
-        for line in file:
-            try:
-                yield json.loads(line)
-            except ValueError:
-                return
 
 
 class Throughput:

@@ -123,7 +123,7 @@ def test_a_pilot_is_the_stage_in_small(shelf: Workspace) -> None:
     stage = pilot_stage(asked, pilot)
     plan = make_plan(stage, shelf.folder, shelf.cache)
     assert plan.tokens == pytest.approx(pilot.tokens, rel=0.1)
-    assert plan.as_record()["sources"][1]["share"] == pytest.approx(pilot.setting.share, abs=0.05)
+    assert plan.as_record().sources[1].share == pytest.approx(pilot.setting.share, abs=0.05)
     # The warm-up is the same part of the pilot, and every rate is scaled.
     spec = stage.schedule.model_dump()
     assert number(spec["warmup"]) == pytest.approx(30 / asked.plan.steps, rel=1e-4)
@@ -218,7 +218,7 @@ def test_replay_text_that_is_short_limits_the_share(shelf: Workspace) -> None:
     raw["data"]["when_short"] = "renormalise"
     place.write_text(yaml.safe_dump(raw))
     asked = plan_advice(wish(place), shelf.cache)
-    available = asked.plan.as_record()["sources"][1]["available"]
+    available = asked.plan.as_record().sources[1].available_tokens
     assert asked.max_share == pytest.approx(0.98 * available / asked.plan.tokens, rel=0.01)
 
 

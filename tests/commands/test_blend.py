@@ -55,12 +55,12 @@ def trained(stage: dict[str, Any], cache: Path) -> Path:
 
 def test_the_ends_are_what_the_run_measured(plain: Path, cache: Path, tmp_path: Path) -> None:
     found = blended(plain, cache, report=tmp_path / "page.html")
-    points, recorded = by_name(found), read_record(plain)["changes"]
+    points, recorded = by_name(found), read_record(plain).changes
     for name, change in recorded.items():
         assert points["0"][name]["difference"] == 0
-        assert points["1"][name]["difference"] == pytest.approx(change["difference"], abs=1e-5)
-        assert points["1"][name]["low"] == pytest.approx(change["low"], abs=1e-5)
-        assert points["0.5"][name]["difference"] != pytest.approx(change["difference"], abs=1e-4)
+        assert points["1"][name]["difference"] == pytest.approx(change.difference, abs=1e-5)
+        assert points["1"][name]["low"] == pytest.approx(change.low, abs=1e-5)
+        assert points["0.5"][name]["difference"] != pytest.approx(change.difference, abs=1e-4)
     assert "no replacement for replay" in found["text"]
     assert "Gain against forgetting" in (tmp_path / "page.html").read_text()
 

@@ -198,7 +198,7 @@ def test_runs_that_cannot_be_compared(runs: LineageRuns, base: Path, tmp_path: P
     with pytest.raises(StageError, match="has not finished"):
         compare_runs([runs.naive, stopped], None)
     record = read_record(runs.naive)
-    record["fingerprints"]["sets"]["old-heldout"] = "other"
+    record.fingerprints.sets["old-heldout"] = "other"
     (stopped / "record.json").write_text(json.dumps(record))
     with pytest.raises(StageError, match=r"'old-heldout' of .*stopped is not that of"):
         compare_runs([runs.naive, stopped], None)
@@ -215,9 +215,9 @@ def test_a_lineage_measures_what_no_run_did(runs: LineageRuns, tmp_path: Path) -
     assert [s["learnt_at"] for s in found["sets"]] == [1, 2]
     matrix = np.array(found["R"])
     old, new = matrix[:, 0], matrix[:, 1]
-    assert old[:2].tolist() == [one["scores"][w]["old-heldout"]["nats"] for w in ("before", "after")]
-    assert old[2] == two["scores"]["after"]["old-heldout"]["nats"]
-    assert new[1:].tolist() == [two["scores"][w]["new-heldout"]["nats"] for w in ("before", "after")]
+    assert old[:2].tolist() == [one.scores[w]["old-heldout"]["nats"] for w in ("before", "after")]
+    assert old[2] == two.scores.after["old-heldout"].nats
+    assert new[1:].tolist() == [two.scores[w]["new-heldout"]["nats"] for w in ("before", "after")]
     assert not np.isnan(matrix).any()  # one cell no run had measured: the start model on the text of stage 2
     summary = found["summary"]
     assert summary["ACC"] == pytest.approx(-(old[2] + new[2]) / 2)

@@ -79,7 +79,7 @@ def test_a_template_runs_as_it_is_written(kind: str, made: Path, here: Path, cac
     fresh = ["model.tokenizer.vocab_size=400"] if kind == "from-scratch" else []
     passes = ["data.sources.0.max_passes=1000"]
     last = trained("try.yaml", here, cache, *fresh, *passes)
-    assert last.record["status"] == "finished" and read_record(here / "runs" / "try")["changes"]
+    assert last.record.status == "finished" and read_record(here / "runs" / "try").changes
 
 
 @pytest.mark.parametrize("kind", TEMPLATE_KINDS)
@@ -105,7 +105,7 @@ def test_the_users_own_text_and_model_are_gone_on_with(base: Path, here: Path, m
     assert stage.schedule.peak == 2e-5  # type: ignore[union-attr]
     assert [source.share for source in stage.data.sources] == [0.75, 0.25]  # sums and assignments: a strong shift
     assert "a strong shift" in (here / "try.yaml").read_text()
-    assert trained("try.yaml", here, cache).record["changes"].keys() == {"new", "replay"}
+    assert trained("try.yaml", here, cache).record.changes.keys() == {"new", "replay"}
 
 
 def test_rows_of_the_user_are_classified(here: Path, made: Path, cache: Path) -> None:
@@ -115,7 +115,7 @@ def test_rows_of_the_user_are_classified(here: Path, made: Path, cache: Path) ->
     assert found["files"] == ["try-base.yaml", "try.yaml"]
     trained("try-base.yaml", here, cache, "model.tokenizer.vocab_size=400", "data.sources.0.max_passes=100")
     record = trained("try.yaml", here, cache, "data.sources.0.max_passes=1000").record
-    assert record["scores"]["after"]["rows"]["metrics"]["accuracy"]["value"] >= 0
+    assert record.scores.after["rows"].metrics["accuracy"].value >= 0
 
 
 def test_the_shift_of_our_own_texts_is_told_when_they_are_only_just_made(here: Path) -> None:
@@ -146,9 +146,9 @@ def test_one_file_of_the_users_is_parted(kind: str, here: Path, made: Path, cach
     trained("try-base.yaml", here, cache, "model.tokenizer.vocab_size=400", "data.sources.0.max_passes=100")
     record = trained("try.yaml", here, cache, "data.sources.0.max_passes=1000").record
     if kind == "few-shot":
-        assert {task["name"]: task["items"] for task in record["tasks"]} == {"zero-shot": 16, "two-shot": 16}
+        assert {task.name: task.items for task in record.tasks} == {"zero-shot": 16, "two-shot": 16}
         return
-    assert record["scores"]["after"]["final"]["documents"] == 16
+    assert record.scores.after["final"].documents == 16
     probed = next(command for command in found["commands"] if " probe " in command)
     assert "try-data/rows.train.jsonl try-data/rows.test.jsonl" in probed
 

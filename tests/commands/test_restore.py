@@ -82,10 +82,10 @@ def test_the_stage_that_is_written(shelf: Workspace) -> None:
         "new-heldout": "retained",
         "new": "retained",
     }
-    scores = record["scores"]
+    scores = record.scores
     assert aim.set_name == "old-heldout"
-    assert aim.run_loss == pytest.approx(scores["after"]["old-heldout"]["nats"], rel=1e-5)
-    assert aim.teacher_loss == pytest.approx(scores["before"]["old-heldout"]["nats"], rel=1e-5)
+    assert aim.run_loss == pytest.approx(scores.after["old-heldout"].nats, rel=1e-5)
+    assert aim.teacher_loss == pytest.approx(scores.before["old-heldout"].nats, rel=1e-5)
     assert aim.target_loss == pytest.approx(aim.run_loss - 0.05 * (aim.run_loss - aim.teacher_loss))
     choose = stage.save.choose
     assert choose is not None and choose.stop_at == aim.target_loss
@@ -102,12 +102,12 @@ def test_it_wins_back_and_says_what_it_cost(shelf: Workspace) -> None:
     done = events[-1]
     assert isinstance(done, RunFinished)
     found = measure_restoration(asked, done)
-    after = done.record["scores"]["after"]["old-heldout"]["nats"]
+    after = done.record.scores.after["old-heldout"].nats
     assert found["recovered"] == pytest.approx(
         (asked.target.run_loss - after) / (asked.target.run_loss - asked.target.teacher_loss)
     )
     assert found["enough"] and found["recovered"] >= 0.05
-    assert done.record["chosen"]["stopped"] and done.record["achieved"]["steps"] < asked.plan.steps
+    assert done.record.published_checkpoint.stopped_early and done.record.totals.steps < asked.plan.steps
     assert "of what was lost is won back" in restoration_text(asked, done)
     # A second time it is there already.
     again = list(

@@ -107,7 +107,7 @@ def test_self_made_text_is_told_for_what_it_is(base: Path, stage_of: StageOf, ca
     stage = stage_of()
     stage["data"]["sources"][1] |= {"path": str(out), "max_passes": 50}
     plan = make_plan(parse_stage(stage, "t"), tmp_path, cache)
-    assert [source["made_by"] for source in plan.as_record()["sources"]] == [None, str(base / "base")]
+    assert [source.generated_by for source in plan.as_record().sources] == [None, str(base / "base")]
     text = check_stage(plan, cache=cache)["text"]
     assert "self-made" in text and f"old: self-made text, written by {base / 'base'}" in text
 

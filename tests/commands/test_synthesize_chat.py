@@ -274,8 +274,8 @@ def test_self_made_conversations_are_a_source(plain: str, stage_of: StageOf, tmp
     raw["data"]["sources"][1] |= {"path": str(out), "max_passes": 100, "held_out": "20%"}
     raw["data"]["sequence_length"] = 64
     plan = make_plan(parse_stage(raw, "t"), tmp_path, tmp_path / "cache")
-    source = plan.as_record()["sources"][1]
-    assert source["kind"] == "chat" and source["made_by"] == plain
+    source = plan.as_record().sources[1]
+    assert source.kind == "chat" and source.generated_by == plain
 
 
 def test_what_cannot_be_is_said(plain: str, base: Path, tmp_path: Path) -> None:

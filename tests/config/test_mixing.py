@@ -152,7 +152,7 @@ def test_a_replay_of_everything_seen_is_one_source_of_all_its_examples(shelf: Wo
     assert len(n) == 3
     parts = np.array([leaf.spec.fraction for leaf in plan.data.sources])
     wanted = np.array([n[0], n[1:].sum(), n[1:].sum()]) / n.sum() * parts
-    found = [source["share"] for source in plan.as_record()["sources"]]
+    found = [source.share for source in plan.as_record().sources]
     assert found == pytest.approx(wanted, abs=0.03)
 
 

@@ -15,8 +15,8 @@ from postgrad.check.plan_text import plan_lines
 from postgrad.data.layouts.rows import IGNORED
 from postgrad.data.tokens import tokenize
 from postgrad.errors import DataError, PostgradError, StageError
+from postgrad.lineage.metrics import read_metrics
 from postgrad.plan.plan import Plan
-from postgrad.training.metrics_log import read_metrics
 from tests.tiny_stages import EXAMPLE_MAKERS, QUICK_EVALUATION, Workspace, make_workspace
 
 CLASSIFY = [{"kind": "classify"}]
@@ -414,9 +414,9 @@ def test_no_step_is_without_a_label(shelf: Workspace, tmp_path: Path) -> None:
         1,
     ] and "answers: 3 rows are left out (answer too long)" in plan.notes
     done = shelf.run(raw)
-    steps = [row for row in read_metrics(done.run_folder / "metrics.jsonl") if row["kind"] == "step"]
+    steps = [row for row in read_metrics(done.run_folder / "metrics.jsonl") if row.kind == "step"]
     assert len(steps) == plan.steps > 8
-    assert all(row["tokens"] > 0 and math.isfinite(row["loss"]) and row["loss"] > 0 for row in steps)
+    assert all(row.tokens > 0 and math.isfinite(row.loss) and row.loss > 0 for row in steps)
 
 
 # -- labels --------------------------------------------------------------------------------------------------------------

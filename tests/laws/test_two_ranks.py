@@ -14,12 +14,12 @@ import torch
 import yaml
 
 from postgrad.data.loading.loader import Loader
+from postgrad.lineage.metrics import read_metrics
 from postgrad.lineage.record import read_record
 from postgrad.models.pretrained import load_pretrained, locate_model
 from postgrad.penalties.importance_file import ImportanceMetadata, write_importance
 from postgrad.run.events import RunStarted
 from postgrad.run.run import run_stage
-from postgrad.training.metrics_log import read_metrics
 from postgrad.tuning.open_model import start_fingerprint
 from tests.conftest import StageOf
 from tests.run.test_run import plan_of
@@ -28,7 +28,7 @@ from tests.tiny_stages import make_workspace
 
 
 def losses(home: Path) -> list[float]:
-    return [row["loss"] for row in read_metrics(home / "metrics.jsonl") if row["kind"] == "step"]
+    return [row.loss for row in read_metrics(home / "metrics.jsonl") if row.kind == "step"]
 
 
 def told(record: dict[str, Any]) -> list[dict[str, Any]]:
@@ -75,9 +75,9 @@ def test_two_ranks_make_the_steps_of_one(
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-6)
     one, two = read_record(tmp_path / "one"), read_record(tmp_path / "two")
     assert told(two) == told(one)
-    for name, before in one["scores"]["before"].items():
-        assert two["scores"]["before"][name]["nats"] == pytest.approx(before["nats"], rel=1e-6)
-        assert two["scores"]["after"][name]["nats"] == pytest.approx(one["scores"]["after"][name]["nats"], rel=1e-4)
+    for name, before in one.scores.before.items():
+        assert two.scores.before[name].nats == pytest.approx(before.nats, rel=1e-6)
+        assert two.scores.after[name].nats == pytest.approx(one.scores.after[name].nats, rel=1e-4)
     # A checkpoint is whole: one process goes on from what two began.
     home = tmp_path / "two"
     for name in ("record.json", "report.html"):
@@ -115,12 +115,12 @@ def test_two_ranks_move_the_same_numbers_as_one(
     train_on_two(file, cache)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     counts = [
-        [row["moved"] for row in read_metrics(tmp_path / name / "metrics.jsonl") if row["kind"] == "step"]
+        [row.updated_weights for row in read_metrics(tmp_path / name / "metrics.jsonl") if row.kind == "step"]
         for name in ("one", "two")
     ]
     assert counts[0] == counts[1]
     one, two = (read_record(tmp_path / name) for name in ("one", "two"))
-    assert set(counts[0]) == {one["update"]["moved"]} and two["update"] == one["update"]
+    assert set(counts[0]) == {one.sparse_update.updated_weights} and two.sparse_update == one.sparse_update
 
 
 PENALTIES: list[dict[str, Any]] = [
@@ -150,13 +150,13 @@ def test_penalties_pull_on_two_ranks_as_on_one(
     train_on_two(file, cache)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     pulls = [
-        [row["penalties"]["anchor"] for row in read_metrics(tmp_path / name / "metrics.jsonl") if row["kind"] == "step"]
+        [row.penalties["anchor"] for row in read_metrics(tmp_path / name / "metrics.jsonl") if row.kind == "step"]
         for name in ("one", "two")
     ]
     assert pulls[1] == pytest.approx(pulls[0], rel=1e-4, abs=1e-9)
     assert pulls[0][-1] > 0
-    one, two = (read_record(tmp_path / name)["penalties"][0] for name in ("one", "two"))
-    assert two["strength"] == pytest.approx(one["strength"], rel=1e-2)  # three digits of it are kept
+    one, two = (read_record(tmp_path / name).penalties[0] for name in ("one", "two"))
+    assert two.strength == pytest.approx(one.strength, rel=1e-2)  # three digits of it are kept
 
 
 def drawn(base: Path, home: Path) -> Path:
@@ -259,7 +259,7 @@ def test_two_ranks_are_taught_as_one(how: str, stage_of: StageOf, cache: Path, t
         shutil.rmtree(folder)
     train_on_two(file, cache)
     both = [
-        [row["losses"] for row in read_metrics(tmp_path / name / "metrics.jsonl") if row["kind"] == "step"]
+        [row.losses_by_objective for row in read_metrics(tmp_path / name / "metrics.jsonl") if row.kind == "step"]
         for name in ("one", "two")
     ]
     for one, two in zip(*both, strict=True):

@@ -26,6 +26,7 @@ from postgrad.errors import CheckpointError, DataError, PostgradError, StageErro
 from postgrad.evaluation import before_after
 from postgrad.evaluation.continuations import select_prompts
 from postgrad.evaluation.held_out import HeldOutText
+from postgrad.lineage.metrics import read_metrics
 from postgrad.lineage.record import read_record
 from postgrad.lineage.tree import lineage_matrix, read_lineage
 from postgrad.plan import checkpoint_selection
@@ -35,7 +36,6 @@ from postgrad.reports.pages import run_page
 from postgrad.run.events import CheckpointSaved, PhaseStarted, RunEvent, RunFinished, RunStopped, StepCompleted
 from postgrad.run.run import run_stage
 from postgrad.run.summary import summary_text
-from postgrad.training.metrics_log import read_metrics
 from tests.tiny_stages import LENGTH, Workspace, make_workspace, run_interrupted, run_trace, write_rows
 
 
@@ -193,7 +193,11 @@ def chosen(
 def values_of(home: Path) -> dict[int, float]:
     """The value that decides, by step."""
     found = read_metrics(home / "metrics.jsonl")
-    return {row["step"]: row["choice"]["value"] for row in found if row["kind"] == "evaluation" and "choice" in row}
+    return {
+        row.step: row.checkpoint_selection.value
+        for row in found
+        if row.kind == "evaluation" and row.checkpoint_selection is not None
+    }
 
 
 def same_weights(one: Path, other: Path) -> bool:
@@ -205,37 +209,37 @@ def test_the_published_model_is_the_best_checkpoint_and_training_ends_without_ga
     raw = chosen(shelf, "best", {"patience": "2 evaluations"})
     outcome = shelf.run(raw)
     record, home = outcome.record, Path(raw["output"])
-    found, values = record["chosen"], values_of(home)
-    assert found["step"] == min((s for s in values if s >= found["first"]), key=lambda s: (values[s], s))
-    later = [s for s in values if s > found["step"]]
-    assert found["stopped"] and len(later) == 2 and found["last"] == max(values) < record["plan"]["steps"]
-    steps = [row["step"] for row in read_metrics(home / "metrics.jsonl") if row["kind"] == "step"]
-    assert steps == list(range(1, found["last"] + 1))
-    assert record["achieved"]["steps"] == found["last"]
+    found, values = record.published_checkpoint, values_of(home)
+    assert found.step == min((s for s in values if s >= found.first_step), key=lambda s: (values[s], s))
+    later = [s for s in values if s > found.step]
+    assert found.stopped_early and len(later) == 2 and found.last_step == max(values) < record.plan.steps
+    steps = [row.step for row in read_metrics(home / "metrics.jsonl") if row.kind == "step"]
+    assert steps == list(range(1, found.last_step + 1))
+    assert record.totals.steps == found.last_step
     # The best stays beside the newest, and is what was published.
     kept = [p.name for p in sorted((home / "checkpoints").iterdir())]
-    assert kept == [f"step-{found['step']:08d}", f"step-{found['last']:08d}"]
+    assert kept == [f"step-{found.step:08d}", f"step-{found.last_step:08d}"]
     assert same_weights(home / "model", home / "checkpoints" / kept[0])
     assert not same_weights(home / "model", home / "checkpoints" / kept[1])
     # Its score is that of the look, which saw all of the set and not only `during_tokens`.
-    after = record["scores"]["after"]["new-heldout"]
-    assert after["nats"] == pytest.approx(found["value"], rel=1e-5) and after["documents"] == 12
+    after = record.scores.after["new-heldout"]
+    assert after.nats == pytest.approx(found.value, rel=1e-5) and after.documents == 12
     # What was consumed is what the published model has seen; the cost is of all steps.
-    assert sum(entry["tokens"] for entry in record["seen"].values()) == found["trained"]
-    assert record["achieved"]["tokens"] > found["trained"]
+    assert sum(entry.tokens for entry in record.consumed.values()) == found.trained_tokens
+    assert record.totals.tokens > found.trained_tokens
     said = summary_text(outcome)
-    assert f"Published: step {found['step']} of {found['last']}, the best of" in said
-    assert f"Training ended at step {found['last']} of {record['plan']['steps']}: 2 looks without a gain." in said
+    assert f"Published: step {found.step} of {found.last_step}, the best of" in said
+    assert f"Training ended at step {found.last_step} of {record.plan.steps}: 2 looks without a gain." in said
     shown = run_page.run_page(record, read_metrics(home / "metrics.jsonl"))
     assert "Which step was published" in shown and ">published<" in shown
     stages = read_lineage(home)
-    assert lineage_matrix(stages, lambda *_: 1.0)["stages"][1]["tokens"] == found["trained"]
+    assert lineage_matrix(stages, lambda *_: 1.0).stages[1].tokens == found.trained_tokens
 
 
 def test_without_a_choice_the_last_step_is_published_and_nothing_is_said(shelf: Workspace) -> None:
     raw = shelf.stage("last")
     outcome = shelf.run(raw)
-    assert outcome.record["chosen"] is None and "Published" not in summary_text(outcome)
+    assert outcome.record.published_checkpoint is None and "Published" not in summary_text(outcome)
     assert not values_of(Path(raw["output"]))
     assert "Which step was published" not in (Path(raw["output"]) / "report.html").read_text()
 
@@ -258,8 +262,8 @@ def test_killed_and_resumed_the_same_step_is_published_with_the_same_bits(
     parts = chosen(shelf, f"parts-{kind}", choice, tuning)
     again = run_interrupted(shelf, parts).record
     assert run_trace(Path(parts["output"])) == run_trace(Path(whole["output"]))
-    assert again["chosen"] == record["chosen"]
-    assert again["seen"] == record["seen"]
+    assert again.published_checkpoint == record.published_checkpoint
+    assert again.consumed == record.consumed
 
 
 def finished_again(shelf: Workspace, raw: dict[str, Any]) -> tuple[list[RunEvent], RunFinished]:
@@ -272,14 +276,14 @@ def test_killed_after_the_end_it_trains_no_further(shelf: Workspace) -> None:
     """Between the last step and the record the run may be killed anywhere; the looks say that training is over."""
     raw = chosen(shelf, "ended", {"patience": 2})
     home = Path(raw["output"])
-    wanted = shelf.run(raw).record["chosen"]
+    wanted = shelf.run(raw).record.published_checkpoint
     bits = run_trace(home)
     for gone in (("record.json",), ("record.json", "model"), ("record.json", "model", "scores/after.npz")):
         for name in gone:
             shutil.rmtree(home / name) if (home / name).is_dir() else (home / name).unlink()
         events, last = finished_again(shelf, raw)
         assert not any(isinstance(event, StepCompleted) for event in events)
-        assert last.record["chosen"] == wanted and run_trace(home) == bits
+        assert last.record.published_checkpoint == wanted and run_trace(home) == bits
     # The mutant: looks that are forgotten do not end the training again.
     for name in ("record.json", "model"):
         shutil.rmtree(home / name) if (home / name).is_dir() else (home / name).unlink()
@@ -297,11 +301,11 @@ def test_killed_after_the_end_it_trains_no_further(shelf: Workspace) -> None:
 def test_a_best_checkpoint_that_was_damaged_is_told(shelf: Workspace) -> None:
     raw = chosen(shelf, "damaged", {"patience": 2})
     home = Path(raw["output"])
-    found = shelf.run(raw).record["chosen"]
+    found = shelf.run(raw).record.published_checkpoint
     for name in ("record.json", "model"):
         shutil.rmtree(home / name) if (home / name).is_dir() else (home / name).unlink()
-    (home / "checkpoints" / f"step-{found['step']:08d}" / "model.safetensors").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=f"step-{found['step']:08d}"):
+    (home / "checkpoints" / f"step-{found.step:08d}" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=f"step-{found.step:08d}"):
         shelf.run_events(raw)
 
 
@@ -314,22 +318,22 @@ def test_a_stop_by_hand_is_none_by_the_rule(shelf: Workspace) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
     assert isinstance(last, RunStopped) and last.step == 5
     record = shelf.run(raw).record
-    assert not record["chosen"]["stopped"] and record["chosen"]["last"] == record["plan"]["steps"]
+    assert not record.published_checkpoint.stopped_early and record.published_checkpoint.last_step == record.plan.steps
 
 
 def test_what_was_forgotten_limits_the_choice(shelf: Workspace) -> None:
-    free = shelf.run(chosen(shelf, "free", {})).record["chosen"]
+    free = shelf.run(chosen(shelf, "free", {})).record.published_checkpoint
     raw = chosen(shelf, "bound", {"max_forgetting": "0.1%"})
     outcome = shelf.run(raw)
-    bound = outcome.record["chosen"]
-    rises = {row["step"]: row["choice"]["rise"] for row in read_metrics(Path(raw["output"]) / "metrics.jsonl")
-             if "choice" in row}  # fmt: skip
+    bound = outcome.record.published_checkpoint
+    rises = {row.step: row.checkpoint_selection.relative_high for row in read_metrics(Path(raw["output"]) / "metrics.jsonl")
+             if row.checkpoint_selection is not None}  # fmt: skip
     values = values_of(Path(raw["output"]))
-    candidates = [step for step in values if step >= bound["first"]]
+    candidates = [step for step in values if step >= bound.first_step]
     within = [step for step in candidates if rises[step] <= 0.001]
     wanted = min(within, key=lambda s: values[s]) if within else min(candidates, key=lambda s: (rises[s], values[s]))
-    assert bound["step"] == wanted and bound["within"] == bool(within)
-    assert free["rise"] is None
+    assert bound.step == wanted and bound.within_max_forgetting == bool(within)
+    assert free.relative_high is None
     # The rise is of the whole retained set against the exact start model, at the upper end of its interval.
     before = before_after.read_scores(Path(raw["output"]) / "scores" / "start.npz")["old-heldout"]
     assert len(before.bytes_N) == 12
@@ -349,12 +353,12 @@ def test_a_metric_decides_where_more_is_better(shelf: Workspace) -> None:
         save={"every": "50%", "choose": {"set": "labelled-heldout", "metric": "macro F1", "patience": 4}},
     )
     record = shelf.run(raw).record
-    found, values = record["chosen"], values_of(Path(raw["output"]))
-    candidates = {step: value for step, value in values.items() if step >= found["first"]}
-    assert found["value"] == max(candidates.values()) > 0.6
-    assert found["step"] == min(s for s, v in candidates.items() if v == found["value"])
-    after = record["scores"]["after"]["labelled-heldout"]["metrics"]["macro F1"]
-    assert after["value"] == pytest.approx(found["value"])
+    found, values = record.published_checkpoint, values_of(Path(raw["output"]))
+    candidates = {step: value for step, value in values.items() if step >= found.first_step}
+    assert found.value == max(candidates.values()) > 0.6
+    assert found.step == min(s for s, v in candidates.items() if v == found.value)
+    after = record.scores.after["labelled-heldout"].metrics["macro F1"]
+    assert after.value == pytest.approx(found.value)
     assert "by macro F1 on labelled-heldout" in tables.selected_step_sentences(record)[0]
 
 
@@ -424,25 +428,23 @@ def test_a_test_set_is_looked_at_once_after_training(secret: Workspace, monkeypa
     ]
     assert sum(name == "new-heldout" for name, _ in seen) > 3
     record, home = last.record, Path(raw["output"])
-    assert record["changes"]["secret"]["role"] == "test"
-    assert record["scores"]["before"]["secret"]["documents"] == record["scores"]["after"]["secret"]["documents"] == 30
-    assert all(
-        "secret" not in row["sets"] for row in read_metrics(home / "metrics.jsonl") if row["kind"] == "evaluation"
-    )
+    assert record.changes["secret"].role == "test"
+    assert record.scores.before["secret"].documents == record.scores.after["secret"].documents == 30
+    assert all("secret" not in row.sets for row in read_metrics(home / "metrics.jsonl") if row.kind == "evaluation")
     assert select_prompts(secret.plan(raw).evaluation.sets[-1], 1)  # it could be continued, and is not
-    assert "secret" not in {sample["set"] for sample in record["samples"]}
+    assert "secret" not in {sample.set for sample in record.samples}
     assert "secret" not in before_after.read_scores(home / "scores" / "before.npz")
     text = summary_text(last)
     assert "secret (test)" in text and "looked at once" in text
     shown = (home / "report.html").read_text()
     assert "test (looked at once)" in shown and "a test set, looked at once" in shown
     # What a lineage scores other models on are the other sets.
-    assert "secret" not in [found["name"] for found in lineage_matrix(read_lineage(home), lambda *_: 1.0)["sets"]]
+    assert "secret" not in [found.name for found in lineage_matrix(read_lineage(home), lambda *_: 1.0).sets]
 
 
 def test_the_gate_is_not_about_test_sets(secret: Workspace) -> None:
     raw = with_test(secret, "gate", max_forgetting="100%")
-    assert secret.run(raw).record["gate"]["worst"]["set"] == "old-heldout"
+    assert secret.run(raw).record.retention_gate.worst.set == "old-heldout"
     only = {**raw, "name": "only", "output": str(secret.folder / "runs" / "only"), "max_forgetting": "2%"}
     only["evaluation"] = {"learned": [secret.file("new", held_out=True)], "test": raw["evaluation"]["test"]}
     only["data"] = {**raw["data"], "sources": [secret.source("new")]}
@@ -457,7 +459,7 @@ def test_a_run_killed_before_its_test_ends_with_the_same_scores(secret: Workspac
         if isinstance(event, PhaseStarted) and "test sets" in event.message:
             break
     found = secret.run(parts).record
-    assert found["scores"] == wanted["scores"] and found["changes"] == wanted["changes"]
+    assert found.scores == wanted.scores and found.changes == wanted.changes
 
 
 def test_copies_of_test_rows_are_neither_trained_on_nor_chosen_by(secret: Workspace, tmp_path: Path) -> None:
@@ -474,7 +476,7 @@ def test_copies_of_test_rows_are_neither_trained_on_nor_chosen_by(secret: Worksp
     assert plan.data.rows[0].ledger.dropped > 0 and secret.plan(without).data.rows[0].ledger.dropped == 0
     assert any("dev: 3 documents are copies of test documents" in note for note in plan.notes)
     assert [len(h) for h in plan.evaluation.sets] == [12, 30]
-    assert plan.data.overlaps["secret"]["duplicates"] == 7
+    assert plan.data.overlaps["secret"].duplicates == 7
     raw["evaluation"]["learned"] = [{"name": "all", "path": secret.file("secret")}]
     with pytest.raises(DataError, match=r"evaluation\.learned: every document of 'all' is also in a test set"):
         secret.plan(raw)
@@ -540,11 +542,14 @@ def test_two_ranks_choose_what_one_chooses(secret: Workspace, tmp_path: Path) ->
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = read_record(Path(two["output"]))
-    assert found["chosen"]["step"] == one["chosen"]["step"] and found["chosen"]["last"] == one["chosen"]["last"]
-    assert found["chosen"]["value"] == pytest.approx(one["chosen"]["value"], rel=1e-4)
+    assert (
+        found.published_checkpoint.step == one.published_checkpoint.step
+        and found.published_checkpoint.last_step == one.published_checkpoint.last_step
+    )
+    assert found.published_checkpoint.value == pytest.approx(one.published_checkpoint.value, rel=1e-4)
     for side in ("before", "after"):
-        assert found["scores"][side]["secret"]["nats"] == pytest.approx(one["scores"][side]["secret"]["nats"], rel=1e-4)
-    best = Path(two["output"]) / "checkpoints" / f"step-{found['chosen']['step']:08d}"
+        assert found.scores[side]["secret"]["nats"] == pytest.approx(one.scores[side]["secret"]["nats"], rel=1e-4)
+    best = Path(two["output"]) / "checkpoints" / f"step-{found.published_checkpoint.step:08d}"
     assert same_weights(Path(two["output"]) / "model", best)
 
 

@@ -67,12 +67,12 @@ def test_importance_resampling_keeps_what_is_like(stage_of: StageOf, plan_of: Pl
     assert sum(text in OLD for text in found) >= 57  # of the shortest little can be said
     places = [mixed.index(text) for text in found]
     assert places == sorted(places)
-    (step,) = plan.as_record()["sources"][0]["selected"]
-    assert step["before"]["documents"] == 150 and step["after"]["documents"] == 60
-    assert step["after"]["tokens"] == plan.data.sources[0].store.tokens == plan.data.rows[0].ledger.read
-    assert {row["text"] for row in step["dropped"]} & {" ".join(text.split())[:200] for text in NEW}
-    assert all(row["value"] > 0 for row in step["kept"]) and all(row["value"] < 0 for row in step["dropped"])
-    assert sum(step["values"]["kept"]) == 60 and sum(step["values"]["dropped"]) == 90
+    (step,) = plan.as_record().sources[0].selection
+    assert step.before.documents == 150 and step.after.documents == 60
+    assert step.after.tokens == plan.data.sources[0].store.tokens == plan.data.rows[0].ledger.read
+    assert {row.text for row in step.dropped} & {" ".join(text.split())[:200] for text in NEW}
+    assert all(row.value > 0 for row in step.kept) and all(row.value < 0 for row in step.dropped)
+    assert sum(step.score_histogram.kept) == 60 and sum(step.score_histogram.dropped) == 90
     text = "\n".join(plan_lines(plan))
     assert "60 of 150 documents are kept (40.0%)" in text and "note: mixed: 60 of 150 documents are read" in text
 
@@ -209,11 +209,11 @@ def test_what_is_dropped_is_neither_held_out_nor_overlaps(
     raw["evaluation"] = {"retained": [{"name": "new", "path": str(write_jsonl(tmp_path / "new.jsonl", NEW[:20]))}]}
     plan = plan_of(raw)
     read = set(kept(plan, mixed))
-    assert plan.data.overlaps["new"]["duplicates"] == sum(text in read for text in NEW[:20]) < 5
+    assert plan.data.overlaps["new"].duplicates == sum(text in read for text in NEW[:20]) < 5
     (own,) = [h for h in plan.evaluation.sets if h.name == "mixed"]
     assert 3 < len(own) < 25 and set(own.digests.tolist()) <= {digest(text.encode()) for text in read}
     everything = plan_of({**raw, "data": {**raw["data"], "sources": [{**raw["data"]["sources"][0], "select": []}]}})
-    assert everything.data.overlaps["new"]["duplicates"] == 20
+    assert everything.data.overlaps["new"].duplicates == 20
 
 
 def test_a_later_stage_replays_what_was_selected(
@@ -223,8 +223,8 @@ def test_a_later_stage_replays_what_was_selected(
     first = plan_of({**selected(stage_of, *ways), "seed": 3, "tokens": 1000})
     *_, last = run_stage(first, command="t", cache=tmp_path / "cache")
     assert isinstance(last, RunFinished)
-    (source,) = last.record["plan"]["sources"]
-    assert source["selected"] == list(first.data.sources[0].selection)
+    (source,) = last.record.plan.sources
+    assert source.selection == list(first.data.sources[0].selection)
     replay = {"name": "replay", "seen_so_far": True, "share": 0.5, "max_passes": 100}
     new = {"name": "new", "path": str(base / "new.jsonl"), "share": 0.5}
     raw = stage_of(model=str(last.run_folder), output=str(tmp_path / "two"), tokens=1000)

@@ -287,7 +287,7 @@ def test_a_llama_that_sets_a_bos_reads_prompts_behind_it(shelf: Workspace) -> No
     save_model(make_llama(bos_token_id=0, eos_token_id=1), tokenizer, shelf.folder / "bos")
     raw = shelf.stage("bos", {"kind": "prompt", "length": 2}, model="bos", tokens=300)
     done, plan = shelf.run(raw), shelf.plan(raw)
-    assert done.record["scores"]["after"] != done.record["scores"]["before"]
+    assert done.record.scores.after != done.record.scores.before
     row = plan.data.rows[0].get_row(0, 0)
     v = plan.model.vocab_size
     assert row.inputs["input_ids"][:3].tolist() == [0, v, v + 1]

@@ -77,8 +77,8 @@ def test_tokens_is_the_total_and_new_tokens_leaves_replay_out(stage_of: StageOf,
     for plan, count in ((total, trained(total, 0, total.steps)), (on_top, read)):
         record = plan.as_record()
         assert plan.tokens == pytest.approx(count.sum(), rel=0.02)
-        assert [s["trained"] for s in record["sources"]] == pytest.approx(count.tolist(), rel=0.05)
-        assert record["tokens"] == sum(s["trained"] for s in record["sources"])
+        assert [s.trained_tokens for s in record.sources] == pytest.approx(count.tolist(), rel=0.05)
+        assert record.tokens == sum(s.trained_tokens for s in record.sources)
 
 
 def test_new_tokens_hold_over_a_curriculum(stage_of: StageOf, plan_of: PlanOf) -> None:
@@ -89,7 +89,7 @@ def test_new_tokens_hold_over_a_curriculum(stage_of: StageOf, plan_of: PlanOf) -
     read = trained(plan, 0, plan.steps)
     assert read[0] == pytest.approx(6000, abs=2 * 8 * ROW)
     assert read.sum() == pytest.approx(12000, abs=2 * 8 * ROW)  # half new on the whole, not three quarters
-    assert [s["asked"] for s in plan.as_record()["sources"]] == [0.5, 0.5]
+    assert [s.requested_share for s in plan.as_record().sources] == [0.5, 0.5]
 
 
 def test_a_share_that_is_left_out_is_the_rest(stage_of: StageOf, plan_of: PlanOf) -> None:
@@ -177,7 +177,7 @@ def short_stage(stage_of: StageOf, tmp_path: Path, policy: str, **more: Any) -> 
 
 
 def passes(plan: Plan) -> list[float]:
-    return [s["passes"] for s in plan.as_record()["sources"]]
+    return [s.passes for s in plan.as_record().sources]
 
 
 def test_short_text_is_refused_with_its_numbers(stage_of: StageOf, plan_of: PlanOf, tmp_path: Path) -> None:
@@ -216,10 +216,10 @@ def test_short_text_can_hand_its_share_to_the_others(stage_of: StageOf, plan_of:
     assert passes(plan)[0] <= 4
     assert passes(plan)[0] > 3.5
     read = trained(plan, 0, plan.steps)
-    shares = [s["share"] for s in plan.as_record()["sources"]]
+    shares = [s.share for s in plan.as_record().sources]
     assert shares == pytest.approx((read / read.sum()).tolist(), abs=0.01)
     assert shares[0] < 0.5  # what was asked for is not what is achieved, and the plan says so
-    assert [s["asked"] for s in plan.as_record()["sources"]] == [0.75, 0.25]
+    assert [s.requested_share for s in plan.as_record().sources] == [0.75, 0.25]
     border = plan.data.mixture.segments[1].start // plan.data.mixture.block_size
     first = trained(plan, 0, border)
     assert first / first.sum() == pytest.approx([0.75, 0.25], abs=0.03)
@@ -253,7 +253,7 @@ def test_steps_that_are_skipped_are_those_of_the_stage_it_branches_from(stage_of
     for step in range(1, branch.steps + 1):
         assert torch.equal(b.read_batches(step)[0].inputs["input_ids"], a.read_batches(step + 5)[0].inputs["input_ids"])
     assert not torch.equal(b.read_batches(1)[0].inputs["input_ids"], a.read_batches(1)[0].inputs["input_ids"])
-    assert branch.as_record()["sources"][0]["rows"] == sum(
+    assert branch.as_record().sources[0].rows == sum(
         int((whole.data.mixture.rows(step)[0] == 0).sum()) for step in range(5, 5 + branch.steps)
     )
 
@@ -268,11 +268,11 @@ def test_replay_of_everything_has_the_published_weights(
     raw = stage_of(output=str(tmp_path / "one"), tokens=1000)
     assert isinstance(list(run_stage(plan_of(raw), command="t", cache=cache))[-1], RunFinished)
     record = read_record(tmp_path / "one")
-    by_name = {entry["name"]: key for key, entry in record["seen"].items()}
+    by_name = {entry.name: key for key, entry in record.consumed.items()}
     assert set(by_name) == {"new", "old"}
     # What was counted is what was trained, not what was planned.
-    assert {e["name"]: e["tokens"] for e in record["seen"].values()} == {
-        s["name"]: s["trained"] for s in record["achieved"]["sources"]
+    assert {e.name: e.tokens for e in record.consumed.values()} == {
+        s.name: s.trained_tokens for s in record.totals.sources
     }
     third = write_jsonl(tmp_path / "third.jsonl", [f"word {w} of {w * 7}" for w in range(400)])
     following = stage_of(
@@ -284,7 +284,7 @@ def test_replay_of_everything_has_the_published_weights(
 
     def weights(**seen: int) -> dict[str, float]:
         for name, tokens in seen.items():
-            record["seen"][by_name[name]]["tokens"] = tokens
+            record.consumed[by_name[name]].tokens = tokens
         write_record(tmp_path / "one", record)
         plan = plan_of(following)
         assert all(leaf.role == "replay" for leaf in plan.data.sources if leaf.spec.source == "replay")
@@ -305,8 +305,8 @@ def test_a_second_stage_replays_what_the_first_one_read(
     raw["data"]["sources"][1]["stands_for"] = 10_000  # the start model's own training text
     list(run_stage(plan_of(raw), command="t", cache=cache))
     one = read_record(tmp_path / "one")
-    first = {e["name"]: e["tokens"] for e in one["seen"].values()}
-    counted = {s["name"]: s["trained"] for s in one["achieved"]["sources"]}
+    first = {e.name: e.tokens for e in one.consumed.values()}
+    counted = {s.name: s.trained_tokens for s in one.totals.sources}
     assert first == {"new": counted["new"], "old": counted["old"] + 10_000}
     third = write_jsonl(tmp_path / "third.jsonl", [f"word {w} of {w * 7}" for w in range(400)])
     second = stage_of(
@@ -322,10 +322,10 @@ def test_a_second_stage_replays_what_the_first_one_read(
     assert read / read.sum() == pytest.approx(wanted, abs=0.03)
     list(run_stage(plan, command="t", cache=cache))
     two = read_record(tmp_path / "two")
-    seen = {e["name"]: e["tokens"] for e in two["seen"].values()}
-    counted = {s["name"].split("/")[-1]: s["trained"] for s in two["achieved"]["sources"]}
+    seen = {e.name: e.tokens for e in two.consumed.values()}
+    counted = {s.name.split("/")[-1]: s.trained_tokens for s in two.totals.sources}
     assert seen == {name: first.get(name, 0) + counted[name] for name in ("third", "new", "old")}
-    assert [p["id"] for p in two["parents"]] == [one["id"]]
+    assert [p.id for p in two.parents] == [one.id]
 
 
 def test_nothing_seen_is_nothing_to_replay(stage_of: StageOf, plan_of: PlanOf) -> None:
@@ -414,11 +414,11 @@ def test_copies_of_held_out_text_are_not_trained_on_and_are_counted(
     assert any(f"new: {copies:,} tokens are dropped" in note for note in plan.notes)
     for text in held[:7]:
         assert text not in trained_text(plan, 0)
-    assert plan.data.overlaps["new-heldout"]["duplicates"] == 7
+    assert plan.data.overlaps["new-heldout"].duplicates == 7
     assert any("7 exact copies" in line for line in plan_lines(plan))
     # The mutant: without the exclusion they are there.
     clean = plan_of(stage_of())
-    assert clean.data.rows[0].ledger.dropped == 0 == clean.data.overlaps["new-heldout"]["duplicates"]
+    assert clean.data.rows[0].ledger.dropped == 0 == clean.data.overlaps["new-heldout"].duplicates
 
 
 def test_near_copies_are_reported_or_refused(stage_of: StageOf, plan_of: PlanOf, tmp_path: Path) -> None:
@@ -428,8 +428,8 @@ def test_near_copies_are_reported_or_refused(stage_of: StageOf, plan_of: PlanOf,
     raw = stage_of(evaluation={"learned": [str(held)], "every": "50%"})
     raw["data"] = {"sequence_length": ROW, "sources": [{"name": "new", "path": str(text)}]}
     plan = plan_of(raw)
-    assert plan.data.overlaps["held"]["half"] == 1
-    assert plan.data.overlaps["held"]["duplicates"] == 0
+    assert plan.data.overlaps["held"].half_overlap == 1
+    assert plan.data.overlaps["held"].duplicates == 0
     assert any("1 of 10 held-out documents share at least half" in note for note in plan.notes)
     with pytest.raises(DataError, match=r"evaluation\.learned: held: 1 of 10[\s\S]*overlap: report"):
         plan_of({**raw, "data": {**raw["data"], "overlap": "refuse"}})
@@ -571,10 +571,10 @@ def test_a_plan_reads_as_a_table_and_a_curve(stage_of: StageOf, plan_of: PlanOf)
     plan = plan_of(stage_of())
     lines = plan_lines(plan)
     record = plan.as_record()
-    assert lines[1] == f"{record['tokens']:,} trained tokens in {plan.steps:,} steps of 8 rows x 32 tokens"
-    for source in record["sources"]:
-        row = next(line for line in lines if line.split()[:1] == [source["name"]])
-        assert f"{source['trained']:,}" in row
-        assert f"{source['share']:.2%}" in row
+    assert lines[1] == f"{record.tokens:,} trained tokens in {plan.steps:,} steps of 8 rows x 32 tokens"
+    for source in record.sources:
+        row = next(line for line in lines if line.split()[:1] == [source.name])
+        assert f"{source.trained_tokens:,}" in row
+        assert f"{source.share:.2%}" in row
     assert any(line.strip().startswith("step 1: 5.00e-03") for line in lines)  # half of the two warm-up steps
     assert any(f"step {plan.steps:,}: 1.00e-03" in line for line in lines)

@@ -61,22 +61,22 @@ def test_a_new_model_is_trained_from_a_uniform_guess(task: str, shelf: Workspace
         }
     raw = begun(shelf, task, {"from_scratch": name, "tokenizer": {"vocab_size": 400}}, **changes)
     record = shelf.run(raw).record
-    before, after = record["scores"]["before"], record["scores"]["after"]
-    choices = 2 if kind else record["model"]["vocabulary"]
+    before, after = record.scores.before, record.scores.after
+    choices = 2 if kind else record.model.vocab_size
     for held_out in before:
-        assert before[held_out]["nats"] == pytest.approx(math.log(choices), abs=0.25), held_out
+        assert before[held_out].nats == pytest.approx(math.log(choices), abs=0.25), held_out
     learned = "labelled-heldout" if kind else "new-heldout"
-    assert after[learned]["nats"] < before[learned]["nats"] - 0.05
-    assert record["model"]["start"] == name
-    made = record["model"]["fresh"]
-    assert made["asked"]["fresh"] == name and made["config"]["model_type"] == name.split("-")[0]
-    assert made["weights"] == pytest.approx(float(name.split("-")[1][:-1]) * 1000, rel=0.05)
+    assert after[learned].nats < before[learned].nats - 0.05
+    assert record.model.start_model == name
+    made = record.model.new_model
+    assert made.requested["fresh"] == name and made.config["model_type"] == name.split("-")[0]
+    assert made.weights == pytest.approx(float(name.split("-")[1][:-1]) * 1000, rel=0.05)
     home = Path(raw["output"])
     assert json.loads((home / "model" / "config.json").read_text())["architectures"] == [architecture]
     assert "Made anew" in (home / "report.html").read_text()
-    assert "is new:" in record["notes"][0] and "retained set" not in " ".join(record["notes"])
+    assert "is new:" in record.notes[0] and "retained set" not in " ".join(record.notes)
     if kind:
-        assert set(after[learned]["metrics"]) >= {"accuracy", "macro F1"}
+        assert set(after[learned].metrics) >= {"accuracy", "macro F1"}
 
 
 def test_no_held_out_document_is_looked_at(shelf: Workspace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ def test_small_folders_do_not_sit_on_a_new_model(shelf: Workspace) -> None:
     with pytest.raises(TuningError, match=r"`lora` leaves a small folder[\s\S]*train the new model whole first"):
         shelf.run(begun(shelf, "lora", LLAMA, tuning={"kind": "lora"}))
     head = {"kind": "blocks", "last": 1}
-    assert shelf.run(begun(shelf, "blocks", LLAMA, tuning=head)).record["status"] == "finished"
+    assert shelf.run(begun(shelf, "blocks", LLAMA, tuning=head)).record.status == "finished"
 
 
 def test_nothing_was_seen_that_could_be_replayed(shelf: Workspace) -> None:

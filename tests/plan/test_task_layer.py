@@ -238,11 +238,11 @@ def test_what_is_trained_is_published_scored_and_loaded_alike(shelf: Workspace, 
     file, tuning, said = RUNS[name]
     done = shelf.run(stage_of(shelf, name.replace(" ", "-"), file, tuning, **dict(said)))
     held_out = shelf.file(file, held_out=True)
-    assert 0 != done.record["changes"][f"{file}-heldout"]["difference"] < 0.1  # six steps
+    assert 0 != done.record.changes[f"{file}-heldout"].difference < 0.1  # six steps
     outside = evaluate_files(
         str(done.run_folder), [held_out], context=LENGTH, documents="auto", column=None, cache=tmp_path / "scores"
     )
-    assert outside["sets"] == done.record["scores"]["after"]
+    assert outside["sets"] == done.record.scores.after
     classifier, texts = postgrad.load(str(done.run_folder)), texts_of(held_out)
     answers, kept = classifier.predict(texts), read_scores(done.run_folder / "scores" / "after.npz")[f"{file}-heldout"]
     assert sorted(_flat(answers, classifier.labels, classifier.problem)) == pytest.approx(
@@ -350,7 +350,7 @@ def test_a_task_layer_of_ours_where_transformers_has_none(shelf: Workspace, tmp_
     )
     assert form == TaskHeadConfig((2,), stack="encoder")
     done = shelf.run(stage_of(shelf, "bart-tags", "tagged", model=str(tmp_path / "bart")))
-    assert done.record["changes"]["tagged-heldout"]["difference"] < 0
+    assert done.record.changes["tagged-heldout"].difference < 0
 
 
 # -- new texts -------------------------------------------------------------------------------------------------------------

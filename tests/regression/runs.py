@@ -17,6 +17,7 @@ import contextlib
 import copy
 import gc
 import hashlib
+import importlib
 import io
 import json
 import os
@@ -158,12 +159,30 @@ STUDY: Moves = (
 """Keys of a study file, beside those of a stage that stand under `stage` and in each of its `arms`."""
 STUDY_VALUES: Values = (("arms.*.replay_from", {"self-made": "generated"}),)
 """Values in a study file."""
-RECORD: Moves = ()
+
+
+def _from_previous_format(keys: str) -> Moves:
+    """A table of the package that converts files of the format that was captured, parents first."""
+    pairs = getattr(importlib.import_module("postgrad.lineage.previous_format"), keys)
+    return [
+        (path, ".".join([*path.split(".")[:-1], new])) for path, new in sorted(pairs, key=lambda p: p[0].count("."))
+    ]
+
+
+RECORD: Moves = _from_previous_format("RECORD_KEYS")
 """Keys of a run's record."""
-STEP: Moves = ()
+STEP: Moves = _from_previous_format("ROW_KEYS")
 """Keys of a step's row of metrics."""
-LOOK: Moves = ()
+LOOK: Moves = STEP
 """Keys of an evaluation's row of metrics."""
+OMITTED = (
+    *(("chosen", "realign", "gate", "drift", "update", "pseudo_perplexity")),
+    *("changes.*.share_of_range", "pseudo_perplexity.changes.*.share_of_range"),
+    *("tasks.*.before.*.spread", "tasks.*.after.*.spread", "penalties.*.importance"),
+)
+"""Keys of a record that are left out where they are null."""
+EMPTY = ("scores.*.*.metrics", "pseudo_perplexity.scores.*.*.metrics")
+"""Keys of a record that were left out where they are empty."""
 RESULTS: Mapping[str, Moves] = {}
 """Keys of what a verb prints with `--json`, by verb (as it is called here)."""
 NAMES: Mapping[str, str] = {}
@@ -204,7 +223,25 @@ def looks_of(run: Path) -> list[Data]:
 
 def record_of(run: Path) -> Data:
     """A run's record."""
-    return renamed(json.loads((run / FILES["record"]).read_text()), RECORD, back=True)
+    record = renamed(json.loads((run / FILES["record"]).read_text()), RECORD, back=True)
+    for path in OMITTED:
+        *parents, key = path.split(".")
+        for parent in _at(record, parents):
+            parent.setdefault(key, None)
+    for path in EMPTY:
+        *parents, key = path.split(".")
+        for parent in _at(record, parents):
+            if not parent.get(key):
+                parent.pop(key, None)
+    return record
+
+
+def _at(node: Any, path: Sequence[str]) -> list[Data]:
+    """Every mapping that a path leads to."""
+    nodes = [node]
+    for step in path:
+        nodes = [child for each in nodes for child in _children(each, step)]
+    return [each for each in nodes if isinstance(each, dict)]
 
 
 def _rows(run: Path) -> list[Data]:
@@ -689,7 +726,7 @@ def losses(run: Path) -> list[Data]:
 
 def _look(row: Data) -> Data:
     """What was seen at a look; what decides whether a step forgot too much is the upper end of an interval."""
-    look = {key: row[key] for key in ("step", "sets", "choice", "tasks") if key in row}
+    look = {key: row[key] for key in ("step", "sets", "choice", "tasks") if row.get(key) not in (None, {})}
     if "choice" in look:
         choice = {key: value for key, value in look["choice"].items() if key != "rise"}
         look["choice"] = {**choice, "forgot": {"high": look["choice"].get("rise")}}

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import pytest
 
+from postgrad.lineage.matrix import Lineage
 from postgrad.lineage.metrics import MetricsRow, parse_row
 from postgrad.lineage.record import Record, parse_record
-from postgrad.lineage.tree import Lineage
 from postgrad.reports.pages import comparison_page, lineage_page, run_page
 
 STAGE = """name: medicine

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from postgrad.lineage.tree import Lineage
+from postgrad.lineage.matrix import Lineage
 from postgrad.reports.html import notation
 from postgrad.reports.html.table import Table
 from postgrad.reports.sections.comparison_table import arm_names, comparison_table, removed_share

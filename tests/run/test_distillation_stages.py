@@ -25,13 +25,13 @@ from postgrad.distributed.world import World
 from postgrad.errors import DataError, ModelError, StageError
 from postgrad.evaluation import classification_metrics
 from postgrad.hardware.execution import Execution
+from postgrad.lineage.metrics import read_metrics
 from postgrad.models.pretrained import save_pretrained
 from postgrad.objectives.teacher import OnlineTeacher, drop_virtual_tokens
 from postgrad.run import cached_teacher
 from postgrad.run.build import build_run, make_loader, make_tuned_model
 from postgrad.run.cached_teacher import caches_by_source, fill_teacher_caches, find_cache_jobs
 from postgrad.run.online_teacher import make_weight_schedule
-from postgrad.training.metrics_log import read_metrics
 from postgrad.training.step import Run, StepReport, train_step
 from tests.conftest import make_llama, make_tokenizer
 from tests.tiny_stages import QUICK_EVALUATION, Workspace, make_workspace, run_interrupted, run_trace, t5_tokenizer
@@ -513,8 +513,8 @@ def test_a_stage_that_looks_up_its_teacher_resumes_bit_for_bit(shelf: Workspace,
     whole, parts = (cached(shelf, f"{cache}-{part}", cache) for part in ("whole", "parts"))
     one, two = shelf.run(whole), run_interrupted(shelf, parts)
     assert run_trace(one.run_folder) == run_trace(two.run_folder)
-    steps = [row for row in read_metrics(one.run_folder / "metrics.jsonl") if row["kind"] == "step"]
-    assert steps[0]["losses"]["distill"] > 0
+    steps = [row for row in read_metrics(one.run_folder / "metrics.jsonl") if row.kind == "step"]
+    assert steps[0].losses_by_objective["distill"] > 0
 
 
 def test_a_first_word_behind_a_prompt_that_the_teacher_lacks_is_left_out_of_a_cache_too(

@@ -213,8 +213,8 @@ def test_a_stage_that_writes_resumes_bit_for_bit(shelf: Workspace, tuning: dict[
     )
     one, two = shelf.run(whole), run_interrupted(shelf, parts)
     assert run_trace(one.run_folder) == run_trace(two.run_folder)
-    sources = {s["name"]: s["trained"] for s in one.record["achieved"]["sources"]}
-    assert sources["old"] > 0 and set(one.record["changes"]) == {"old-heldout", "new-heldout"}
+    sources = {s.name: s.trained_tokens for s in one.record.totals.sources}
+    assert sources["old"] > 0 and set(one.record.changes) == {"old-heldout", "new-heldout"}
 
 
 def test_where_it_cannot_be_is_refused(shelf: Workspace) -> None:

@@ -20,6 +20,7 @@ from postgrad.config.penalties import AnchorPenalty
 from postgrad.data.loading.batch import Batch
 from postgrad.errors import DataError, ModelError, PostgradError, ResumeError, StageError
 from postgrad.hardware.execution import Execution
+from postgrad.lineage.metrics import read_metrics
 from postgrad.lineage.record import read_record
 from postgrad.models.pretrained import load_pretrained, locate_model, save_pretrained
 from postgrad.penalties.anchor import Anchor
@@ -27,7 +28,6 @@ from postgrad.penalties.importance_file import ImportanceFile, ImportanceMetadat
 from postgrad.run.build import make_loader, make_optimizer
 from postgrad.run.events import InfoMessage, WarningMessage
 from postgrad.run.penalty_strength import find_strengths, get_stage_penalties
-from postgrad.training.metrics_log import read_metrics
 from postgrad.training.step import Run
 from postgrad.tuning.open_model import get_task, start_fingerprint
 from tests.conftest import make_llama, make_tokenizer
@@ -58,7 +58,7 @@ def importance(shelf: Workspace, name: str = "importance", model: str = "llama",
 
 
 def told(home: Path) -> list[dict[str, Any]]:
-    return [row for row in read_metrics(home / "metrics.jsonl") if row["kind"] == "step"]
+    return [row for row in read_metrics(home / "metrics.jsonl") if row.kind == "step"]
 
 
 def anchor_of(run: Run) -> Anchor:
@@ -425,7 +425,7 @@ def test_killed_and_stopped_it_ends_with_the_same_bits(shelf: Workspace, changes
         shelf, shelf.stage("whole", **changes, output=str(shelf.folder / "runs" / f"parts-{len(str(changes))}"))
     )
     assert run_trace(parts.run_folder) == run_trace(whole.run_folder)
-    assert parts.record["penalties"] == whole.record["penalties"]
+    assert parts.record.penalties == whole.record.penalties
 
 
 def test_importance_that_has_changed_is_refused_on_resume(shelf: Workspace) -> None:
@@ -449,7 +449,7 @@ def test_a_strength_is_found_once_and_kept(shelf: Workspace) -> None:
     assert f"{kept['strength']:.3g}" in said and kept["strength"] > 0
     assert kept["strength"] == pytest.approx(kept["push"] / kept["pull"], rel=5e-3)
     record = read_record(shelf.folder / "runs" / "auto")
-    assert record["penalties"][0]["strength"] == kept["strength"]
+    assert record.penalties[0].strength == kept["strength"]
     number = shelf.run(shelf.stage("number", penalties=[{**ANCHOR, "strength": kept["strength"]}]))
     model = "model/model.safetensors"
     assert (number.run_folder / model).read_bytes() == (shelf.folder / "runs" / "auto" / model).read_bytes()

@@ -65,10 +65,10 @@ def by_hand(folder: Path, plan: Any) -> dict[str, float]:
 def test_it_is_learnt_and_scored_as_it_is_read(shelf: Workspace) -> None:
     raw = stage_of(shelf, "prefix")
     done = shelf.run(raw)
-    assert all(change["difference"] < 0 for change in done.record["changes"].values())
-    after = {name: scores["nats"] for name, scores in done.record["scores"]["after"].items()}
+    assert all(change.difference < 0 for change in done.record.changes.values())
+    after = {name: scores.nats for name, scores in done.record.scores.after.items()}
     assert after == pytest.approx(by_hand(done.run_folder / "model", shelf.plan(raw)), rel=1e-5)
-    before = {name: scores["nats"] for name, scores in done.record["scores"]["before"].items()}
+    before = {name: scores.nats for name, scores in done.record.scores.before.items()}
     assert before == pytest.approx(by_hand(shelf.folder / "llama", shelf.plan(raw)), rel=1e-5)
     # The mutant: read causally it is another number.
     model = AutoModelForCausalLM.from_pretrained(done.run_folder / "model")
@@ -116,7 +116,7 @@ def test_it_stands_beside_plain_text_in_one_stage(shelf: Workspace) -> None:
     plan = shelf.plan(raw)
     assert [rows.layout for rows in plan.data.rows] == ["packed", "prefix"]
     done = shelf.run(raw)
-    assert done.record["status"] == "finished" and all(c["difference"] < 0 for c in done.record["changes"].values())
+    assert done.record.status == "finished" and all(c.difference < 0 for c in done.record.changes.values())
     assert is_prefix_lm(AutoModelForCausalLM.from_pretrained(done.run_folder / "model").config)
 
 
@@ -214,8 +214,8 @@ def test_attention_that_looks_back_only_is_refused(shelf: Workspace) -> None:
     assert met.value.where == "compute.attention"
     for attention in ("sdpa", "eager"):
         done = shelf.run(stage_of(shelf, attention, compute={**compute, "attention": attention}, tokens=200))
-        assert done.record["execution"]["attention"] == attention
-    assert shelf.run(stage_of(shelf, "prefix")).record["execution"]["attention"] == "sdpa"
+        assert done.record.execution.attention == attention
+    assert shelf.run(stage_of(shelf, "prefix")).record.execution.attention == "sdpa"
 
 
 def test_an_encoder_is_refused(shelf: Workspace) -> None:
@@ -252,4 +252,4 @@ def test_samples_are_written_as_the_model_reads(shelf: Workspace, monkeypatch: p
         "learned": [{"name": "long", "path": str(long), "same_format_as": "new"}],
     }
     done = shelf.run(stage_of(shelf, "samples", objectives=objectives, evaluation=evaluation, tokens=200))
-    assert len(done.record["samples"]) == 1 and asked == [True]
+    assert len(done.record.samples) == 1 and asked == [True]

@@ -54,34 +54,34 @@ def by_hand(folder: Path, plan: Plan, name: str) -> tuple[float, int]:
 def test_it_is_measured_before_and_after_on_the_same_texts(shelf: Workspace) -> None:
     raw = stage_of(shelf, "pseudo")
     done, plan = shelf.run(raw), shelf.plan(raw)
-    told = done.record["pseudo_perplexity"]
+    told = done.record.pseudo_perplexity
     for side, folder in (("before", shelf.folder / "bert"), ("after", done.run_folder / "model")):
-        for name, scores in told["scores"][side].items():
+        for name, scores in told.scores[side].items():
             nats, tokens = by_hand(folder, plan, name)
             assert scores["tokens"] == tokens >= 60
             assert scores["nats"] == pytest.approx(nats, rel=1e-5)
             assert scores["perplexity"] == pytest.approx(math.exp(nats), rel=1e-4)
             assert scores["low"] < nats < scores["high"]
-    assert {name: change["role"] for name, change in told["changes"].items()} == {
+    assert {name: change.role for name, change in told.changes.items()} == {
         "old-heldout": "retained",
         "new-heldout": "learned",
     }
-    for name, change in told["changes"].items():
-        before, after = (told["scores"][side][name]["nats"] for side in ("before", "after"))
-        assert change["difference"] == pytest.approx(after - before)
+    for name, change in told.changes.items():
+        before, after = (told.scores[side][name]["nats"] for side in ("before", "after"))
+        assert change.difference == pytest.approx(after - before)
     # Beside the masked loss, in the end text and on the page; the gate and the curves know nothing of it.
-    assert told["scores"]["after"].keys() == done.record["scores"]["after"].keys()
+    assert told.scores.after.keys() == done.record.scores.after.keys()
     text, page = summary_text(done), (done.run_folder / REPORT).read_text()
     for place in (text, page):
         assert "given all the others" in place and "pseudo-perplexity" in place
-    assert f"{told['scores']['after']['new-heldout']['nats']:.3f}" in text
+    assert f"{told.scores.after['new-heldout'].nats:.3f}" in text
 
 
 def test_a_killed_run_keeps_its_before(shelf: Workspace) -> None:
     whole = shelf.run(stage_of(shelf, "whole"))
     parts = run_interrupted(shelf, stage_of(shelf, "parts"))
     assert run_trace(parts.run_folder) == run_trace(whole.run_folder)
-    assert parts.record["pseudo_perplexity"] == whole.record["pseudo_perplexity"]
+    assert parts.record.pseudo_perplexity == whole.record.pseudo_perplexity
 
 
 def test_the_start_model_reads_without_the_vectors_of_the_stage(shelf: Workspace) -> None:
@@ -96,7 +96,7 @@ def test_the_start_model_reads_without_the_vectors_of_the_stage(shelf: Workspace
 
 def test_it_is_off_unless_asked_for(shelf: Workspace) -> None:
     done = shelf.run(stage_of(shelf, "off", 0))
-    assert done.record["pseudo_perplexity"] is None
+    assert done.record.pseudo_perplexity is None
     assert "given all the others" not in summary_text(done) + (done.run_folder / REPORT).read_text()
     assert not list((done.run_folder / "scores").glob("pseudo*"))
 
@@ -129,9 +129,9 @@ def test_the_command_scores_an_encoder(shelf: Workspace) -> None:
         )
 
     found = asked(60)
-    told = shelf.run(stage_of(shelf, "pseudo")).record["pseudo_perplexity"]["scores"]["before"]
+    told = shelf.run(stage_of(shelf, "pseudo")).record.pseudo_perplexity.scores.before
     assert {name: row["pseudo"]["nats"] for name, row in found["sets"].items()} == pytest.approx(
-        {name: row["nats"] for name, row in told.items()}
+        {name: row.nats for name, row in told.items()}
     )
     assert found["text"].count("masked one at a time") == 2
     assert all("pseudo" not in row for row in asked(0)["sets"].values())

@@ -63,15 +63,17 @@ def forgetful(base: Path, model: str, **changes: Any) -> dict[str, Any]:
 
 def test_what_comes_back_is_told_from_what_is_lost(carried_out: Carried, knowing: str, base: Path) -> None:
     last, events = carried_out(**forgetful(base, knowing))
-    found = last.record["realign"]
-    (entry,) = found["sets"].values()
-    assert found["steps"] == 12 and found["rate"] == pytest.approx(1e-2)
-    assert entry["forgot"]["low"] > 0
+    found = last.record.relearning
+    (entry,) = found.sets.values()
+    assert found.steps == 12 and found.learning_rate == pytest.approx(1e-2)
+    assert entry.forgotten.low > 0
     for key in ("forgot", "won", "left", "start_learnt"):
         assert entry[key]["low"] <= entry[key]["value"] <= entry[key]["high"]
-    assert entry["won"]["value"] == pytest.approx(entry["forgot"]["value"] - entry["left"]["value"])
-    assert entry["share"]["value"] == pytest.approx(entry["won"]["value"] / entry["forgot"]["value"])
-    assert entry["won"]["low"] > 0 and entry["share"]["value"] > 0.3  # one text was over the other, and can be dug out
+    assert entry.recovered.value == pytest.approx(entry.forgotten.value - entry.remaining.value)
+    assert entry.recovered_share.value == pytest.approx(entry.recovered.value / entry.forgotten.value)
+    assert (
+        entry.recovered.low > 0 and entry.recovered_share.value > 0.3
+    )  # one text was over the other, and can be dug out
     (line,) = [
         event.message
         for event in events
@@ -82,18 +84,18 @@ def test_what_comes_back_is_told_from_what_is_lost(carried_out: Carried, knowing
     # Only the half that the steps have not read counts, and what was forgotten is that of the scores on it.
     held_out = next(h for h in plan_at(last).evaluation.sets if h.role == "retained")
     unread = held_out_mask(held_out.digests, 0.5)
-    assert entry["documents"] == int(unread.sum()) and 0 < entry["documents"] < len(held_out)
+    assert entry.documents == int(unread.sum()) and 0 < entry.documents < len(held_out)
     before, after = (
         read_scores(last.run_folder / "scores" / f"{when}.npz")["old-heldout"] for when in ("before", "after")
     )
     nats = [np.bincount(s.document_W, s.nats_W, len(held_out))[unread].sum() for s in (before, after)]
     tokens = np.bincount(before.document_W, before.tokens_W, len(held_out))[unread].sum()
-    assert entry["forgot"]["value"] == pytest.approx((nats[1] - nats[0]) / tokens, rel=1e-6)
+    assert entry.forgotten.value == pytest.approx((nats[1] - nats[0]) / tokens, rel=1e-6)
 
 
 def plan_at(last: RunFinished) -> Plan:
-    raw = last.record["stage"]
-    return make_plan(parse_stage(raw, "t"), Path(last.record["root"]), last.run_folder.parent / "cache")
+    raw = last.record.stage
+    return make_plan(parse_stage(raw, "t"), Path(last.record.stage_folder), last.run_folder.parent / "cache")
 
 
 def test_copies_are_trained_and_the_published_model_is_not(
@@ -103,10 +105,10 @@ def test_copies_are_trained_and_the_published_model_is_not(
     other, _ = carried_out(
         **forgetful(base, knowing, output=str(tmp_path / "without"), evaluation={"relearning_steps": 0})
     )
-    assert other.record["realign"] is None
+    assert other.record.relearning is None
     manifests = [json.loads((run.run_folder / "model" / MANIFEST).read_text()) for run in (one, other)]
     assert manifests[0]["model.safetensors"] == manifests[1]["model.safetensors"]
-    assert one.record["scores"] == other.record["scores"]
+    assert one.record.scores == other.record.scores
 
 
 @pytest.mark.parametrize("tuning", [{"kind": "lora", "rank": 4}, {"kind": "prompt", "length": 3}])
@@ -114,8 +116,8 @@ def test_a_tuning_is_realigned_by_its_like(
     carried_out: Carried, knowing: str, base: Path, tuning: dict[str, Any]
 ) -> None:
     last, _ = carried_out(**forgetful(base, knowing, tuning=tuning))
-    (entry,) = last.record["realign"]["sets"].values()
-    assert entry["documents"] > 5 and np.isfinite(entry["left"]["value"])
+    (entry,) = last.record.relearning.sets.values()
+    assert entry.documents > 5 and np.isfinite(entry.remaining.value)
 
 
 def test_a_replay_source_gives_its_other_documents(carried_out: Carried, knowing: str, base: Path) -> None:
@@ -133,9 +135,9 @@ def test_a_replay_source_gives_its_other_documents(carried_out: Carried, knowing
     raw = forgetful(base, knowing, evaluation={"retained": [], "relearning_steps": 4})
     raw["data"]["sources"] = sources
     last, _ = carried_out(**raw)
-    (name,) = last.record["realign"]["sets"]
+    (name,) = last.record.relearning.sets
     held_out = next(h for h in plan_at(last).evaluation.sets if h.name == "old")
-    assert name == "old" and last.record["realign"]["sets"][name]["documents"] == len(held_out)
+    assert name == "old" and last.record.relearning.sets[name].documents == len(held_out)
 
 
 def test_nothing_is_tried_without_old_text_or_an_old_model(stage_of: StageOf, tmp_path: Path) -> None:

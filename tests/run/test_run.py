@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from postgrad.config.stage_file import parse_stage
 from postgrad.errors import BusyError, DiskError, NonFiniteError, ResumeError
 from postgrad.evaluation import before_after
+from postgrad.lineage.metrics import read_metrics
 from postgrad.lineage.record import read_record
 from postgrad.plan.plan import Plan, make_plan
 from postgrad.run.events import (
@@ -30,7 +31,6 @@ from postgrad.run.events import (
 from postgrad.run.milestones import evaluation_steps
 from postgrad.run.run import run_stage
 from postgrad.storage.atomic import verify
-from postgrad.training.metrics_log import read_metrics
 from tests.conftest import StageOf
 
 
@@ -50,24 +50,24 @@ def test_a_run_leaves_everything_that_was_promised(stage_of: StageOf, cache: Pat
     for name in ("stage.yaml", "plan.json", "metrics.jsonl", "record.json", "report.html", "model", "scores"):
         assert (home / name).exists(), name
     record = read_record(home)
-    assert record["status"] == "finished"
+    assert record.status == "finished"
     verify(home / "model")
-    steps = [row for row in read_metrics(home / "metrics.jsonl") if row["kind"] == "step"]
-    assert [row["step"] for row in steps] == list(range(1, record["plan"]["steps"] + 1))
+    steps = [row for row in read_metrics(home / "metrics.jsonl") if row.kind == "step"]
+    assert [row.step for row in steps] == list(range(1, record.plan.steps + 1))
     # What was trained is what the metrics and the sources say, and close to what was planned.
-    assert sum(row["tokens"] for row in steps) == record["achieved"]["tokens"]
-    assert sum(s["trained"] for s in record["achieved"]["sources"]) == record["achieved"]["tokens"]
-    for source, planned in zip(record["achieved"]["sources"], (0.75, 0.25), strict=True):
-        assert source["share"] == pytest.approx(planned, abs=0.02)
+    assert sum(row.tokens for row in steps) == record.totals.tokens
+    assert sum(s.trained_tokens for s in record.totals.sources) == record.totals.tokens
+    for source, planned in zip(record.totals.sources, (0.75, 0.25), strict=True):
+        assert source.share == pytest.approx(planned, abs=0.02)
     for row in steps:
-        assert sum(nats for nats, _ in row["by_source"].values()) == pytest.approx(
-            row["loss"] * row["tokens"], rel=1e-5
+        assert sum(nats for nats, _ in row.loss_sums_by_source.values()) == pytest.approx(
+            row.loss * row.tokens, rel=1e-5
         )
-        assert sum(tokens for _, tokens in row["by_source"].values()) == row["tokens"]
-    for book in record["ledger"].values():
-        assert book["read"] == book["held_out"] + book["dropped"] + book["truncated"] + book["placed"]
-    assert record["changes"]["new-heldout"]["verdict"] == "learnt"
-    assert {s["set"] for s in record["samples"]} == {"old-heldout", "new-heldout"}
+        assert sum(tokens for _, tokens in row.loss_sums_by_source.values()) == row.tokens
+    for book in record.token_ledger.values():
+        assert book.read == book.held_out + book.dropped + book.truncated + book.placed
+    assert record.changes["new-heldout"].verdict == "learnt"
+    assert {s.set for s in record.samples} == {"old-heldout", "new-heldout"}
 
 
 def test_the_published_model_is_the_trained_one(stage_of: StageOf, cache: Path, tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_the_published_model_is_the_trained_one(stage_of: StageOf, cache: Path, 
     for (name, a), (_, b) in zip(model.named_parameters(), checkpoint.named_parameters(), strict=True):
         assert torch.equal(a, b), name
     assert AutoTokenizer.from_pretrained(home / "model")("one")["input_ids"]
-    start = AutoModelForCausalLM.from_pretrained(read_record(home)["model"]["source"])
+    start = AutoModelForCausalLM.from_pretrained(read_record(home).model.source)
     moved = [not torch.equal(a, b) for a, b in zip(model.parameters(), start.parameters(), strict=True)]
     assert all(moved)
 
@@ -111,7 +111,7 @@ def test_stopped_and_resumed_equals_never_stopped(stage_of: StageOf, cache: Path
         if isinstance(last, RunFinished):
             break
         assert isinstance(last, RunStopped)
-        assert read_record(tmp_path / "parts")["status"] == "stopped"
+        assert read_record(tmp_path / "parts").status == "stopped"
         stops += 1
     assert stops > 3
     assert trace(tmp_path / "parts") == trace(tmp_path / "whole")
@@ -178,10 +178,10 @@ def test_the_gate_fails_when_the_old_is_forgotten(stage_of: StageOf, cache: Path
     )
     finished = events_of(naive, cache)[-1]
     assert isinstance(finished, RunFinished)
-    assert finished.record["status"] == "gate-failed" and not finished.record["gate"]["passed"]
-    assert finished.record["changes"]["old-heldout"]["verdict"] == "forgot"
+    assert finished.record.status == "gate-failed" and not finished.record.retention_gate.passed
+    assert finished.record.changes["old-heldout"].verdict == "forgot"
     assert (tmp_path / "run" / "model" / "config.json").exists()  # everything is kept
-    assert finished.record["parents"][0]["id"] == read_record(tmp_path / "first")["id"]
+    assert finished.record.parents[0].id == read_record(tmp_path / "first").id
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(
@@ -220,7 +220,7 @@ def test_before_and_after_are_of_the_same_documents(stage_of: StageOf, cache: Pa
 
 
 def losses_of(home: Path) -> list[float]:
-    return [row["loss"] for row in read_metrics(home / "metrics.jsonl") if row["kind"] == "step"]
+    return [row.loss for row in read_metrics(home / "metrics.jsonl") if row.kind == "step"]
 
 
 def test_recomputed_activations_make_no_difference(stage_of: StageOf, cache: Path, tmp_path: Path) -> None:

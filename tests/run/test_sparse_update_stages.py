@@ -15,6 +15,7 @@ from postgrad.config import sparse_updates
 from postgrad.config.quantities import ConfigModel
 from postgrad.config.sparse_updates import LossAdaptive, MagnitudeUpdate, MomentumUpdate
 from postgrad.errors import StageError
+from postgrad.lineage.metrics import read_metrics
 from postgrad.lineage.record import read_record
 from postgrad.models.pretrained import load_pretrained, locate_model
 from postgrad.optim.sparse_update import SparseMask
@@ -23,7 +24,6 @@ from postgrad.run.run import run_stage
 from postgrad.run.summary import summary_text
 from postgrad.training.checkpoint import Checkpoints
 from postgrad.training.checkpoint_files import read_progress
-from postgrad.training.metrics_log import read_metrics
 from tests.tiny_stages import Workspace, make_workspace, run_interrupted, run_trace, train_for
 
 MOMENTUM = {"sparse_update": {"kind": "mofo", "share": "10%"}}
@@ -37,7 +37,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 
 def told(home: Path) -> list[dict[str, Any]]:
-    return [row for row in read_metrics(home / "metrics.jsonl") if row["kind"] == "step"]
+    return [row for row in read_metrics(home / "metrics.jsonl") if row.kind == "step"]
 
 
 WHOLE: dict[str, dict[str, Any]] = {
@@ -52,8 +52,13 @@ def test_a_share_of_all_is_no_change_to_the_bit(shelf: Workspace, kind: str) -> 
     whole = shelf.run(shelf.stage(f"whole-{kind}", optimizer=WHOLE[kind]))
     model = "model/model.safetensors"
     assert (plain.run_folder / model).read_bytes() == (whole.run_folder / model).read_bytes()
-    assert all("moved" not in row for row in told(plain.run_folder)) and read_record(plain.run_folder)["update"] is None
-    assert all(row["moved"] == read_record(whole.run_folder)["update"]["of"] for row in told(whole.run_folder))
+    assert (
+        all("moved" not in row for row in told(plain.run_folder))
+        and read_record(plain.run_folder).sparse_update is None
+    )
+    assert all(
+        row["moved"] == read_record(whole.run_folder).sparse_update.total_weights for row in told(whole.run_folder)
+    )
 
 
 @pytest.mark.parametrize("optimizer", [MOMENTUM, MAGNITUDE, {**MOMENTUM, **FINCH}], ids=["momentum", "rows", "paced"])
@@ -145,8 +150,8 @@ def test_it_works_on_other_models(shelf: Workspace, name: str, optimizer: dict[s
     place = shelf.run(
         shelf.stage(f"{name}-{optimizer['update']['kind']}", model=model, optimizer=optimizer, **changes)
     ).run_folder
-    rows, about = told(place), read_record(place)["update"]
-    assert all(row["moved"] == about["moved"] < about["of"] for row in rows)
+    rows, about = told(place), read_record(place).sparse_update
+    assert all(row["moved"] == about.updated_weights < about.total_weights for row in rows)
     assert rows[-1]["loss"] < rows[0]["loss"]
 
 
@@ -239,10 +244,10 @@ def test_the_end_says_what_moved(shelf: Workspace) -> None:
     ]
     start, end = (dict(model.named_parameters()) for model in models)
     differ = sum(int((end[name] != old).sum()) for name, old in start.items())
-    about = read_record(done.run_folder)["update"]
-    line = f"{differ:,} of {about['of']:,} weights differ from the start model's"
-    each = f"each update moved {about['moved']:,} of {about['of']:,}"
-    assert about["moved"] < differ < about["of"]
+    about = read_record(done.run_folder).sparse_update
+    line = f"{differ:,} of {about.total_weights:,} weights differ from the start model's"
+    each = f"each update moved {about.updated_weights:,} of {about.total_weights:,}"
+    assert about.updated_weights < differ < about.total_weights
     for text in (summary_text(done), (done.run_folder / "report.html").read_text()):
         assert line in text.replace("&#x27;", "'") and each in text
     assert (

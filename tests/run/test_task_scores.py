@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from postgrad.reports.sections.task_tables import cluster_table, task_table
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -23,16 +24,15 @@ from postgrad.config.tasks import TaskConfig
 from postgrad.distributed.world import World
 from postgrad.errors import DataError, ModelError, ResumeError, StageError
 from postgrad.evaluation.choices.loglikelihood import ChoiceItem
+from postgrad.lineage.metrics import read_metrics
 from postgrad.lineage.record import read_record
 from postgrad.models.model import wrap_model
 from postgrad.models.pretrained import load_pretrained, locate_model
 from postgrad.plan.task_prompts import PromptedTask, TaskPrompt, make_prompted_task
 from postgrad.reports.pages import run_page
-from postgrad.reports.sections.task_tables import cluster_table, task_table
 from postgrad.run import task_scores
 from postgrad.run.run import run_stage
 from postgrad.run.task_scores import answer_tasks, choice_scores, read_answers
-from postgrad.training.metrics_log import read_metrics
 from tests.tiny_stages import Workspace, make_workspace, run_interrupted, run_trace, write_rows
 
 HERE = World(torch.device("cpu"))
@@ -166,28 +166,28 @@ def run(shelf: Workspace) -> Path:
 
 def test_a_record_says_what_was_answered_before_and_after(shelf: Workspace, run: Path) -> None:
     record = read_record(run)
-    by_name = {entry["name"]: entry for entry in record["tasks"]}
+    by_name = {entry.name: entry for entry in record.tasks}
     assert list(by_name) == ["kinds", "pairs", "named"]
-    assert (by_name["kinds"]["shots"], by_name["kinds"]["seeds"], by_name["kinds"]["items"]) == (2, 2, 16)
-    assert by_name["named"]["answered"] == "write" and by_name["pairs"]["answered"] == "choose"
-    for entry in record["tasks"]:
-        for metric in entry["metrics"]:
-            was, now, moved = entry["before"][metric], entry["after"][metric], entry["changes"][metric]
-            assert moved["difference"] == pytest.approx(now["value"] - was["value"])
-            assert was["low"] <= was["value"] <= was["high"] and moved["low"] <= moved["difference"] <= moved["high"]
+    assert (by_name["kinds"].shots, by_name["kinds"].seeds, by_name["kinds"].items) == (2, 2, 16)
+    assert by_name["named"].scoring == "write" and by_name["pairs"].scoring == "choose"
+    for entry in record.tasks:
+        for metric in entry.metrics:
+            was, now, moved = entry.before[metric], entry.after[metric], entry.changes[metric]
+            assert moved.difference == pytest.approx(now.value - was.value)
+            assert was.low <= was.value <= was.high and moved.low <= moved.difference <= moved.high
     # What is written down is what the models say when they are asked again.
     tasks = shelf.folder / "tasks.json"
     tasks.write_text(json.dumps(quizzes(shelf)))
     for side, model in (("before", str(shelf.folder / "llama")), ("after", str(run))):
         again = evaluate_tasks(model, tasks, shots=None, cache=shelf.folder / side)["tasks"]
-        assert [entry["scores"] for entry in again] == [entry[side] for entry in record["tasks"]]
+        assert [entry["scores"] for entry in again] == [entry[side] for entry in record.tasks]
     said = [read_answers(run / "scores" / f"tasks-{side}.json")["named"] for side in ("before", "after")]
     assert said[0].predictions_KI != said[1].predictions_KI and said[0].references_I == said[1].references_I
 
 
 def test_clusters_that_were_never_trained_on_come_first(shelf: Workspace, run: Path) -> None:
     record = read_record(run)
-    found = [(c["cluster"], c["seen"], c["tasks"], c["metric"]) for c in record["clusters"]]
+    found = [(c.task_cluster, c.trained_on, c.tasks, c.metric) for c in record.task_clusters]
     assert found == [
         ("choices", False, ["pairs"], "accuracy"),
         ("sorts", True, ["kinds"], "accuracy"),
@@ -212,11 +212,11 @@ def test_check_says_that_several_processes_do_not_ask_during_training(shelf: Wor
 
 
 def test_looks_during_training_ask_what_is_asked_for(shelf: Workspace, run: Path) -> None:
-    looks = [row for row in read_metrics(run / "metrics.jsonl") if row["kind"] == "evaluation"]
-    assert len(looks) > 2 and all(set(row["tasks"]) == {"kinds"} for row in looks)
-    (entry,) = (e for e in read_record(run)["tasks"] if e["name"] == "kinds")
-    assert looks[0]["tasks"]["kinds"] == {"metric": "accuracy", "value": entry["before"]["accuracy"]["value"]}
-    assert looks[-1]["tasks"]["kinds"]["value"] == entry["after"]["accuracy"]["value"]
+    looks = [row for row in read_metrics(run / "metrics.jsonl") if row.kind == "evaluation"]
+    assert len(looks) > 2 and all(set(row.tasks) == {"kinds"} for row in looks)
+    (entry,) = (e for e in read_record(run).tasks if e.name == "kinds")
+    assert looks[0].tasks["kinds"] == {"metric": "accuracy", "value": entry.before["accuracy"].value}
+    assert looks[-1].tasks["kinds"].value == entry.after["accuracy"].value
 
 
 def test_looks_are_right_however_a_model_attends_while_it_is_trained(shelf: Workspace) -> None:
@@ -226,10 +226,10 @@ def test_looks_are_right_however_a_model_attends_while_it_is_trained(shelf: Work
     raw = examined(shelf, "attending", "named", compute=compute, schedule=schedule, tokens=24 * 4 * 48)
     raw["evaluation"]["tasks"][0] |= {"during_training": True, "metrics": ["chrF"]}
     record = shelf.run(raw).record
-    (entry,) = record["tasks"]
-    assert entry["after"]["chrF"]["value"] > entry["before"]["chrF"]["value"] + 1
-    looks = [row for row in read_metrics(shelf.folder / "runs/attending/metrics.jsonl") if row["kind"] == "evaluation"]
-    assert looks[-1]["tasks"]["named"]["value"] == pytest.approx(entry["after"]["chrF"]["value"])
+    (entry,) = record.tasks
+    assert entry.after["chrF"].value > entry.before["chrF"].value + 1
+    looks = [row for row in read_metrics(shelf.folder / "runs/attending/metrics.jsonl") if row.kind == "evaluation"]
+    assert looks[-1].tasks["named"].value == pytest.approx(entry.after["chrF"].value)
 
 
 def test_the_end_and_the_page_tell_of_tasks(run: Path) -> None:
@@ -270,7 +270,7 @@ def test_killed_and_resumed_keeps_what_was_answered_before(
     whole = read_record(run)
     parts = run_interrupted(shelf, raw)
     assert run_trace(parts.run_folder) == run_trace(run)
-    assert parts.record["tasks"] == whole["tasks"] and parts.record["clusters"] == whole["clusters"]
+    assert parts.record.tasks == whole.tasks and parts.record.task_clusters == whole.task_clusters
     # Resumed at the very end: the start model is not asked again, and what it said is what was kept.
     said = []
     monkeypatch.setattr(
@@ -284,7 +284,7 @@ def test_killed_and_resumed_keeps_what_was_answered_before(
             break
     assert len(said) == 1
     kept = read_answers(shelf.folder / "runs" / "late" / "scores" / "tasks-before.json")
-    assert shelf.run(raw).record["status"] == "finished" and len(said) == 2
+    assert shelf.run(raw).record.status == "finished" and len(said) == 2
     assert read_answers(shelf.folder / "runs" / "late" / "scores" / "tasks-before.json") == kept
 
 
@@ -294,8 +294,8 @@ def test_a_stopped_run_says_what_was_answered_before(shelf: Workspace) -> None:
         if type(event).__name__ == "StepCompleted" and event.report.step == 3:  # type: ignore[union-attr]
             os.kill(os.getpid(), signal.SIGTERM)
     record = read_record(shelf.folder / "runs" / "stopped")
-    assert record["status"] == "stopped" and record["tasks"][0]["before"]["accuracy"]["value"] > 0
-    assert record["tasks"][0]["after"] == {} and task_table(record)
+    assert record.status == "stopped" and record.tasks[0].before["accuracy"].value > 0
+    assert record.tasks[0].after == {} and task_table(record)
     assert "What it was asked" in run_page.run_page(record, [])
 
 
@@ -320,7 +320,7 @@ def test_every_sort_of_tuning_is_asked(shelf: Workspace, model: str, tuning: dic
     tasks = shelf.folder / "tuned.json"
     tasks.write_text(json.dumps(quizzes(shelf, "pairs", "named")))
     again = evaluate_tasks(str(shelf.folder / "runs" / raw["name"]), tasks, shots=None, cache=shelf.folder / "other")
-    assert [entry["scores"] for entry in again["tasks"]] == [entry["after"] for entry in record["tasks"]]
+    assert [entry["scores"] for entry in again["tasks"]] == [entry.after for entry in record.tasks]
 
 
 def test_a_stage_on_an_encoder_asks_nothing(shelf: Workspace) -> None:
@@ -350,7 +350,7 @@ def test_models_beside_each_other_item_by_item(shelf: Workspace, run: Path) -> N
     record = read_record(run)
     first, second = found["models"]
     assert all("changes" not in entry for entry in first["tasks"])
-    assert [entry["changes"] for entry in second["tasks"]] == [entry["changes"] for entry in record["tasks"]]
+    assert [entry["changes"] for entry in second["tasks"]] == [entry.changes for entry in record.tasks]
     assert f"{run}, named: exact-match +" in found["text"]
     # Another context may leave other items out: the pairs are of what both were asked.
     other = compare_tasks([str(shelf.folder / "t5"), str(run)], tasks, cache=shelf.cache)
@@ -363,9 +363,9 @@ def test_runs_beside_each_other(shelf: Workspace, run: Path) -> None:
     assert [(p["task"], p["arm"]) for p in found["paired_tasks"]] == [
         ("kinds", "slower"), ("pairs", "slower"), ("named", "slower"),
     ]  # fmt: skip
-    after = [{e["name"]: e["after"] for e in read_record(r)["tasks"]} for r in (run, other)]
+    after = [{e.name: e.after for e in read_record(r).tasks} for r in (run, other)]
     for pair in found["paired_tasks"]:
-        one, two = (side[pair["task"]][pair["metric"]]["value"] for side in after)
+        one, two = (side[pair["task"]][pair["metric"]].value for side in after)
         assert pair["difference"] == pytest.approx(two - one)
     assert "Tasks, arms side by side" in found["text"] and "named (exact-match)" in found["text"]
     assert "What the arms answered" in (shelf.folder / "beside.html").read_text()

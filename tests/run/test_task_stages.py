@@ -31,6 +31,7 @@ from postgrad.errors import DataError, ModelError, StageError, TuningError
 from postgrad.evaluation import classification_metrics
 from postgrad.evaluation.before_after import read_scores, score_sets
 from postgrad.hardware.execution import Execution
+from postgrad.lineage.metrics import read_metrics
 from postgrad.models.model import wrap_model
 from postgrad.models.pretrained import locate_model
 from postgrad.optim.optimizer import AdamW
@@ -39,7 +40,6 @@ from postgrad.plan.objective_rows import make_rows
 from postgrad.plan.plan import Plan
 from postgrad.run.build import build_run, make_loader, make_tuned_model
 from postgrad.run.losses import make_objectives
-from postgrad.training.metrics_log import read_metrics
 from postgrad.training.step import Run, StepReport, train_step
 from postgrad.tuning.open_model import open_model
 from tests.tiny_stages import (
@@ -259,20 +259,20 @@ def test_a_task_is_learnt_and_scored_as_plain_transformers_scores_it(shelf: Work
     case = BY_HAND[name]
     done = shelf.run(stage_of(shelf, name))
     held_out = f"{case.rows}-heldout"
-    assert done.record["changes"][held_out]["difference"] < (0.1 if case.rows == "paired" else 0)
+    assert done.record.changes[held_out].difference < (0.1 if case.rows == "paired" else 0)
     folder = done.run_folder / "model"
     model, loading = case.auto.from_pretrained(folder, output_loading_info=True)
     assert not loading["missing_keys"] and not loading["unexpected_keys"]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     found = [case.scored(model.eval(), tokenizer, row) for row in read_rows(shelf.file(case.rows, held_out=True))]
     nats = [nat for row, _, _ in found for nat in row]
-    after = done.record["scores"]["after"][held_out]
-    assert (after["documents"], after["tokens"]) == (len(found), len(nats))
-    assert after["nats"] == pytest.approx(np.mean(nats), rel=1e-5)
+    after = done.record.scores.after[held_out]
+    assert (after.documents, after.tokens) == (len(found), len(nats))
+    assert after.nats == pytest.approx(np.mean(nats), rel=1e-5)
     if case.metric:
         said, meant = (np.concatenate([np.ravel(row[i]) for row in found]) for i in (1, 2))
         right = np.mean((said - meant) ** 2) if case.metric == "MSE" else np.mean(said == meant)
-        assert after["metrics"][case.metric]["value"] == pytest.approx(right, rel=1e-4)
+        assert after.metrics[case.metric].value == pytest.approx(right, rel=1e-4)
         kept = read_scores(done.run_folder / "scores" / "after.npz")[held_out]
         both = sorted(
             zip(kept.labels_I.tolist(), kept.predictions_I.tolist(), strict=True)
@@ -299,9 +299,9 @@ def test_what_left_is_scored_alike_outside_of_its_stage(shelf: Workspace, name: 
 
     for tuning in (None, {"kind": "lora", "rank": 1}):
         done = shelf.run(stage_of(shelf, name, tuning, f"{name}{' lora' if tuning else ''}"))
-        assert evaluated(done.run_folder) == done.record["scores"]["after"]
+        assert evaluated(done.run_folder) == done.record.scores.after
     export_model(str(done.run_folder), tmp_path / "plain", "auto")
-    assert evaluated(tmp_path / "plain") == done.record["scores"]["after"]
+    assert evaluated(tmp_path / "plain") == done.record.scores.after
 
 
 def test_labels_that_a_classifier_does_not_know_are_met(shelf: Workspace) -> None:
@@ -331,7 +331,7 @@ def test_text_is_learnt_by_encoders_and_encoder_decoders(shelf: Workspace, name:
     model, auto, objectives = TEXTS[name]
     raw = shelf.stage(name.replace(" ", "-"), model=model, objectives=list(objectives), tokens=200)
     done = shelf.run(raw)
-    assert done.record["changes"]["new-heldout"]["difference"] < 0
+    assert done.record.changes["new-heldout"].difference < 0
     plan, published = shelf.plan(raw), auto.from_pretrained(done.run_folder / "model")
     for held_out in plan.evaluation.sets:
         nats = tokens = 0
@@ -341,9 +341,9 @@ def test_text_is_learnt_by_encoders_and_encoder_decoders(shelf: Workspace, name:
             asked = np.flatnonzero(row.labels != IGNORED)
             nats -= float(log_p[asked, row.labels[asked]].sum())
             tokens += len(asked)
-        after = done.record["scores"]["after"][held_out.name]
-        assert after["tokens"] == tokens == held_out.tokens
-        assert after["nats"] == pytest.approx(nats / tokens, rel=1e-5)
+        after = done.record.scores.after[held_out.name]
+        assert after.tokens == tokens == held_out.tokens
+        assert after.nats == pytest.approx(nats / tokens, rel=1e-5)
 
 
 def test_a_cloze_task_says_a_word_at_the_mask(shelf: Workspace) -> None:
@@ -367,7 +367,7 @@ def test_a_cloze_task_says_a_word_at_the_mask(shelf: Workspace) -> None:
         },
     )
     done, plan = shelf.run(raw), shelf.plan(raw)
-    assert done.record["model"]["task"] == "masked"
+    assert done.record.model.task == "masked"
     plain = AutoModelForMaskedLM.from_pretrained(shelf.folder / "bert").eval()
     tokenizer = AutoTokenizer.from_pretrained(shelf.folder / "bert")
     nats = []
@@ -377,7 +377,7 @@ def test_a_cloze_task_says_a_word_at_the_mask(shelf: Workspace) -> None:
         word = tokenizer.convert_tokens_to_ids({"words": "yes", "sums": "no"}[row["label"]])
         nats.append(-float(torch.log_softmax(logits_of(plain, **text), -1)[place, word]))
     # Before: the same template without its vectors.
-    before, after = (done.record["scores"][when]["labelled-heldout"] for when in ("before", "after"))
+    before, after = (done.record.scores[when]["labelled-heldout"] for when in ("before", "after"))
     assert (before["nats"], before["tokens"]) == (pytest.approx(np.mean(nats), rel=1e-5), len(nats))
     assert after["nats"] != before["nats"]
     (held_out,) = plan.evaluation.sets
@@ -395,7 +395,7 @@ def before_of(shelf: Workspace, raw: dict[str, Any]) -> tuple[float, float]:
         world=CPU,
     )
     (name,) = found
-    return done.record["scores"]["before"][name]["nats"], found[name].nats
+    return done.record.scores.before[name].nats, found[name].nats
 
 
 def test_scores_that_are_kept_are_of_the_same_words_masks_and_layer(shelf: Workspace) -> None:
@@ -428,7 +428,7 @@ def test_scores_that_are_kept_are_of_the_same_words_masks_and_layer(shelf: Works
     # Held-out text is masked alike whatever the stage's seed, so that stages can be held against each other.
     masked = [shelf.stage(f"masked-{seed}", model="bert", tokens=50, seed=seed) for seed in (0, 1)]
     one, other = (shelf.run(raw).record for raw in masked)
-    assert one["scores"]["before"] == other["scores"]["before"] and one["scores"]["after"] != other["scores"]["after"]
+    assert one.scores.before == other.scores.before and one.scores.after != other.scores.after
     rows = [plan.evaluation.sets[0].rows for plan in map(shelf.plan, masked)]
     assert all(np.array_equal(a.labels, b.labels) for a, b in zip(*rows, strict=True))
 
@@ -586,16 +586,16 @@ def test_a_mixed_step_is_the_sum_of_its_objectives(
 
 def test_each_objective_is_told_by_a_name_of_its_own(shelf: Workspace) -> None:
     done = shelf.run(mixed(shelf, "llama"))
-    row = next(row for row in read_metrics(done.run_folder / "metrics.jsonl") if row["kind"] == "step")
-    assert len(row["losses"]) == 2
-    assert sum(row["losses"].values()) == pytest.approx(row["loss"], rel=1e-6)
+    row = next(row for row in read_metrics(done.run_folder / "metrics.jsonl") if row.kind == "step")
+    assert len(row.losses_by_objective) == 2
+    assert sum(row.losses_by_objective.values()) == pytest.approx(row.loss, rel=1e-6)
 
 
 @pytest.mark.parametrize("model", ["llama", "t5", pytest.param("bert", marks=pytest.mark.slow)])
 def test_shares_are_counted_in_what_is_trained(shelf: Workspace, model: str) -> None:
     done = shelf.run(mixed(shelf, model))
-    a, old = done.record["achieved"]["sources"]
-    assert (a["share"], old["share"]) == (pytest.approx(0.4, abs=0.08), pytest.approx(0.6, abs=0.08))
+    a, old = done.record.totals.sources
+    assert (a.share, old.share) == (pytest.approx(0.4, abs=0.08), pytest.approx(0.6, abs=0.08))
     plan = shelf.plan(mixed(shelf, model))
     counted = {"a": 0, "old": 0}
     for step in range(plan.steps):
@@ -603,10 +603,10 @@ def test_shares_are_counted_in_what_is_trained(shelf: Workspace, model: str) -> 
             made = plan.data.rows[source].at(int(row), step * plan.data.mixture.block_size + i)
             assert made.counted == int((made.labels != IGNORED).sum())
             counted[plan.data.source_names[source]] += made.counted
-    assert counted == {"a": a["trained"], "old": old["trained"]}
+    assert counted == {"a": a.trained_tokens, "old": old.trained_tokens}
     for row in read_metrics(done.run_folder / "metrics.jsonl"):
-        if row["kind"] == "step":
-            assert sum(tokens for _, tokens in row["by_source"].values()) == row["tokens"]
+        if row.kind == "step":
+            assert sum(tokens for _, tokens in row.loss_sums_by_source.values()) == row.tokens
 
 
 def test_text_and_examples_share_rows_of_one_objective(shelf: Workspace) -> None:
@@ -621,8 +621,8 @@ def test_text_and_examples_share_rows_of_one_objective(shelf: Workspace) -> None
         for source, nats in zip(batch.source_B, nats_BT.view(batch.labels.shape).sum(1), strict=True):
             expected[run.sources[source]] += float(nats)
     done = shelf.run({**raw, "output": str(shelf.folder / "runs" / "together")})
-    row = next(row for row in read_metrics(done.run_folder / "metrics.jsonl") if row["kind"] == "step")
-    assert {name: nats for name, (nats, _) in row["by_source"].items()} == pytest.approx(expected, rel=1e-5)
+    row = next(row for row in read_metrics(done.run_folder / "metrics.jsonl") if row.kind == "step")
+    assert {name: nats for name, (nats, _) in row.loss_sums_by_source.items()} == pytest.approx(expected, rel=1e-5)
 
 
 # -- one task after the other --------------------------------------------------------------------------------------------
@@ -634,8 +634,8 @@ def test_a_task_follows_another(shelf: Workspace) -> None:
     lora = {"kind": "lora", "rank": 2}
     one = shelf.run(stage_of(shelf, "bert class", lora, "then-class", model=str(text.run_folder)))
     two = shelf.run(stage_of(shelf, "bert class", {"kind": "adapter", "size": 4}, "again", model=str(one.run_folder)))
-    assert two.record["scores"]["before"] == one.record["scores"]["after"]
-    assert two.record["scores"]["after"] != two.record["scores"]["before"]
+    assert two.record.scores.before == one.record.scores.after
+    assert two.record.scores.after != two.record.scores.before
     # The backbone is the one that learnt the text; the task layer is the one of `one`.
     opened = open_model(locate_model(str(two.run_folder), shelf.folder))
     assert opened.task == "classify" and opened.layer is not None and opened.layer.labels == ("sums", "words")
@@ -646,7 +646,7 @@ def test_a_task_follows_another(shelf: Workspace) -> None:
     )
     # Other labels want another task layer, on the same backbone.
     other = shelf.run(stage_of(shelf, "bert tags", lora, "then-tags", model=str(one.run_folder)))
-    assert other.record["model"]["task"] == "tag" and other.record["status"] == "finished"
+    assert other.record.model.task == "tag" and other.record.status == "finished"
 
 
 @pytest.mark.parametrize(
@@ -822,7 +822,7 @@ def test_only_training_rows_are_shown_before_a_question(
     assert asked_held | asked_trained == {row["prompt"] + row["completion"] for row in numbers}
     for shown, asked in [*held, *trained]:
         assert len(shown) == 2 and asked not in shown and asked_held.isdisjoint(shown)
-    assert shelf.run(raw).record["status"] == "finished"
+    assert shelf.run(raw).record.status == "finished"
     # The mutant: with nothing set apart, held-out rows are among those that are shown.
     monkeypatch.setattr(leaves, "held_out_mask", lambda digests, share: np.zeros(len(digests), bool))
     held, trained = read_before(shelf.plan({**raw, "seed": 1}))
@@ -899,8 +899,8 @@ def test_a_tuning_serves_a_task(shelf: Workspace, task: str, name: str) -> None:
     assert {n for n in before if not torch.equal(before[n], after[n])} == moving
     whole = shelf.run(stage("whole", tuning))
     assert run_trace(run_interrupted(shelf, stage("parts", tuning)).run_folder) == run_trace(whole.run_folder)
-    ((learned, change),) = [item for item in whole.record["changes"].items() if item[1]["role"] == "learned"]
-    assert change["difference"] != 0
+    ((learned, change),) = [item for item in whole.record.changes.items() if item[1]["role"] == "learned"]
+    assert change.difference != 0
     following = shelf.run(
         stage(
             "next",
@@ -909,5 +909,5 @@ def test_a_tuning_serves_a_task(shelf: Workspace, task: str, name: str) -> None:
             objectives=changes.get("objectives", BY_HAND[task].objectives if task in BY_HAND else ()),
         )
     )
-    found = following.record["scores"]["before"][learned]
-    assert found["nats"] == pytest.approx(whole.record["scores"]["after"][learned]["nats"], rel=1e-5)
+    found = following.record.scores.before[learned]
+    assert found.nats == pytest.approx(whole.record.scores.after[learned].nats, rel=1e-5)

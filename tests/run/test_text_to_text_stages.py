@@ -132,13 +132,13 @@ def test_a_task_is_read_and_answered_in_the_authors_words(shelf: Workspace, plan
 def test_the_shares_are_those_of_the_mixture(plan: Plan) -> None:
     sizes = {name: min(31 + 20 * i, 70) for i, name in enumerate(TASKS)}
     wanted = {name: 0.75 * n / sum(sizes.values()) for name, n in sizes.items()}
-    found = {source["name"]: source["share"] for source in plan.as_record()["sources"]}
+    found = {source.name: source.share for source in plan.as_record().sources}
     assert found == pytest.approx({**wanted, "old": 0.25}, abs=0.02)
 
 
 def test_all_of_them_are_learnt_in_one_stage(shelf: Workspace, tmp_path: Path) -> None:
     done = shelf.run(stage_of(shelf, output=str(tmp_path / "tasks")))
-    changes = done.record["changes"]
+    changes = done.record.changes
     assert {name.removesuffix("-heldout") for name in changes} == {*TASKS, "old"}
-    assert all(change["difference"] < 0 for name, change in changes.items() if name != "old-heldout")
-    assert any(note.startswith("shares by examples: classes") for note in done.record["notes"])
+    assert all(change.difference < 0 for name, change in changes.items() if name != "old-heldout")
+    assert any(note.startswith("shares by examples: classes") for note in done.record.notes)

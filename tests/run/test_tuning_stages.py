@@ -25,13 +25,13 @@ from postgrad.commands.generate import export_model
 from postgrad.distributed.world import World
 from postgrad.errors import StageError, TuningError
 from postgrad.evaluation.before_after import read_scores
+from postgrad.lineage.metrics import read_metrics
 from postgrad.lineage.record import read_record
 from postgrad.models.pretrained import load_pretrained, locate_model
 from postgrad.optim.optimizer import AdamW
 from postgrad.run import training_session
 from postgrad.run.build import make_tuned_model
 from postgrad.training.checkpoint_files import read_progress
-from postgrad.training.metrics_log import read_metrics
 from postgrad.training.step import Run
 from postgrad.tuning.extra_trainable import base_parameter_name
 from postgrad.tuning.folder import load_tuning, read_export
@@ -296,24 +296,24 @@ def test_rates_fall_from_the_top_down(shelf: Workspace) -> None:
 def test_scores_are_those_of_the_start_and_of_what_leaves(shelf: Workspace, name: str) -> None:
     home = home_of(shelf, name)
     record = read_record(home)
-    assert record["status"] == "finished"
-    assert record["model"]["trainable"] == CASES[name].count
+    assert record.status == "finished"
+    assert record.model.trainable == CASES[name].count
     # The words of a template stay without its vectors.
-    agrees(shelf, record["scores"]["before"], shelf.folder / CASES[name].model, "plus" if name == "p-tuning" else "")
-    assert evaluated(shelf, home) == record["scores"]["after"]
+    agrees(shelf, record.scores.before, shelf.folder / CASES[name].model, "plus" if name == "p-tuning" else "")
+    assert evaluated(shelf, home) == record.scores.after
     if name in PLAIN:
-        agrees(shelf, record["scores"]["after"], home / "model")
+        agrees(shelf, record.scores.after, home / "model")
     # The first look, at no step, is at the start model, and the last one at what leaves.
-    looks = [row for row in read_metrics(home / "metrics.jsonl") if row["kind"] == "evaluation"]
+    looks = [row for row in read_metrics(home / "metrics.jsonl") if row.kind == "evaluation"]
     for s in SETS:
-        assert looks[0]["sets"][s]["change"] == 0.0
-        assert looks[0]["sets"][s]["nats"] == pytest.approx(record["scores"]["before"][s]["nats"], rel=1e-5)
-        assert looks[-1]["sets"][s]["nats"] == pytest.approx(record["scores"]["after"][s]["nats"], rel=1e-4)
-        assert record["scores"]["after"][s] != record["scores"]["before"][s]
+        assert looks[0].sets[s].change == 0.0
+        assert looks[0].sets[s].nats == pytest.approx(record.scores.before[s].nats, rel=1e-5)
+        assert looks[-1].sets[s].nats == pytest.approx(record.scores.after[s].nats, rel=1e-4)
+        assert record.scores.after[s] != record.scores.before[s]
 
 
 def test_scores_of_another_model_would_not_pass(shelf: Workspace) -> None:
-    after = read_record(home_of(shelf, "full"))["scores"]["after"]
+    after = read_record(home_of(shelf, "full")).scores.after
     with pytest.raises(AssertionError):
         agrees(shelf, after, home_of(shelf, "norm") / "model")
 
@@ -326,8 +326,8 @@ def test_documents_are_paired_under_a_soft_prompt(shelf: Workspace) -> None:
     before, after = (read_scores(home / "scores" / f"{when}.npz")["long"] for when in ("before", "after"))
     assert len(before.nats_W) > len(before.bytes_N)  # some documents have several windows
     assert np.array_equal(before.tokens_W, after.tokens_W) and np.array_equal(before.document_W, after.document_W)
-    sample, *_ = read_record(home)["samples"]
-    assert sample["before"] and sample["after"]
+    sample, *_ = read_record(home).samples
+    assert sample.before and sample.after
 
 
 def test_the_gate_holds_for_a_tuning(shelf: Workspace) -> None:
@@ -341,9 +341,9 @@ def test_the_gate_holds_for_a_tuning(shelf: Workspace) -> None:
             shelf, "lora", f"gate-{status}", sources=[shelf.source("new")], max_forgetting=allowed, **changes
         )
         done = shelf.run(raw)
-        assert done.record["status"] == status
-        assert done.record["gate"]["passed"] == (status == "finished")
-        assert done.record["changes"]["old-heldout"]["verdict"] == verdict
+        assert done.record.status == status
+        assert done.record.retention_gate.passed == (status == "finished")
+        assert done.record.changes["old-heldout"].verdict == verdict
         assert (done.run_folder / "model" / "tuning.json").exists()  # everything is kept
 
 
@@ -369,11 +369,11 @@ def test_stopped_and_resumed_in_bf16_equals_never_stopped(shelf: Workspace, name
     parts = run_interrupted(shelf, stage_of(shelf, name, f"{name}-bf16-parts", compute=BF16))
     assert run_trace(parts.run_folder) == run_trace(whole.run_folder)
     assert run_trace(whole.run_folder) != run_trace(home_of(shelf, name))
-    assert evaluated(shelf, whole.run_folder) == whole.record["scores"]["after"]
+    assert evaluated(shelf, whole.run_folder) == whole.record.scores.after
 
 
 def losses_of(home: Path) -> list[float]:
-    return [row["loss"] for row in read_metrics(home / "metrics.jsonl") if row["kind"] == "step"]
+    return [row.loss for row in read_metrics(home / "metrics.jsonl") if row.kind == "step"]
 
 
 @mostly(*(set(CASES) - {"lora", "prefix"}))
@@ -410,16 +410,16 @@ def test_a_resume_that_forgets_something_is_met(shelf: Workspace, name: str, mon
 def test_a_checkpoint_is_a_start(shelf: Workspace, name: str) -> None:
     """The last checkpoint scores as what left; an earlier one can be gone on from, with what was seen up to there."""
     home = home_of(shelf, name)
-    after = read_record(home)["scores"]["after"]
+    after = read_record(home).scores.after
     earlier, last = sorted((home / "checkpoints").iterdir())
     found = evaluated(shelf, last)
     for s in SETS:
-        assert found[s]["nats"] == pytest.approx(after[s]["nats"], rel=1e-5)
+        assert found[s]["nats"] == pytest.approx(after[s].nats, rel=1e-5)
     done = shelf.run(shelf.stage(f"from-{name}", {"kind": "lora", "rank": 1}, model=str(earlier)))
-    assert done.record["scores"]["before"] == evaluated(shelf, earlier) != after
-    assert done.record["parents"][0]["step"] == read_progress(earlier).step
-    assert evaluated(shelf, done.run_folder) == done.record["scores"]["after"]
-    seen = {entry["name"]: entry["tokens"] for entry in done.record["seen"].values()}
+    assert done.record.scores.before == evaluated(shelf, earlier) != after
+    assert done.record.parents[0].step == read_progress(earlier).step
+    assert evaluated(shelf, done.run_folder) == done.record.scores.after
+    seen = {entry.name: entry.tokens for entry in done.record.consumed.values()}
     assert seen["new"] > read_progress(earlier).trained_by_source["new"] > 0
 
 
@@ -498,11 +498,11 @@ def test_a_folder_of_pefts_is_a_start(shelf: Workspace, tmp_path: Path) -> None:
     expected = {name: texts_by_hand(theirs, shelf.file(name, held_out=True)) for name in ("old", "new")}
     done = shelf.run(shelf.stage("on-theirs", {"kind": "lora", "rank": 1}, model=str(tmp_path / "theirs")))
     for name, (nats, tokens) in expected.items():
-        assert done.record["scores"]["before"][f"{name}-heldout"]["nats"] == pytest.approx(nats / tokens, rel=1e-5)
+        assert done.record.scores.before[f"{name}-heldout"].nats == pytest.approx(nats / tokens, rel=1e-5)
     # What leaves sits on PEFT's folder, and comes back on it.
-    assert evaluated(shelf, done.run_folder) == done.record["scores"]["after"]
+    assert evaluated(shelf, done.run_folder) == done.record.scores.after
     plain = shelf.run(shelf.stage("full-on-theirs", model=str(tmp_path / "theirs")))
-    agrees(shelf, plain.record["scores"]["after"], plain.run_folder / "model")
+    agrees(shelf, plain.record.scores.after, plain.run_folder / "model")
 
 
 # -- what stands on what -------------------------------------------------------------------------------------------------
@@ -532,13 +532,13 @@ def stack(shelf: Workspace, *kinds: str) -> Path:
 def test_a_stage_stands_on_the_one_before(shelf: Workspace, kinds: tuple[str, ...], standing: list[str]) -> None:
     below, top = stack(shelf, *kinds[:-1]), stack(shelf, *kinds)
     record = read_record(top)
-    assert record["scores"]["before"] == read_record(below)["scores"]["after"]
-    assert evaluated(shelf, top) == record["scores"]["after"] != record["scores"]["before"]
+    assert record.scores.before == read_record(below).scores.after
+    assert evaluated(shelf, top) == record.scores.after != record.scores.before
     opened = open_model(locate_model(str(top), shelf.folder))
     assert [tuning.kind for tuning in opened.tunings] == standing
     assert not standing or not any(p.requires_grad for p in opened.model.parameters())
-    assert record["model"]["trainable"] == CASES[kinds[-1]].count
-    assert record["parents"][0]["name"] == below.name
+    assert record.model.trainable == CASES[kinds[-1]].count
+    assert record.parents[0].name == below.name
     parts = run_interrupted(shelf, stage_of(shelf, kinds[-1], f"{top.name}-parts", model=str(below)))
     assert run_trace(parts.run_folder) == run_trace(top)
 
@@ -555,8 +555,8 @@ def test_soft_prompts_stand_side_by_side(shelf: Workspace, tmp_path: Path) -> No
 def test_full_goes_on_from_an_adapter_that_becomes_weights(shelf: Workspace) -> None:
     top = stack(shelf, "lora", "full")
     assert not (top / "model" / "tuning.json").exists()
-    agrees(shelf, read_record(top)["scores"]["after"], top / "model")
-    assert read_record(top)["scores"]["before"] == read_record(stack(shelf, "lora"))["scores"]["after"]
+    agrees(shelf, read_record(top).scores.after, top / "model")
+    assert read_record(top).scores.before == read_record(stack(shelf, "lora")).scores.after
 
 
 @pytest.mark.parametrize("kind", ["full", "head", "blocks", "expand"])
@@ -579,10 +579,10 @@ def test_orthogonal_adapters_keep_out_of_one_anothers_way(shelf: Workspace) -> N
     free = shelf.run(shelf.stage("free", tuning, model=str(below)))
     held = shelf.run(shelf.stage("held", {**tuning, "orthogonal": 0.5}, model=str(below)))
     assert overlap(shelf, held.run_folder, below) < 0.8 * overlap(shelf, free.run_folder, below)
-    told = [row["penalties"] for row in read_metrics(held.run_folder / "metrics.jsonl") if row["kind"] == "step"]
+    told = [row.penalties for row in read_metrics(held.run_folder / "metrics.jsonl") if row.kind == "step"]
     assert all(penalties["orthogonal"] > 0 for penalties in told)
     assert told[-1]["orthogonal"] < told[0]["orthogonal"]
-    none = [row["penalties"] for row in read_metrics(free.run_folder / "metrics.jsonl") if row["kind"] == "step"]
+    none = [row.penalties for row in read_metrics(free.run_folder / "metrics.jsonl") if row.kind == "step"]
     assert none == [{}] * len(none)
     # The first step's value is that of the adapter as it is drawn, and both runs draw the same.
     plan = shelf.plan(shelf.stage("drawn", tuning, model=str(below)))
@@ -604,8 +604,8 @@ def test_orthogonal_to_all_that_went_before(shelf: Workspace) -> None:
     by_hand = sum(
         float((torch.cat([first[n], second[n]]) @ drawn[n].T).abs().sum()) for n in drawn if n.endswith("A.weight")
     )
-    told = next(row for row in read_metrics(three / "metrics.jsonl") if row["kind"] == "step")
-    assert told["penalties"]["orthogonal"] == pytest.approx(0.5 * by_hand, rel=1e-5)
+    told = next(row for row in read_metrics(three / "metrics.jsonl") if row.kind == "step")
+    assert told.penalties["orthogonal"] == pytest.approx(0.5 * by_hand, rel=1e-5)
 
 
 def test_nothing_to_be_orthogonal_to_is_told(shelf: Workspace) -> None:
@@ -648,6 +648,6 @@ def test_a_tuning_finds_its_base_again_where_both_were_moved(shelf: Workspace, t
     raw = stage_of(
         shelf, "prefix", "moving", model=str(tmp_path / "here" / "base"), output=str(tmp_path / "here" / "run")
     )
-    after = shelf.run(raw).record["scores"]["after"]
+    after = shelf.run(raw).record.scores.after
     (tmp_path / "here").rename(tmp_path / "there")
     assert evaluated(shelf, tmp_path / "there" / "run") == after

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from postgrad.reports.html.tables import source_losses_table
+from postgrad.lineage.metrics import read_metrics
+from postgrad.reports.html.table import source_losses_table
 from postgrad.reports.pages import run_page
 from postgrad.reports.sections import curves
 from postgrad.run.summary import summary_text
 from postgrad.stats.source_losses import losses_by_source
-from postgrad.training.metrics_log import read_metrics
 from tests.run.test_task_stages import mixed
 from tests.tiny_stages import QUICK_EVALUATION, Workspace, make_workspace
 
@@ -71,17 +71,19 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 def test_a_mixed_stage_tells_each_source(shelf: Workspace) -> None:
     done = shelf.run(mixed(shelf, "llama", objectives=[]))
-    steps = [row for row in read_metrics(done.run_folder / "metrics.jsonl") if row["kind"] == "step"]
+    steps = [row for row in read_metrics(done.run_folder / "metrics.jsonl") if row.kind == "step"]
     wanted = losses_by_source(steps)
-    sources = {source["name"]: source for source in done.record["achieved"]["sources"]}
-    assert {name: source["loss"] for name, source in sources.items()} == json.loads(json.dumps(wanted))
-    assert wanted["a"]["first"] == pytest.approx(steps[0]["by_source"]["a"][0] / steps[0]["by_source"]["a"][1], rel=0.5)
+    sources = {source.name: source for source in done.record.totals.sources}
+    assert {name: source.loss for name, source in sources.items()} == json.loads(json.dumps(wanted))
+    assert wanted["a"]["first"] == pytest.approx(
+        steps[0].loss_sums_by_source["a"][0] / steps[0].loss_sums_by_source["a"][1], rel=0.5
+    )
     assert wanted["a"]["change"] < 0 and wanted["old"]["change"] < 0
     text = summary_text(done)
     assert "Sources of the mixture" in text
     for name in sources:
         (line,) = [line for line in text.splitlines() if line.startswith(f"{name} ") and "%" in line]
-        assert f"{wanted[name]['first']:.3f}" in line and f"{sources[name]['share']:.1%}"[:-1] in line
+        assert f"{wanted[name]['first']:.3f}" in line and f"{sources[name].share:.1%}"[:-1] in line
     html = (done.run_folder / "report.html").read_text()
     assert "Sources of the mixture" in html and f'<data value="{wanted["old"]["last"]!r}">' in html
     # A single source has nothing to be held against.
@@ -92,7 +94,7 @@ def test_a_mixed_stage_tells_each_source(shelf: Workspace) -> None:
             evaluation={**QUICK_EVALUATION, "learned": [shelf.file("new", held_out=True)]},
         )
     )
-    assert "loss" in alone.record["achieved"]["sources"][0] and source_losses_table(alone.record) is None
+    assert alone.record.totals.sources[0].loss is not None and source_losses_table(alone.record) is None
     assert "Sources of the mixture" not in summary_text(alone)
 
 

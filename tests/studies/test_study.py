@@ -392,19 +392,19 @@ def test_numbers_are_those_of_the_runs(done: PreparedStudy) -> None:
             read_record(done.folder.step_path(done.graph.steps[c.last_step])) for c in done.graph.arm_chains(name)
         ]
         for set_, on in (("old-held", "old"), ("new-held", "new")):
-            losses = [r["scores"]["after"][set_]["nats"] for r in records]
-            changes = [r["changes"][set_]["difference"] for r in records]
+            losses = [r.scores.after[set_].nats for r in records]
+            changes = [r.changes[set_].difference for r in records]
             assert arms[name]["loss"][on]["value"] == pytest.approx(np.mean(losses), rel=1e-9)
             assert arms[name]["change"][on]["value"] == pytest.approx(np.mean(changes), abs=1e-9)
             assert list(arms[name]["by_seed"].values())[1][on] == pytest.approx(losses[1], rel=1e-9)
-        assert arms[name]["tokens"] == np.mean([r["achieved"]["tokens"] for r in records])
+        assert arms[name]["tokens"] == np.mean([r.totals.tokens for r in records])
     # The reference of everything is the base, as the runs began with it.
     record = read_record(done.folder.step_path(done.graph.steps[done.graph.arm_chains("none")[0].last_step]))
     for set_ in ("old-held", "new-held"):
-        assert found["base"]["loss"][set_]["value"] == pytest.approx(record["scores"]["before"][set_]["nats"], rel=1e-9)
+        assert found["base"]["loss"][set_]["value"] == pytest.approx(record.scores.before[set_].nats, rel=1e-9)
     # The base reads all of the old text: nothing of it is held out but the files that are named.
     pretrained = read_record(done.folder.step_path(done.graph.steps[done.graph.base_step or ""]))
-    assert set(pretrained["changes"]) == {"old-held"} and not pretrained["ledger"]["old"]["held_out"]
+    assert set(pretrained.changes) == {"old-held"} and not pretrained.token_ledger["old"].held_out
     base, none, replay, union = (
         {"loss": found["base"]["loss"]},
         *(arms[name] for name in ("none", "replay", "union")),
@@ -426,15 +426,15 @@ def test_the_interval_of_one_seed_is_the_record_s(base: Path, tmp_path: Path, ca
     carried_out(prepared)
     (arm,) = compute_results(prepared, {})["arms"]
     record = read_record(prepared.folder.step_path(prepared.graph.steps[prepared.graph.chains[0].last_step]))
-    change = record["changes"]["old-held"]
+    change = record.changes["old-held"]
     assert [arm["change"]["old"][k] for k in ("value", "low", "high")] == pytest.approx(
-        [change["difference"], change["low"], change["high"]], abs=1e-9
+        [change.difference, change.low, change.high], abs=1e-9
     )
     # The mutant: with other documents drawn for each model it would be another interval.
     scores = prepared.folder.step_path(prepared.graph.steps[prepared.graph.chains[0].last_step]) / "scores"
     before, after = (before_after.read_scores(scores / f"{n}.npz")["old-held"].per_unit() for n in ("before", "after"))
     unpaired = np.quantile(bootstrap_means(*after, seed=1) - bootstrap_means(*before, seed=0), [0.025, 0.975])
-    assert [change["low"], change["high"]] != pytest.approx(unpaired.tolist(), abs=1e-4)
+    assert [change.low, change.high] != pytest.approx(unpaired.tolist(), abs=1e-4)
 
 
 def test_the_base_s_losses_are_the_base_s(done: PreparedStudy) -> None:

@@ -214,15 +214,14 @@ def _runs_section(records: Sequence[Record], names: Sequence[str]) -> str:
     body = []
     for name, record in zip(names, records, strict=True):
         totals = record.totals
-        seconds = totals.seconds if totals else None
         body.append(
             (
                 text_cell(name),
                 text_cell(record.status),
                 text_cell(mask_secrets(record.model.start_model)),
-                count_cell(totals.tokens if totals else None),
-                Cell((Number(format_duration(seconds), finite(seconds)),)),
-                count_cell(totals.tokens_per_second if totals else None),
+                count_cell(totals.tokens),
+                Cell((Number(format_duration(totals.seconds), totals.seconds),)),
+                count_cell(totals.tokens_per_second),
                 text_cell(mask_secrets(record.command)),
             )
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from postgrad.lineage.tree import Lineage
+from postgrad.lineage.matrix import Lineage
 from postgrad.reports.html.charts import Series, heat_table, line_chart
 from postgrad.reports.html.document import FOOTER, figure, format_time, render_page, side_by_side
 from postgrad.reports.html.notation import escape_html, format_compact, format_signed, mask_secrets, plain_text
@@ -45,7 +45,7 @@ def _matrix_section(lineage: Lineage) -> str:
         return ""
     names, sets = [stage.name for stage in lineage.stages], [s.name for s in lineage.sets]
     table = heat_table(
-        names, sets, lineage.R, corner="after", outlined_rows=[s.learnt_at for s in lineage.sets],
+        names, sets, lineage.R, corner="after", outlined_rows=[s.learnt_at or None for s in lineage.sets],
         caption="Loss in nats per token. The stronger the colour, the further above the best loss of any earlier stage;"
         " outlined at the stage that trained on the set.",
     )  # fmt: skip

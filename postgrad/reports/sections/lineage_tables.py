@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from postgrad.lineage.tree import Lineage
+from postgrad.lineage.matrix import Lineage
 from postgrad.reports.html.table import Column, Table, change_cell, count_cell, text_cell, value_cell
 
 _MEANINGS = {

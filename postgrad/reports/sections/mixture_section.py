@@ -27,7 +27,7 @@ _LEDGER_FIELDS = ("read", "held_out", "dropped", "truncated", "placed")
 def _sources(record: Record) -> dict[str, tuple[PlannedSource | None, TrainedSource | None]]:
     """Each source by name, as planned and as trained."""
     planned = {source.name: source for source in record.plan.sources}
-    trained = {source.name: source for source in record.totals.sources} if record.totals else {}
+    trained = {source.name: source for source in record.totals.sources}
     return {name: (planned.get(name), trained.get(name)) for name in dict.fromkeys([*planned, *trained])}
 
 

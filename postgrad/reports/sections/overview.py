@@ -120,7 +120,7 @@ def run_facts(record: Record, curves: Curves) -> str:
     if update:
         counts = f"{format_compact(update.updated_weights)} of {format_compact(update.total_weights)} weights"
         facts.append(("each update changes", f"{counts} ({plain_text(update.kind, 30)})"))
-    if totals is None:
+    if not totals.steps:
         facts.append(("planned tokens", format_compact(record.plan.tokens)))
     else:
         facts += [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from postgrad.lineage.record import MetricValue, Record, TaskResult
+from postgrad.lineage.record import Record, TaskResult
 from postgrad.reports.html.charts import ForestRow, Point, Series, forest_plot, line_chart
 from postgrad.reports.html.document import (
     details,
@@ -29,6 +29,7 @@ from postgrad.reports.html.table import (
     value_cell,
 )
 from postgrad.reports.html.verdicts import tone_of, verdict_cell, verdict_of
+from postgrad.reports.results import TaskScore
 from postgrad.reports.sections.comparison_table import arm_names
 from postgrad.reports.sections.curves import X_LABEL
 
@@ -87,7 +88,7 @@ def _task_row(task: TaskResult, metric: str) -> tuple[Cell, ...]:
     )
 
 
-def task_score_table(tasks: Sequence[tuple[TaskResult, Mapping[str, MetricValue]]], caption: str) -> Table:
+def task_score_table(tasks: Sequence[TaskScore], caption: str) -> Table:
     """One model's scores on each task: every metric with its interval and its spread over prompt seeds."""
     body = [
         (
@@ -95,11 +96,11 @@ def task_score_table(tasks: Sequence[tuple[TaskResult, Mapping[str, MetricValue]
             text_cell(prompting_text(task)),
             count_cell(task.items),
             text_cell(metric),
-            interval_cell(scores.get(metric), _metric_decimals(metric)),
-            value_cell(scores[metric].std if metric in scores else None, _metric_decimals(metric)),
+            interval_cell(task.scores.get(metric), _metric_decimals(metric)),
+            value_cell(task.scores[metric].std if metric in task.scores else None, _metric_decimals(metric)),
             text_cell(omissions_text(task) or "none"),
         )
-        for task, scores in tasks
+        for task in tasks
         for metric in task.metrics
     ]
     columns = (
