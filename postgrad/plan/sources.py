@@ -58,7 +58,7 @@ class SourceSpec:
     max_passes: float
     files: Files
     template: RowTemplate
-    stands_for: int | None
+    prior_tokens: int | None
     objective: RowsObjective
     """What its rows are made for."""
     objective_indices: tuple[int, ...]
@@ -150,7 +150,7 @@ def resolve_source_specs(
                 expected="a start model that is a run folder of an earlier stage",
                 hint="give the old text itself as `path`",
             )
-        for part, name, given, base, held_out, stands_for in origins:
+        for part, name, given, base, held_out, prior_tokens in origins:
             files = make_text_files(name, given, base, where)
             weighed = match_objectives(source.name, detect_kind(files), objectives, start_objectives, where)
             if not weighed.objective_indices:
@@ -171,7 +171,7 @@ def resolve_source_specs(
                     source.max_passes,
                     files,
                     wording,
-                    stands_for,
+                    prior_tokens,
                     *weighed,
                     given.get("cluster"),
                     tuple(_SELECTIONS.validate_python(given.get("select") or [])),

@@ -22,11 +22,12 @@ from postgrad.config.quantities import ConfigModel, length_in_steps
 from postgrad.config.schedules import DecaySchedule
 from postgrad.config.stage import Stage
 from postgrad.config.stage_file import json_schema, load_stage, parse_stage, read_yaml
+from postgrad.config.tunings import known_tunings
 from postgrad.errors import StageError
 from postgrad.models.pretrained import ModelLocation
 from postgrad.plan.lr_schedule import make_schedule
 from postgrad.plan.plan import make_plan
-from postgrad.tuning.attach import KINDS, _get_tuning_class
+from postgrad.tuning.attach import _get_tuning_class
 from tests.conftest import StageOf
 
 GOOD: dict[str, Any] = {
@@ -545,7 +546,7 @@ def test_every_key_of_a_stage_is_read_somewhere() -> None:
 def test_every_key_of_a_tuning_is_an_option_of_its_kind() -> None:
     elsewhere = {"kind", "template", "demonstrations", "orthogonal"}
     kinds = [m for m in parts(Stage) if m.__name__ in vars(tunings) and "kind" in m.model_fields]
-    assert len(kinds) == len(KINDS)
+    assert len(kinds) == len(known_tunings())
     for model in kinds:
         (kind,) = get_args(model.model_fields["kind"].annotation)
         options = inspect.signature(_get_tuning_class(kind)).parameters

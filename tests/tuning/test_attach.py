@@ -14,9 +14,10 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from postgrad.config.tunings import known_tunings
 from postgrad.errors import TuningError
 from postgrad.storage.atomic import publish_folder, verify
-from postgrad.tuning.attach import KINDS, attach
+from postgrad.tuning.attach import attach
 from postgrad.tuning.folder import load_tuning, save_tuning
 from postgrad.tuning.tuning import Tuning
 from tests.tuning.checks import tokenizer, train
@@ -209,7 +210,7 @@ def test_options_are_left_as_they_were() -> None:
     assert options == {"kind": "adapter", "size": 4}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", known_tunings())
 def test_every_kind_answers_to_its_name(kind: str) -> None:
     model = build_model("bert" if kind == "bias" else "llama", "lm")
     options = {"blocks": {"last": 1}, "instruction-prompt": {"length": 4}}.get(kind, {})
