@@ -1,4 +1,4 @@
-"""How are amounts written in a stage? `20M` tokens, `5%`, `200 steps`, and what each means in numbers."""
+"""Quantities of a stage file: `20M` tokens, `5%`, `200 steps`, and their values."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _validate_patience(value: Any) -> Any:
     return reject_bool(value)
 
 
-# In a file each of these may also be text; the schema says so, as editors hold files against it.
+# Each of these may be text in a file, and the schema allows it, since editors validate against it.
 TokenCount = Annotated[
     int,
     Field(gt=0, description="tokens: 500k, 20M, 1.5B"),
@@ -150,12 +150,12 @@ def get_kinds(union: Any) -> tuple[str, ...]:
 
 
 def parse_token_count(text: str, where: str) -> int:
-    """An amount of tokens as it is given on the command line, at the option `where`. Raises `StageError`."""
+    """A number of tokens of the command-line option `where`. Raises `StageError`."""
     return _parse_option(TokenCount, text, where, "a number of tokens: 500k, 2M")
 
 
 def parse_share(text: str, where: str) -> float:
-    """A share as it is given on the command line, at the option `where`. Raises `StageError`."""
+    """A share of the command-line option `where`. Raises `StageError`."""
     return _parse_option(Share, text, where, "5%, or 0.05")
 
 
@@ -163,4 +163,4 @@ def _parse_option(value_type: Any, text: str, where: str, expected: str) -> Any:
     try:
         return TypeAdapter(value_type).validate_python(text)
     except ValidationError:
-        raise StageError(f"{text!r} is none of that", where=where, expected=expected) from None
+        raise StageError(f"{text!r} cannot be read", where=where, expected=expected) from None

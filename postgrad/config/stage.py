@@ -180,7 +180,8 @@ class HeldOutFile(TemplatedRowFormat):
     path: str
     """A file, a folder or a glob."""
     same_format_as: str | None = None
-    """A source of this stage with the same row kind, columns and templates. Default: the only source of its role, if kinds match."""
+    """A source of this stage with the same row kind, columns and templates. Default: the only source of its role whose kind is
+    set."""
 
 
 def expand_held_out_file(value: Any) -> Any:
@@ -254,7 +255,7 @@ class CheckpointSelectionConfig(ConfigModel):
     stop_at: float | None = None
     """Stop when this value is reached within the allowed forgetting, in the unit of `metric`. Default: never."""
     burn_in: Length = "0%"
-    """No checkpoint is selected, and training does not stop, before this, before the end of the warm-up and in the first 2 %."""
+    """No checkpoint is selected, and training does not stop, before this, nor in the warm-up or the first 2 %."""
     max_forgetting: Share | None = None
     """Select only a checkpoint at which the loss of no retained set has risen by more (upper end of its interval); if there is
     none, the one with the least forgetting. Default: no limit."""
@@ -363,7 +364,8 @@ class Stage(ConfigModel):
     evaluation: EvaluationConfig = EvaluationConfig()
     """What is evaluated."""
     max_forgetting: Share | None = None
-    """Retention gate: the largest allowed relative rise of the loss on a retained set, upper end of its interval. Default: no gate."""
+    """Retention gate: the largest allowed relative rise of the loss on a retained set, upper end of its interval. Default:
+    none."""
     save: SaveConfig = SaveConfig()
     """Checkpoints."""
     compute: ComputeConfig = ComputeConfig()
@@ -397,9 +399,7 @@ class Stage(ConfigModel):
             *(("evaluation", h.same_format_as) for _, h in self.evaluation.held_out_files() if h.same_format_as),
         ):
             if name not in names:
-                raise ValueError(
-                    f"`{path}` names an unknown source {name!r}; {suggest_nearest_or_all(name, names)}"
-                )
+                raise ValueError(f"`{path}` names an unknown source {name!r}; {suggest_nearest_or_all(name, names)}")
         for shift in self.data.curriculum:
             total = sum(shift.shares.values())
             if abs(total - 1) > 1e-6:
