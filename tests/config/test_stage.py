@@ -297,7 +297,7 @@ MISTAKES: list[tuple[dict[str, Any], str, str]] = [
     ({"data.sources.0.hub": "owner/name"}, "data.sources[0]", "exactly one of `path`, `hub` and `seen_so_far`"),
     ({"data.sources.0.path": GONE}, "data.sources[0]", "exactly one of `path`, `hub` and `seen_so_far`"),
     ({"data.sources.0.name": "my papers"}, "data.sources[0].name", "letters, digits"),
-    ({"data.sources.1.name": "papers"}, "data", "two sources are called 'papers'"),
+    ({"data.sources.1.name": "papers"}, "data", "two sources have the name 'papers'"),
     ({"data.sources.0.role": "old"}, "data.sources[0].role", "'new' or 'replay'"),
     ({"data.sources.0.max_passes": 0}, "data.sources[0].max_passes", "greater than 0"),
     ({"data.sources.0.held_out": 2}, "data.sources[0].held_out", "less than or equal to 1"),
@@ -609,8 +609,8 @@ def test_the_way_a_number_is_written_is_no_other_stage() -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("name: a\nname: b\n", r":2: not YAML: the key 'name' is there twice"),
-        ("data:\n  sources: []\n  sources: []\n", r":3: not YAML: the key 'sources' is there twice"),
+        ("name: a\nname: b\n", r":2: not YAML: the key 'name' is a duplicate"),
+        ("data:\n  sources: []\n  sources: []\n", r":3: not YAML: the key 'sources' is a duplicate"),
     ],
 )
 def test_a_key_that_stands_twice_is_refused(tmp_path: Path, text: str, expected: str) -> None:

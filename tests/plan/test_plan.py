@@ -159,7 +159,7 @@ def test_a_source_may_come_in_later_and_another_go(stage_of: StageOf, plan_of: P
 def test_points_that_are_not_in_order_inside_the_stage(stage_of: StageOf, plan_of: PlanOf, points: list[str]) -> None:
     raw = stage_of()
     shifts = [{"at": at, "shares": {"new": 1.0}} for at in points]
-    with pytest.raises(StageError, match=r"data\.shifts: a change of shares lies at"):
+    with pytest.raises(StageError, match=r"data\.curriculum: a change of shares lies at"):
         plan_of({**raw, "data": data_of(raw, curriculum=shifts)})
 
 
