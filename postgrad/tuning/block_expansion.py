@@ -88,7 +88,7 @@ class BlockExpansion(Tuning):
         if not plans:
             raise TuningError(
                 f"no stack of blocks matches {list(stacks)}",
-                where="tuning.stacks",
+                where="tuning",
                 expected=f"patterns for {', '.join(named_stacks(model))}",
             )
         self._requires_grad = SavedRequiresGrad(model)

@@ -357,7 +357,7 @@ def _check_layers(
         if form == "dora" and isinstance(target, BaseTunerLayer):
             raise TuningError(
                 f"{name} has an earlier adapter, which dora's magnitudes would ignore",
-                where="tuning.form",
+                where="tuning.variant",
                 hint="merge the earlier adapter first, or use another variant",
             )
         if form == "dora" and (quantise == "int8" or getattr(base_layer(target).weight, "dtype", None) == torch.int8):

@@ -254,7 +254,7 @@ class Prefix(ModuleTuning):
         if not ids:
             raise TuningError(
                 "a text needs the model's tokenizer" if tokenizer is None else f"{text!r} has no tokens",
-                where="tuning.start",
+                where="tuning.init_text",
                 expected="a text for the initial keys and values, or none",
             )
         repeated = (ids * math.ceil(self.length / len(ids)))[: self.length]

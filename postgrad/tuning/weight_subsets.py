@@ -364,7 +364,7 @@ def _named_blocks(blocks: Mapping[str, int], patterns: Sequence[str]) -> dict[st
         if not matches:
             raise TuningError(
                 f"'{pattern}' matches no block",
-                where="tuning.names",
+                where="tuning.targets",
                 expected=f"names such as {', '.join(list(blocks)[-2:])}",
                 hint=suggest_nearest(pattern, blocks),
             )

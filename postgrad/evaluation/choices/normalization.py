@@ -56,7 +56,7 @@ def normalize_scores(
             known = get_args(Normalization)
             raise StageError(
                 f"choices cannot be compared by '{normalization}'",
-                where="by",
+                where="normalization",
                 expected=", ".join(known),
                 hint=suggest_nearest(normalization, known),
             )
