@@ -10,7 +10,7 @@ from postgrad.distributed.world import World
 from postgrad.hardware.execution import Execution
 from postgrad.hardware.memory import format_bytes
 from postgrad.optim.optimizer import Weights
-from postgrad.penalties.anchor import Anchor, AnchoredDecay
+from postgrad.penalties.penalty import StagePenalty
 from postgrad.plan.plan import Plan
 from postgrad.run.anchors import describe_penalty
 from postgrad.run.build import make_penalties
@@ -38,7 +38,7 @@ def check_penalties(plan: Plan, subject: TunedModel, execution: Execution, world
         return []
     weights = Weights(subject.model, subject.tuning, execution.compute, master_copies=True)
     step_seconds = execution.seconds / max(plan.steps, 1)
-    anchors = [p for p in make_penalties(plan, subject, weights) if isinstance(p, Anchor | AnchoredDecay)]
+    anchors = [p for p in make_penalties(plan, subject, weights) if isinstance(p, StagePenalty)]
     costs = []
     for spec, anchor in zip(plan.stage.penalties, anchors, strict=True):
         seconds = _time_penalty(anchor)
@@ -49,12 +49,12 @@ def check_penalties(plan: Plan, subject: TunedModel, execution: Execution, world
     return costs
 
 
-def _time_penalty(anchor: Anchor | AnchoredDecay) -> float:
-    """Seconds of one application: the shortest of several, after a first one that allocates the gradients."""
+def _time_penalty(penalty: StagePenalty) -> float:
+    """Seconds of one pull, the shortest of some after a first one that makes the gradients."""
     times = []
     for _ in range(_TIMED_ROUNDS + 1):
         begin = time.perf_counter()
-        float(anchor())
+        float(penalty())
         times.append(time.perf_counter() - begin)
     return min(times[1:])
 

@@ -42,7 +42,7 @@ from postgrad.penalties.importance_file import (
 )
 from postgrad.plan.model_inputs import ModelInputs
 from postgrad.plan.objective_rows import make_rows
-from postgrad.run.build import make_objectives
+from postgrad.run.losses import make_objectives
 from postgrad.storage.atomic import disk_error
 from postgrad.tuning.open_model import open_model, start_fingerprint
 

@@ -1,4 +1,4 @@
-"""Which documents of a source are read at all? Ways to select, as frozen data; each acts on what the one before it left."""
+"""Document filters of a source, as frozen data; each acts on what the one before it kept."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MIN_THRESHOLD = 0.7
 
 
 class TargetTextFile(RowFormat):
-    """Text that documents are to be like."""
+    """Target text of DSIR."""
 
     path: str
     """A file, a folder or a glob."""
@@ -32,7 +32,7 @@ def _as_list(value: Any) -> Any:
 
 
 class DsirSelection(ConfigModel):
-    """Documents that are like given texts, by importance resampling on hashed words and pairs of words (Xie et al. 2023)."""
+    """DSIR: documents like the target texts, by importance resampling on hashed words and bigrams (Xie et al. 2023)."""
 
     kind: Literal["dsir"]
     target: Annotated[
@@ -40,38 +40,38 @@ class DsirSelection(ConfigModel):
         Field(min_length=1),
         BeforeValidator(_as_list, json_schema_input_type=str | TargetTextFile | list[str | TargetTextFile]),
     ]
-    """Files with the text that documents are to be like: at least 1,000 words."""
+    """Files with the target text: at least 1,000 words."""
     keep: Annotated[Share, Field(gt=0)]
-    """Share of the documents that is kept."""
+    """Share of the documents to keep."""
     seed: Annotated[int, Field(ge=0)] | None = None
-    """Decides the noise of the drawing; left out: the stage's."""
+    """Seed of the resampling. Default: that of the stage."""
 
 
 class PerplexitySelection(ConfigModel):
-    """Documents that a model finds neither too easy nor too hard, by its bits per byte."""
+    """Perplexity filter: documents in a band of a model's bits per byte."""
 
     kind: Literal["perplexity"]
     model: str = "start"
-    """Who judges: `start`, or another decoder (a folder, a run or a Hub name)."""
+    """The scoring model: `start`, or another decoder (a folder, a run or a Hub name)."""
     quantiles: tuple[Share, Share] = (0.1, 0.9)
-    """Which part is kept, from the easiest documents on: two shares such as [10%, 90%]."""
+    """The band to keep, in shares of the documents from the lowest bits per byte on, such as [10%, 90%]."""
     max_tokens: Annotated[TokenCount, Field(ge=2)] = 1024
-    """How much of the beginning of each document is judged; documents of which nothing can be predicted are left out."""
+    """Number of first tokens of each document to score; documents too short to score are dropped."""
 
     @field_validator("quantiles")
     @classmethod
     def _check_band(cls, value: tuple[float, float]) -> tuple[float, float]:
         if value[0] >= value[1]:
-            raise ValueError(f"a band goes from a smaller share to a larger one, not from {value[0]:g} to {value[1]:g}")
+            raise ValueError(f"a band goes from a smaller to a larger share, not from {value[0]:g} to {value[1]:g}")
         return value
 
 
 class DuplicatesSelection(ConfigModel):
-    """Documents that are not nearly the same as one before, by MinHash signatures of their runs of five words."""
+    """Near-duplicate removal by MinHash signatures of five-word shingles."""
 
     kind: Literal["duplicates"]
     threshold: Annotated[Share, Field(ge=MIN_THRESHOLD)] = 0.8
-    """The share of common runs from which a document is a copy; what shares less than 70 % is not found this way."""
+    """Smallest Jaccard similarity of a duplicate; at least 70 %, below which MinHash finds too few."""
 
 
 AnySelection = Annotated[DsirSelection | PerplexitySelection | DuplicatesSelection, Field(discriminator="kind")]

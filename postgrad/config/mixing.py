@@ -1,4 +1,4 @@
-"""Which shares do sources get that name none? By how many examples each has, by that and a temperature, or all the same.
+"""Shares of the sources that set none: proportional to their examples, with a temperature, or equal.
 
 The rules are T5's (Raffel et al. 2020, section 3.5.2). With `n` examples in a source and the limit `K`:
 
@@ -6,8 +6,7 @@ The rules are T5's (Raffel et al. 2020, section 3.5.2). With `n` examples in a s
     temperature    min(n, K) ^ (1 / T)      T = 1 is `examples`; the higher T, the nearer to `equal`
     equal          1
 
-each over the sum of all. There a rate is of the examples that are read; here, as everywhere, it becomes a share of the
-trained tokens.
+each divided by their sum. In T5 the result is a rate of examples; here it is a share of the trained tokens.
 """
 
 from __future__ import annotations
@@ -25,24 +24,24 @@ class ProportionalMixing(ConfigModel):
 
     kind: Literal["examples"]
     cap: TokenCount | None = None
-    """A source counts as having at most so many examples; left out: as many as it has."""
+    """Limit K of the examples that count of a source. Default: no limit."""
 
     def weight(self, examples: int) -> float:
-        """What a source of so many examples weighs."""
+        """The weight of a source with this many examples."""
         return float(examples if self.cap is None else min(examples, self.cap))
 
 
 class TemperatureMixing(ConfigModel):
-    """Examples up to a limit, raised to 1 / temperature: small sources get more than their part (Raffel et al. 2020)."""
+    """Examples up to a limit, to the power of 1 / temperature, which favours small sources (Raffel et al. 2020)."""
 
     kind: Literal["temperature"]
     temperature: Annotated[float, Field(ge=1)]
-    """1: in proportion to the examples; the higher, the more alike the shares are."""
+    """1: proportional to the examples; the higher, the more equal."""
     cap: TokenCount | None = None
-    """A source counts as having at most so many examples; left out: as many as it has."""
+    """Limit K of the examples that count of a source. Default: no limit."""
 
     def weight(self, examples: int) -> float:
-        """What a source of so many examples weighs."""
+        """The weight of a source with this many examples."""
         return float(examples if self.cap is None else min(examples, self.cap)) ** (1 / self.temperature)
 
 
@@ -52,7 +51,7 @@ class EqualMixing(ConfigModel):
     kind: Literal["equal"]
 
     def weight(self, examples: int) -> float:
-        """What a source weighs, however many examples it has."""
+        """The same weight for every number of examples."""
         return 1.0
 
 

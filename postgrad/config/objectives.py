@@ -1,111 +1,140 @@
-"""Which objectives can a stage name? A closed union; `build.py` makes the losses, `layouts.py` the rows they are taken on."""
+"""Objectives of a stage: a closed union. Each names the functions that make its rows and its loss."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from postgrad.config.quantities import ConfigModel, Length, Positive, Share, reject_bool
+from postgrad.config.quantities import ConfigModel, Length, Method, Positive, Share, reject_bool
+from postgrad.data.read.row_kinds import RUNNING_TEXT_KINDS
+from postgrad.models.task import Task
 
+ANSWER_KINDS = ("chat", "instruction", "completion", "pair", "labelled", "tagged", "question", "choices")
+"""Kinds of rows with answers."""
 Weight = Annotated[float, Field(gt=0), BeforeValidator(reject_bool)]
 
 
-class ObjectiveConfig(ConfigModel):
-    """What a token, or a label, of some sources is worth."""
+class ObjectiveConfig(Method):
+    """What all objectives have."""
 
+    implementation: ClassVar[str] = "postgrad.run.losses:make_token_loss"
     weight: Weight = 1.0
     """Factor of the loss."""
     on: list[str] = []
-    """Names of the sources it is taken on; left out: all that no other objective (but distillation) names."""
+    """Names of the sources that it trains on. Default: all that no other objective (except distillation) names."""
 
 
-class NextTokenObjective(ObjectiveConfig):
-    """Next-token prediction, on running text or on the answers of examples."""
+class RowObjectiveConfig(ObjectiveConfig):
+    """What the objectives have that define the rows of their sources; the others train on rows made for one of these."""
 
+    task: ClassVar[Task]
+    """The task of the models that it trains."""
+    row_kinds: ClassVar[tuple[str, ...]] = (*RUNNING_TEXT_KINDS, *ANSWER_KINDS)
+    """The kinds of rows that it supports."""
+    rows_function: ClassVar[str]
+    """`module:function` that makes the rows."""
+
+
+class NextTokenObjective(RowObjectiveConfig):
+    """Next-token prediction on running text or on the answers of examples."""
+
+    task: ClassVar[Task] = Task.CAUSAL
+    rows_function: ClassVar[str] = "postgrad.plan.objective_rows:make_next_token_rows"
     kind: Literal["next-token"]
     train_on: Literal["answers", "all"] = "answers"
-    """Of rows that have answers (chats, instructions, completions): only those, or every token. Text is trained whole."""
+    """Of rows with answers (chats, instructions, completions): train on the answers only, or on every token."""
     answers: Literal["all", "last"] = "all"
-    """Of a conversation: every answer, or the last one alone, which asks less of a chat template."""
+    """Of a conversation: train on every answer or on the last one only, which works with more chat templates."""
     too_long: Literal["cut-context", "cut-end", "drop"] = "cut-context"
-    """What becomes of an example longer than a row; what is cut or dropped is counted."""
+    """How to fit an example longer than a row: cut its context, cut its end, or drop it; the losses are counted."""
 
 
-class PrefixLMObjective(ObjectiveConfig):
-    """Prefix language modelling (Raffel et al. 2020): a decoder reads a prefix in both directions, and is asked for the rest.
+class PrefixLMObjective(RowObjectiveConfig):
+    """Prefix language modelling (Raffel et al. 2020): a decoder with bidirectional attention over a prefix predicts the rest.
 
-    Of examples the prompt is the prefix and the last answer is asked for; running text is cut at a place that is drawn.
+    The prefix is the prompt of an example, whose last answer is predicted; of running text it ends at a random position.
     """
 
+    task: ClassVar[Task] = Task.CAUSAL
+    rows_function: ClassVar[str] = "postgrad.plan.objective_rows:make_prefix_rows"
     kind: Literal["prefix-lm"]
     too_long: Literal["cut-context", "cut-end", "drop"] = "cut-context"
-    """What becomes of an example longer than a row; what is cut or dropped is counted."""
+    """How to fit an example longer than a row: cut its context, cut its end, or drop it; the losses are counted."""
 
 
-class MaskedObjective(ObjectiveConfig):
-    """Masked language modelling for encoders (Devlin et al. 2019): of the chosen tokens 80 % are masked, 10 % replaced."""
+class MaskedObjective(RowObjectiveConfig):
+    """Masked language modelling for encoders (Devlin et al. 2019): of the selected tokens 80 % are masked, 10 % replaced."""
 
+    task: ClassVar[Task] = Task.MASKED
+    row_kinds: ClassVar[tuple[str, ...]] = (*RUNNING_TEXT_KINDS, "labelled")
+    rows_function: ClassVar[str] = "postgrad.plan.objective_rows:make_masked_rows"
     kind: Literal["masked"]
     share: Annotated[Share, Field(gt=0, lt=1)] = 0.15
-    """Share of a row's tokens that are chosen."""
+    """Share of a row's tokens to select."""
     whole_words: bool = False
-    """Choose whole words, not pieces of them."""
+    """Select whole words instead of single tokens."""
 
 
-class SpanCorruptionObjective(ObjectiveConfig):
-    """Span corruption for encoder-decoders (Raffel et al. 2020): spans leave the input and are written by the decoder."""
+class SpanCorruptionObjective(RowObjectiveConfig):
+    """Span corruption for encoder-decoders (Raffel et al. 2020): the decoder predicts spans removed from the input."""
 
+    task: ClassVar[Task] = Task.TEXT_TO_TEXT
+    row_kinds: ClassVar[tuple[str, ...]] = RUNNING_TEXT_KINDS
+    rows_function: ClassVar[str] = "postgrad.plan.objective_rows:make_span_corruption_rows"
     kind: Literal["span-corruption"]
     density: Annotated[Share, Field(gt=0, lt=1)] = 0.15
-    """Share of a row's tokens that leave the input."""
+    """Share of a row's tokens to remove from the input."""
     mean_span: Annotated[float, Field(ge=1), BeforeValidator(reject_bool)] = 3.0
-    """Mean length of a span."""
+    """Mean length of a span, in tokens."""
 
 
-class TextToTextObjective(ObjectiveConfig):
-    """Every task as text to text: the source is read, the target written by the decoder of an encoder-decoder."""
+class TextToTextObjective(RowObjectiveConfig):
+    """Text to text for encoder-decoders: the encoder reads the source, the decoder predicts the target."""
 
+    task: ClassVar[Task] = Task.TEXT_TO_TEXT
+    rows_function: ClassVar[str] = "postgrad.plan.objective_rows:make_seq2seq_rows"
     kind: Literal["text-to-text"]
     target_length: Positive = 128
-    """Positions of the decoder."""
+    """Length of the decoder's rows, in tokens."""
     too_long: Literal["auto", "cut-context", "cut-end", "drop"] = "auto"
-    """What becomes of an example whose source is longer than a row: cut at its beginning, at its end, or left out. auto:
-    conversations lose their beginning, everything else its end, as with T5; what is cut or dropped is counted."""
+    """How to fit an example whose source is longer than a row: cut its start, cut its end, or drop it. auto: cut the start
+    of conversations and the end of everything else, as T5 does; the losses are counted."""
 
 
 LayerSelection = Positive | Annotated[list[int], Field(min_length=1)]
 
 
 class JoinedLayers(ConfigModel):
-    """Several layers as one: exactly one of the three, each the last so many layers, or a list of them."""
+    """Several layers combined, in exactly one of three ways. Each takes a number of last layers, or a list of layers."""
 
     sum: LayerSelection | None = None
-    """Added up ..."""
+    """Sum ..."""
     concat: LayerSelection | None = None
-    """... or side by side ..."""
+    """... or concatenation ..."""
     mix: LayerSelection | None = None
-    """... or as a mean whose weights are learnt (ELMo, Peters et al. 2018)."""
+    """... or mean with learned weights (ELMo, Peters et al. 2018)."""
 
     @model_validator(mode="after")
     def _check_one_join(self) -> JoinedLayers:
         if [self.sum, self.concat, self.mix].count(None) != 2:
-            raise ValueError("layers are joined in exactly one way: `sum`, `concat` or `mix`")
+            raise ValueError("layers are combined in exactly one way: `sum`, `concat` or `mix`")
         return self
 
 
 class ClassifierHeadConfig(ConfigModel):
-    """What decides on what is read."""
+    """The classifier on top of the pooled hidden states."""
 
     kind: Literal["auto", "linear", "mlp", "bilstm"] = "auto"
-    """auto: the backbone's own where everything else is as it has it, else linear; mlp: tanh layers and a linear one."""
+    """auto: the one that transformers has for the backbone, if all else is as there, else linear; mlp: tanh layers and a linear
+    one."""
     width: Positive | None = None
-    """Of the tanh layers (left out: as wide as what they read), or of each direction of the BiLSTM (768)."""
+    """Width of the tanh layers, or of each direction of the BiLSTM. Default: that of their input; 768 for the BiLSTM."""
     depth: Positive | None = None
-    """How many tanh layers (left out: one), or layers of the BiLSTM (two, as in BERT's feature-based runs)."""
+    """Number of tanh or BiLSTM layers. Default: one; two for the BiLSTM, as in BERT's feature-based experiments."""
     dropout: Annotated[float, Field(ge=0, lt=1), BeforeValidator(reject_bool)] | None = None
-    """Between its layers; left out: the backbone's own, or 10%."""
+    """Dropout between its layers. Default: that of the backbone, or 10%."""
 
     @model_validator(mode="after")
     def _check_sizes(self) -> ClassifierHeadConfig:
@@ -113,12 +142,12 @@ class ClassifierHeadConfig(ConfigModel):
         given = [name for name, value in sizes.items() if value is not None and self.kind in ("auto", "linear")]
         given += ["dropout"] if self.kind == "auto" and self.dropout is not None else []
         if given:
-            raise ValueError(f"a head of the kind `{self.kind}` has no `{given[0]}`; say its `kind`")
+            raise ValueError(f"a head of the kind `{self.kind}` has no `{given[0]}`; set `kind: mlp` or `bilstm`")
         return self
 
 
 def _layers_tag(value: Any) -> str:
-    """Of which sort a choice of layers is: so that a mistake in it is told as one of its sort."""
+    """The sort of a layer selection, so that an error is about that sort alone."""
     sorts = {str: "word", list: "list", dict: "joined", JoinedLayers: "joined"}
     return sorts.get(type(value), "number")
 
@@ -137,64 +166,68 @@ def _expand_head(value: Any) -> Any:
     return {"kind": value} if isinstance(value, str) else value
 
 
-class ClassifyObjective(ObjectiveConfig):
-    """A task layer on the backbone: classes, several classes at once, a number, or tags of words.
+class ClassifyObjective(RowObjectiveConfig):
+    """A task layer on the backbone: single-label or multi-label classification, regression, or token classification.
 
-    Left alone, it is the one that transformers has for the backbone. Layer 0 is what the embeddings give, 1 what the
-    first block gives; negative numbers count from the top.
+    With all defaults it is the one that transformers has for the backbone. Layer 0 is the output of the embeddings, 1 that of
+    the first block; negative numbers count from the top.
     """
 
+    task: ClassVar[Task] = Task.CLASSIFY
+    row_kinds: ClassVar[tuple[str, ...]] = ("labelled", "tagged")
+    rows_function: ClassVar[str] = "postgrad.plan.objective_rows:make_classification_rows"
+    implementation: ClassVar[str] = "postgrad.run.losses:make_classification_loss"
     kind: Literal["classify"]
     labels: list[str] | None = None
-    """The classes; left out: those that occur in the training rows."""
+    """The classes. Default: those of the training rows."""
     problem: Literal["auto", "class", "multi", "number", "tags"] = "auto"
-    """auto: by the rows: tags for words, multi for lists of labels, a number for fractions, else one class."""
+    """auto: from the rows: tags for words, multi for lists of labels, number for fractions, else class."""
     layers: AnyLayers = "auto"
-    """What is read: a layer, several side by side, or joined otherwise; mix: of all. auto: the last, or what the start
-    model's own task layer reads."""
+    """Input of the task layer: a layer, a list to concatenate, or another combination; mix: of all layers. auto: the last
+    layer, or that of the start model's own task layer."""
     pooling: Literal["auto", "first", "mean", "max", "last"] = "auto"
-    """How the real tokens of a text become one vector (tags have none). auto: as the backbone's own classifier has it, else
-    by its kind: an encoder's first, a decoder's last, the mean of an encoder-decoder's encoder."""
+    """Pooling over the tokens of a text (none for tags). auto: that of the backbone's own classifier, else by architecture:
+    first for an encoder, last for a decoder, mean for the encoder of an encoder-decoder."""
     stack: Literal["auto", "encoder", "decoder"] = "auto"
-    """Which half of an encoder-decoder is read. auto: the encoder, but where all is auto as transformers' own classifier."""
+    """Which half of an encoder-decoder to use. auto: the encoder; if all else is auto, as in transformers' own classifier."""
     head: Annotated[
         ClassifierHeadConfig,
         BeforeValidator(
             _expand_head, json_schema_input_type=Literal["auto", "linear", "mlp", "bilstm"] | ClassifierHeadConfig
         ),
     ] = ClassifierHeadConfig()
-    """What decides: `linear`, `mlp` or `bilstm`, or a mapping with its sizes."""
+    """The classifier: `linear`, `mlp` or `bilstm`, or a mapping with its sizes."""
 
 
 class WeightSchedule(ConfigModel):
-    """A weight that changes over the stage: a pure function of the step."""
+    """A weight that changes over the stage, as a pure function of the step."""
 
     start: Annotated[float, Field(ge=0), BeforeValidator(reject_bool)]
-    """At the stage's first step."""
+    """Weight at the first step."""
     end: Annotated[float, Field(ge=0), BeforeValidator(reject_bool)]
-    """From the end of `over` on."""
+    """Weight from the end of `over` on."""
     shape: Literal["linear", "cosine"] = "linear"
-    """How it gets there."""
+    """Shape of the change."""
     over: Length = "100%"
-    """How long it takes."""
+    """Length of the change."""
 
 
 class SampledCache(ConfigModel):
-    """Ids drawn from the teacher's distribution, with their counts: without bias (Anshumann et al. 2025)."""
+    """Ids sampled from the teacher's distribution, with their counts: unbiased (Anshumann et al. 2025)."""
 
     kind: Literal["sampled"] = "sampled"
     samples: Annotated[int, Field(ge=1, le=255)] = 50
-    """Draws for each label, with replacement; about a dozen different ids of 50."""
+    """Samples for each label, with replacement; 50 give about a dozen different ids."""
     sampling_power: Annotated[float, Field(gt=0), BeforeValidator(reject_bool)] = 1.0
-    """Ids are drawn from the distribution to this power and weighted back: below 1 rare ids are met more often."""
+    """Sample from the distribution to this power, with importance weights; below 1 rare ids are sampled more often."""
 
 
 class TopKCache(ConfigModel):
-    """The likeliest ids, and the mass of all others in one bucket: a lower bound of the divergence."""
+    """The most likely ids, and the mass of all others in one bucket: a lower bound of the divergence."""
 
     kind: Literal["top-k"] = "top-k"
     k: Positive = 64
-    """How many ids."""
+    """Number of ids."""
 
 
 def _expand_cache(value: Any) -> Any:
@@ -204,7 +237,7 @@ def _expand_cache(value: Any) -> Any:
 
 
 def _union_tag(value: Any) -> str:
-    """Which member of a union of plain values and mappings is meant, so that an error is told of that one alone."""
+    """Whether a plain value or a mapping is meant, so that an error is about that one alone."""
     return "mapping" if isinstance(value, dict | ConfigModel) else "plain"
 
 
@@ -222,52 +255,56 @@ AnyWeight = Annotated[
 
 
 class DistillObjective(ObjectiveConfig):
-    """Answer as a teacher does: from the start model on new text (learning without forgetting), or on replayed text."""
+    """Distillation from a teacher: from the start model on new text (learning without forgetting), or on replayed text."""
 
+    implementation: ClassVar[str] = "postgrad.run.losses:make_distillation_loss"
     kind: Literal["distill"]
     teacher: str = "start"
-    """`start`, or a folder, a Hub name, an earlier stage's run folder or one of its checkpoints; it has the same tokenizer."""
+    """`start` (the start model), or a folder, a Hub name, a run folder or a checkpoint with the same tokenizer."""
     weight: AnyWeight = 1.0  # type: ignore[assignment]
-    """Factor of the loss: a number, or how it changes over the stage."""
+    """Factor of the loss: a number, or a mapping for one that changes over the stage."""
     on: list[str] = []
-    """Names of the sources it is taken on, beside their own objective; left out: every source. A source that no other
-    objective is taken on has this one alone."""
+    """Names of the sources to distil on, in addition to their own objective. Default: all. A source without another objective
+    has this one alone."""
     direction: Literal["forward", "reverse"] = "forward"
-    """forward: KL(teacher || model), which covers all that the teacher says; reverse: KL(model || teacher)."""
+    """forward: KL(teacher || model), which covers all of the teacher's distribution; reverse: KL(model || teacher)."""
     temperature: Annotated[float, Field(gt=0), BeforeValidator(reject_bool)] = 1.0
-    """Both distributions are softened by it; the divergence is multiplied by its square."""
+    """Softmax temperature of both distributions; the divergence is multiplied by its square."""
     cache: AnyCache = "none"
-    """none: the teacher is asked at every step; else once, over the rows that the stage will read."""
+    """none: run the teacher at every step; otherwise once before the training, over all rows of the stage."""
 
     @model_validator(mode="after")
     def _check_cache(self) -> DistillObjective:
         if self.cache != "none" and self.direction == "reverse":
-            raise ValueError("`direction: reverse` needs all of the teacher's distribution, so it takes `cache: none`")
+            raise ValueError("`direction: reverse` needs the teacher's whole distribution: it requires `cache: none`")
         return self
 
 
-class OnPolicyObjective(ObjectiveConfig):
-    """The model writes itself, and a teacher judges every token of it: KL(model || teacher) (Thinking Machines 2025).
+class OnPolicyObjective(RowObjectiveConfig):
+    """On-policy distillation: KL(model || teacher) on continuations that the model samples itself (Thinking Machines 2025).
 
-    What it wrote of a prompt is read by both; nothing is learnt from how a text goes on later. It brings back what an earlier
-    model knew without bringing it away from what it has learnt since. One process trains; a sharded model cannot write.
+    Both models read the sampled continuation of a prompt; the rest of the text is not trained on. It recovers abilities of an
+    earlier model without undoing what was learned since. Requires a single process: a sharded model cannot generate.
     """
 
+    task: ClassVar[Task] = Task.CAUSAL
+    rows_function: ClassVar[str] = "postgrad.plan.objective_rows:make_prompt_rows"
+    implementation: ClassVar[str] = "postgrad.run.losses:make_on_policy_loss"
     kind: Literal["on-policy"]
     teacher: str = "start"
-    """As of `distill`: `start`, or an earlier model with the same tokenizer."""
+    """As for `distill`: `start`, or an earlier model with the same tokenizer."""
     weight: AnyWeight = 1.0  # type: ignore[assignment]
-    """Factor of the loss: a number, or how it changes over the stage."""
+    """Factor of the loss: a number, or a mapping for one that changes over the stage."""
     prompt_tokens: Annotated[int, Field(ge=0)] = 32
-    """Tokens of running text that are a prompt; 0: it begins from nothing. Of an example all before the answer is one."""
+    """Length of the prompts taken from running text; 0: none. The prompt of an example is everything before its answer."""
     max_new_tokens: Positive = 96
-    """Tokens that are written, if the text does not end before. `data.sequence_length` has room for both."""
+    """Largest number of tokens to generate. Prompt and continuation must fit into `data.sequence_length`."""
     temperature: Annotated[float, Field(gt=0), BeforeValidator(reject_bool)] = 1.0
-    """Of the writing; both models are compared at 1."""
+    """Sampling temperature; the divergence is computed at 1."""
 
 
 TeacherObjective = DistillObjective | OnPolicyObjective
-"""Those that have a teacher."""
+"""Objectives with a teacher."""
 
 RowsObjective = (
     NextTokenObjective
@@ -278,13 +315,13 @@ RowsObjective = (
     | ClassifyObjective
     | OnPolicyObjective
 )
-"""Those that say how rows are made; the others are taken on rows that are made for one of these."""
+"""Objectives that define the rows of their sources."""
 
 AnyObjective = Annotated[RowsObjective | DistillObjective, Field(discriminator="kind")]
 
 
 def get_objective_names(specs: Sequence[AnyObjective]) -> list[str]:
-    """What each objective is called: its kind, and one of several of a kind also by the sources that it names."""
+    """The name of each objective: its kind, and among several of a kind also the sources that it names."""
     kinds = [spec.kind for spec in specs]
     plain = [spec.kind if kinds.count(spec.kind) == 1 else " ".join([spec.kind, *spec.on]) for spec in specs]
     return [f"{name} {plain[:i].count(name) + 1}" if plain[:i].count(name) else name for i, name in enumerate(plain)]

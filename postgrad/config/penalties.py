@@ -1,17 +1,17 @@
-"""Which penalties can a stage name? A closed union; `anchors.py` makes them."""
+"""Penalties of a stage: a union. Each names the functions that make it and that fingerprint its files."""
 
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from postgrad.config.quantities import ConfigModel, reject_bool
+from postgrad.config.quantities import Method, reject_bool
 
 
 def _strength_tag(value: Any) -> str:
-    """Which is meant, a word or a number, so that a mistake is told of that one alone."""
+    """Whether a word or a number is meant, so that an error is about that one alone."""
     return "word" if isinstance(value, str) and not re.fullmatch(r"[\d.eE+-]+", value) else "number"
 
 
@@ -22,33 +22,43 @@ AnyStrength = Annotated[
 ]
 
 
-class AnchorPenalty(ConfigModel):
-    """A quadratic pull of the weights towards a reference: L2-SP; with measured importance EWC or MAS."""
+class PenaltyConfig(Method):
+    """What all penalties have."""
 
-    kind: Literal["anchor"]
+    fingerprint_function: ClassVar[str | None] = None
+    """`module:function` that fingerprints the files of the penalty, which must not change before a resume."""
     strength: AnyStrength
-    """Factor, per trained token; with the Fisher information about old tokens / new tokens. auto: found by a few steps before
-    the training."""
+    """Factor of the penalty per trained token; with the Fisher information about old tokens / new tokens. auto: measured by a
+    few probe steps before the training."""
+
+
+class AnchorPenalty(PenaltyConfig):
+    """A quadratic pull of the weights to a reference: L2-SP; EWC or MAS with measured importance."""
+
+    implementation: ClassVar[str] = "postgrad.run.anchors:make_anchor"
+    fingerprint_function: ClassVar[str | None] = "postgrad.run.anchors:anchor_fingerprints"
+    kind: Literal["anchor"]
     importance: str | None = None
-    """A file that the verb `importance` wrote: how much each weight matters; left out: all alike."""
+    """A file written by `postgrad importance`: the importance of each weight. Default: the same for all weights."""
     normalize: bool = False
-    """Divide the importance by its mean over the weights that are held, so that strengths compare with those without one."""
+    """Divide the importance by its mean over the anchored weights, so that strengths compare with those of plain L2-SP."""
     reference: str = "start"
-    """What the weights are pulled to: `start`, or a folder or run whose model has the same weights."""
+    """What the weights are pulled to: `start` (the start model), or a folder or run with the same weights."""
     decoupled: bool = False
-    """Pull in the optimizer's step (times the rate, as weight decay does) instead of adding to the loss."""
+    """Pull within the optimizer's step (times the learning rate, as weight decay) instead of adding to the loss."""
     targets: list[str] = []
-    """Names of weights or modules that are held (`*` and `?` stand for any letters); left out: all that move and that the
+    """Names of the anchored weights or modules, with the wildcards `*` and `?`. Default: all trained weights that the
     reference has."""
     storage: Literal["auto", "float32", "bfloat16", "mmap"] = "auto"
-    """Of reference and importance: auto loses nothing (bfloat16 where it is exact); mmap: the reference is read from the
+    """Storage of reference and importance. auto: without loss (bfloat16 where exact); mmap: the reference is read from the
     model's own files."""
 
     @model_validator(mode="after")
     def _check_importance(self) -> AnchorPenalty:
         if self.normalize and self.importance is None:
-            raise ValueError("`normalize` is about an `importance`, and none is named")
+            raise ValueError("`normalize` requires `importance`")
         return self
 
 
 AnyPenalty = AnchorPenalty
+"""The union; a further penalty is added with `|`, and then with `Field(discriminator="kind")`."""

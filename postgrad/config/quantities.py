@@ -1,10 +1,12 @@
-"""How are amounts written in a stage? `20M` tokens, `5%`, `200 steps`, and what each means in numbers."""
+"""Quantities of a stage file: `20M` tokens, `5%`, `200 steps`, and their values."""
 
 from __future__ import annotations
 
 import math
 import re
-from typing import Annotated, Any
+from collections.abc import Callable
+from importlib import import_module
+from typing import Annotated, Any, ClassVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -69,7 +71,7 @@ def _validate_patience(value: Any) -> Any:
     return reject_bool(value)
 
 
-# In a file each of these may also be text; the schema says so, as editors hold files against it.
+# Each of these may be text in a file, and the schema allows it, since editors validate against it.
 TokenCount = Annotated[
     int,
     Field(gt=0, description="tokens: 500k, 20M, 1.5B"),
@@ -119,13 +121,41 @@ class ConfigModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
+class Method(ConfigModel):
+    """A member of a union of methods, which names the function that makes it.
+
+    The function is named and not imported, since it belongs to a layer above and may need torch. A new method is a class like
+    this, its function, and a line in the union.
+    """
+
+    implementation: ClassVar[str]
+    """`module:function`."""
+
+    def load(self) -> Callable[..., Any]:
+        """The function that makes the method; its module is imported."""
+        return load_function(self.implementation)
+
+
+def load_function(path: str) -> Callable[..., Any]:
+    """The function `module:function`."""
+    module, _, name = path.partition(":")
+    return getattr(import_module(module), name)
+
+
+def get_kinds(union: Any) -> tuple[str, ...]:
+    """The values of `kind` in a union of mappings."""
+    if isinstance(union, type):
+        return get_args(union.model_fields["kind"].annotation) if issubclass(union, ConfigModel) else ()
+    return tuple(kind for part in get_args(union) for kind in get_kinds(part))
+
+
 def parse_token_count(text: str, where: str) -> int:
-    """An amount of tokens as it is given on the command line, at the option `where`. Raises `StageError`."""
+    """A number of tokens of the command-line option `where`. Raises `StageError`."""
     return _parse_option(TokenCount, text, where, "a number of tokens: 500k, 2M")
 
 
 def parse_share(text: str, where: str) -> float:
-    """A share as it is given on the command line, at the option `where`. Raises `StageError`."""
+    """A share of the command-line option `where`. Raises `StageError`."""
     return _parse_option(Share, text, where, "5%, or 0.05")
 
 
@@ -133,4 +163,4 @@ def _parse_option(value_type: Any, text: str, where: str, expected: str) -> Any:
     try:
         return TypeAdapter(value_type).validate_python(text)
     except ValidationError:
-        raise StageError(f"{text!r} is none of that", where=where, expected=expected) from None
+        raise StageError(f"{text!r} cannot be read", where=where, expected=expected) from None

@@ -1,4 +1,4 @@
-"""How does a stage say what rows are and how they are put into words? The same keys for sources, held-out files and tasks."""
+"""Row kinds, columns and templates: the keys that sources, held-out files and tasks share."""
 
 from __future__ import annotations
 
@@ -34,24 +34,24 @@ FilterValues = Annotated[list[str], BeforeValidator(_as_text_list, json_schema_i
 
 
 class RowFormat(ConfigModel):
-    """What rows are, and which of them are meant."""
+    """What rows are, and which of them to use."""
 
     kind: RowKind = "auto"
-    """What the rows are; auto: what their columns say. Rows with `text` and `label` are text unless `labelled` is said."""
+    """Kind of the rows; auto: by their columns. Rows with `text` and `label` are text unless `labelled` is set."""
     columns: dict[str, str] = {}
-    """Which column is which, e.g. `{text: abstract}`, or what is inside of one: `{source: translation.en}`."""
+    """Names of the columns, such as `{text: abstract}`, or a path inside of one: `{source: translation.en}`."""
     filter: dict[str, FilterValues] = {}
-    """Only rows that have one of these values in each of these columns: `{task: [boolq, copa]}`."""
+    """Use only rows with one of these values in each of these columns: `{task: [boolq, copa]}`."""
     document_unit: DocumentSplit = "auto"
-    """What a document is in a text file; auto: the file, or passages of about 4,000 characters in a large one."""
+    """Documents of a text file; auto: the whole file, or passages of about 4,000 characters in a large one."""
 
 
 class TemplatedRowFormat(RowFormat):
-    """What rows are, and how they are put into words."""
+    """What rows are, and how they are rendered as text."""
 
     prompt: str | None = None
-    """What a row with parts is read as: `{field}` stands for a field of it. Left out: by its kind."""
+    """Template of the prompt, with `{field}` for a field of the row. Default: by the kind."""
     answer: str | None = None
-    """What is answered, likewise."""
+    """Template of the answer, likewise."""
     label_words: dict[str, str] = {}
-    """How labels are said: `{"0": negative, "1": positive}`."""
+    """Words for labels: `{"0": negative, "1": positive}`. Default: the labels themselves."""

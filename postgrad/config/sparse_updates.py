@@ -1,40 +1,50 @@
-"""Which ways of moving less at an update can a stage name? `build.py` makes them."""
+"""Sparse updates of a stage, a closed union, and the loss-adaptive learning rate."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
-from postgrad.config.quantities import ConfigModel, Share, reject_bool
+from postgrad.config.quantities import ConfigModel, Method, Share, reject_bool
 
 PositiveShare = Annotated[Share, Field(gt=0)]
 
 
-class MomentumUpdate(ConfigModel):
-    """Of each matrix only the numbers with the largest momentum move (MoFO); vectors move whole."""
+class SparseUpdate(Method):
+    """What all sparse updates have."""
 
+    selection: ClassVar[str]
+    """What is updated, in words."""
+
+
+class MomentumUpdate(SparseUpdate):
+    """MoFO: of each matrix only the entries with the largest momentum are updated; vectors are updated whole."""
+
+    implementation: ClassVar[str] = "postgrad.run.update_masks:make_mofo"
+    selection: ClassVar[str] = "the entries of each matrix with the largest momentum"
     kind: Literal["mofo"]
     share: PositiveShare = 0.1
-    """Of the numbers of a matrix; published: 5 to 20 %."""
+    """Updated share of each matrix; published: 5 to 20 %."""
 
 
-class MagnitudeUpdate(ConfigModel):
-    """Of each linear layer only the rows with the largest outputs on the step's text move (MIGU); the rest moves whole."""
+class MagnitudeUpdate(SparseUpdate):
+    """MIGU: of each linear layer only the rows with the largest outputs on the step's text are updated; all else whole."""
 
+    implementation: ClassVar[str] = "postgrad.run.update_masks:make_migu"
+    selection: ClassVar[str] = "the rows with the largest outputs"
     kind: Literal["migu"]
     share: PositiveShare = 0.3
-    """Of the rows of a layer; published: 30 %."""
+    """Updated share of the rows of each layer; published: 30 %."""
 
 
 AnyUpdate = Annotated[MomentumUpdate | MagnitudeUpdate, Field(discriminator="kind")]
 
 
 class LossAdaptive(ConfigModel):
-    """A lower rate where the loss is higher (FINCH): the schedule's times
-    min(1, initial_share * sqrt(first loss / mean loss))."""
+    """FINCH: a lower rate where the loss is higher: the schedule times min(1, initial_share * sqrt(first loss / mean loss))."""
 
     initial_share: PositiveShare = 0.5
-    """The share of the schedule's rate that the first step takes; it rises to all of it as the loss falls."""
+    """Share of the schedule's rate at the first step; it rises to 1 as the loss falls."""
     smoothing: Annotated[float, Field(ge=0, lt=1), BeforeValidator(reject_bool)] = 0.9
-    """How much of the mean loss of the steps before goes into that of the next."""
+    """Weight of the earlier steps in the moving average of the loss."""

@@ -1,7 +1,7 @@
-"""What is a stage? One answer to each of the six questions, as frozen data read from a YAML file.
+"""A stage as frozen data, read from a YAML file.
 
-The closed unions of schedules, objectives and tunings stand beside this file as types, so an editor can list them, the
-published JSON Schema has them, and an unknown key is an error that names the nearest one.
+The closed unions of schedules, objectives, penalties and tunings are types in the files beside this one, so editors complete
+them, the JSON Schema lists them, and an unknown key is an error that names the nearest one.
 """
 
 from __future__ import annotations
@@ -40,37 +40,37 @@ from postgrad.storage.fingerprint import fingerprint
 
 
 class Source(TemplatedRowFormat):
-    """Text to read: files (`path`), a Hub data set (`hub`), or everything the start model has seen (`seen_so_far`)."""
+    """Training text: files (`path`), a Hub data set (`hub`), or everything the start model was trained on (`seen_so_far`)."""
 
     name: Annotated[str, Field(pattern=r"^[\w.\-]+$")]
-    """Names the source in the plan, the metrics and the report."""
+    """Name of the source in the plan, the metrics and the report."""
     path: str | None = None
     """A file, a folder or a glob; .txt .md .jsonl .json .csv .parquet, each also .gz and .zst."""
     hub: str | None = None
     """A data set on the Hugging Face Hub, `owner/name`."""
     subset: str | None = None
-    """With `hub`: the subset (configuration) of the data set."""
+    """Subset (configuration) of the Hub data set. Default: its own default."""
     split: str = "train"
-    """With `hub`: the split."""
+    """Split of the Hub data set."""
     revision: str | None = None
-    """With `hub`: a branch, tag or commit."""
+    """Branch, tag or commit of the Hub data set. Default: its main branch."""
     seen_so_far: bool = False
-    """Replay the token-weighted mixture of everything earlier stages consumed, replays included."""
+    """Replay the token-weighted mixture of everything that earlier stages consumed, replays included."""
     share: Share | None = None
-    """Share of the stage's trained tokens; one source may leave it out and takes what remains (several: see `data.mixing`)."""
+    """Share of the stage's trained tokens. Default, for one source: the remainder (for several: see `data.mixing`)."""
     role: Literal["new", "replay"] = "new"
-    """`replay` is old text: its held-out part is a retained set, and `new_tokens` does not count it."""
+    """`replay` marks old text: its held-out part is a retained set, and `new_tokens` does not count it."""
     held_out: Share | None = None
-    """Share of documents (by content hash) kept for evaluation; left out: enough for about 200 documents when
-    `evaluation` names no file of that role (learned; retained for replay), else none."""
+    """Share of documents (by content hash) to hold out for evaluation. Default: about 200 documents if `evaluation` has no file
+    of that role (learned; retained for replay), else none."""
     max_passes: Annotated[float, Field(gt=0), BeforeValidator(reject_bool)] = 4.0
-    """How often the source may be read in this stage; see `data.on_exhausted`."""
+    """Limit of passes over the source in this stage; see `data.on_exhausted`."""
     prior_tokens: TokenCount | None = None
-    """Tokens of this distribution that the start model consumed before its first recorded stage; counts as seen."""
+    """Tokens of this distribution that the start model was trained on before its first recorded stage. Default: unknown."""
     cluster: str | None = None
-    """The sort of task its rows are: tasks of other clusters (`evaluation.tasks`) were never seen."""
+    """Task cluster of its rows; tasks in `evaluation.tasks` of a cluster that no source has are unseen. Default: none."""
     select: list[AnySelection] = []
-    """Which of its documents are read at all, before anything is held out: ways to select, one after the other."""
+    """Filters of its documents, applied one after another before anything is held out."""
 
     @model_validator(mode="after")
     def _check_one_origin(self) -> Source:
@@ -85,102 +85,103 @@ class Source(TemplatedRowFormat):
 
 
 class CurriculumPhase(ConfigModel):
-    """From a point of the stage on, these shares hold."""
+    """The shares from a point of the stage on."""
 
     at: Length | None = None
-    """1%, 200 steps or 2M tokens."""
+    """The point: 1%, 200 steps or 2M tokens ..."""
     at_rate: Share | None = None
-    """... or when the learning rate has fallen to this share of its peak."""
+    """... or the step at which the learning rate has fallen to this share of its peak."""
     shares: dict[str, Share]
-    """The share of each source from there on; a source that is not named gets none."""
+    """The share of each source from there on; 0 for a source that is not listed."""
 
     @model_validator(mode="after")
     def _check_one_point(self) -> CurriculumPhase:
         if (self.at is None) == (self.at_rate is None):
-            raise ValueError("a change of shares has exactly one of `at` and `at_rate`")
+            raise ValueError("a curriculum phase has exactly one of `at` and `at_rate`")
         return self
 
 
 class DataConfig(ConfigModel):
-    """What is read."""
+    """The training data."""
 
     sources: Annotated[list[Source], Field(min_length=1)]
-    """What the rows are read from, and in which shares."""
+    """The sources and their shares."""
     sequence_length: Annotated[int, Field(ge=2)] = 1024
-    """Positions in a row."""
+    """Tokens in a row."""
     mixing: AnyMixing | None = None
-    """How the sources that name no `share` part what remains, when there are several."""
+    """How several sources without a `share` divide the remainder."""
     curriculum: list[CurriculumPhase] = []
-    """A curriculum: shares that change over the stage."""
+    """Shares that change over the stage."""
     on_exhausted: Literal["refuse", "repeat", "stop", "renormalise"] = "refuse"
-    """When a source would be read more than its `max_passes`: refuse before training, repeat it all the same, stop the
-    stage there, or give its share to the others from there on."""
+    """When a source would exceed its `max_passes`: refuse before the training, repeat it anyway, stop the stage there, or give
+    its share to the other sources from there on."""
     skip_steps: Annotated[int, Field(ge=0)] = 0
-    """Begin reading where this step of the same sources and seed would; an anneal branched from step N skips N."""
+    """Start at the data of this step of the same sources and seed; an anneal branched from step N skips N."""
     max_document_tokens: Annotated[int, Field(ge=2)] | None = None
-    """Longer documents are cut there; what is cut is counted."""
+    """Cut longer documents at this many tokens; the cut tokens are counted. Default: no limit."""
     eos: str | None = None
-    """The token that ends a document; left out: the tokenizer's own."""
+    """The token that ends a document. Default: that of the tokenizer."""
     overlap: Literal["report", "refuse", "off"] = "report"
-    """Look for 13-grams of held-out documents in the training text."""
+    """Search the training text for 13-grams of held-out documents: report them, refuse to train, or skip the search."""
     workers: Positive | None = None
-    """Processes or threads that tokenise; left out: one a core."""
+    """Processes or threads for tokenisation. Default: one per core."""
 
     @model_validator(mode="after")
     def _check_names(self) -> DataConfig:
         names = [source.name for source in self.sources]
         doubled = {name for name in names if names.count(name) > 1}
         if doubled:
-            raise ValueError(f"two sources are called {sorted(doubled)[0]!r}")
+            raise ValueError(f"two sources have the name {sorted(doubled)[0]!r}")
         for shift in self.curriculum:
             for name in shift.shares:
                 if name not in names:
                     raise ValueError(
-                        f"`curriculum` names a source {name!r} that is not there; {suggest_nearest_or_all(name, names)}"
+                        f"`curriculum` names an unknown source {name!r}; {suggest_nearest_or_all(name, names)}"
                     )
         return self
 
 
 class BatchConfig(ConfigModel):
-    """How many rows make a step."""
+    """The batch of a step."""
 
     global_batch_size: Positive = 32
-    """Rows in a global batch."""
+    """Rows in a step, over all devices."""
     micro_batch_size: Positive | None = None
-    """Rows a device holds at once; left out: as many as fit and help. Makes no difference to the result."""
+    """Rows per device at a time; does not change the result. Default: measured on this machine."""
 
 
 class OptimizerConfig(ConfigModel):
-    """AdamW. Matrices decay; vectors and tables do not."""
+    """AdamW with weight decay on matrices, not on vectors and embeddings."""
 
     kind: Literal["adamw"] = "adamw"
     betas: tuple[Beta, Beta] = (0.9, 0.95)
-    """Decay of the two moments."""
+    """Decay rates of the two moments."""
     eps: Annotated[float, Field(gt=0), BeforeValidator(reject_bool)] = 1e-8
-    """Added to the root of the second moment."""
+    """Added to the square root of the second moment."""
     weight_decay: Annotated[float, Field(ge=0), BeforeValidator(reject_bool)] = 0.1
-    """Decoupled, times the rate."""
+    """Decoupled weight decay, times the learning rate."""
     decay_embeddings: bool = False
-    """Let the input embedding and the output head decay too."""
+    """Decay the input embedding and the output head too."""
     max_grad_norm: Annotated[float, Field(gt=0), BeforeValidator(reject_bool)] = 1.0
-    """The largest 2-norm of the whole gradient."""
+    """Largest 2-norm of the whole gradient; larger ones are clipped."""
     moments: Literal["reset", "keep", "keep-second"] = "reset"
-    """At the stage's start: from zero, or the start checkpoint's (both moments, or only the second)."""
+    """Initial moments: zero, or those of the start checkpoint (both, or only the second)."""
     sparse_update: AnyUpdate | None = None
-    """Which numbers an update moves; left out: all that the tuning lets move."""
+    """Update only some entries of the weights at each step. Default: all trained weights."""
     loss_adaptive: LossAdaptive | None = None
-    """Lower the rate where the loss is high; left out: the schedule's rate."""
+    """Lower the learning rate where the loss is high. Default: the schedule's rate."""
 
 
 class HeldOutFile(TemplatedRowFormat):
-    """Text, or rows of a task, to be scored."""
+    """Held-out text, or held-out rows of a task."""
 
     name: Annotated[str, Field(pattern=r"^[\w.\-]+$")]
-    """Names the set."""
+    """Name of the set."""
     path: str
     """A file, a folder or a glob."""
     same_format_as: str | None = None
-    """A source of this stage, whose kind, columns and words these rows have too."""
+    """A source of this stage with the same row kind, columns and templates. Default: the only source of its role whose kind is
+    set."""
 
 
 def expand_held_out_file(value: Any) -> Any:
@@ -194,33 +195,34 @@ AnyHeldOutFile = Annotated[HeldOutFile, BeforeValidator(expand_held_out_file, js
 
 
 class EvaluationConfig(ConfigModel):
-    """What is measured: on the same documents before and after, and at chosen steps in between."""
+    """What is evaluated: on the same documents before and after the training, and at some steps in between."""
 
     retained: list[AnyHeldOutFile] = []
-    """Text the model must not forget."""
+    """Old text: what the model must not forget."""
     learned: list[AnyHeldOutFile] = []
-    """Text of the new kind."""
+    """New text: what the model must learn."""
     test: list[AnyHeldOutFile] = []
-    """Looked at once: when all is trained and chosen, on the start model and on the published one."""
+    """Test sets, scored once after training and checkpoint selection, on the start model and on the published one."""
     every: Length = "10%"
-    """How often during training; denser in the first 2 %, where the stability gap is."""
+    """Interval between evaluations during training; shorter in the first 2 %, where the stability gap is."""
     eval_tokens: TokenCount = 20_000
-    """Tokens of each set that are scored during training; before and after, all are."""
+    """Tokens of each set to score at each evaluation during training."""
     max_tokens: TokenCount = 1_000_000
-    """Tokens of each set that are scored before and after (documents in the order of their content hash)."""
+    """Tokens of each set to score before and after the training (documents in the order of their content hash)."""
     pseudo_perplexity: TokenCountOrZero = 0
-    """Of a masked language model: about so many tokens of each set are also masked one at a time (Salazar et al. 2020),
-    before and after; each costs a row, 0: none."""
+    """Of a masked language model: tokens of each set to mask one at a time for the pseudo-perplexity (Salazar et al. 2020),
+    before and after; each costs a row. 0 disables it."""
     drift_tokens: TokenCountOrZero = 10_000
-    """Tokens of each set on which the start model and the trained one are held side by side: what they say, and their layers;
-    both are in memory for it. 0: none."""
+    """Tokens of each set on which to compare outputs and layers of the start model and the trained one; both are in memory
+    then. 0 disables it."""
     relearning_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps on old text that copies of the trained model and of the start model take, at the stage's highest rate, to tell
-    what is lost from what is only out of reach. Half of each retained set is trained on, or the rest of its source. 0: none."""
+    """Relearning test: fine-tune copies of the trained and of the start model for this many steps on old text, at the stage's
+    highest rate, to separate lost knowledge from misalignment. Uses half of each retained set, or the rest of its source. 0
+    disables it."""
     samples: Annotated[int, Field(ge=0)] = 2
-    """Texts of each set that are continued before and after, for the report."""
+    """Texts of each set to continue before and after, for the report."""
     tasks: list[TaskConfig] = []
-    """Tasks that the model is asked in prompts, before and after."""
+    """Prompted tasks, before and after."""
 
     @model_validator(mode="after")
     def _check_names(self) -> EvaluationConfig:
@@ -240,51 +242,51 @@ class EvaluationConfig(ConfigModel):
 
 
 class CheckpointSelectionConfig(ConfigModel):
-    """The published model is the best checkpoint by a held-out set, all of which is scored at each look."""
+    """Publish the best checkpoint by a held-out set, which is scored as a whole at each evaluation."""
 
     set: str
-    """The held-out set that decides; a source's own held-out part has the source's name."""
+    """The held-out set; the held-out part of a source has the source's name."""
     metric: str = "loss"
-    """`loss`, or a metric of that set, such as `accuracy` or `macro F1`."""
+    """`loss`, or a metric of the set, such as `accuracy` or `macro F1`."""
     patience: Patience = None
-    """Training ends after so many evaluations in a row without a gain, such as `3 evaluations`; none: the budget is used up."""
+    """Stop after this many evaluations in a row without an improvement, such as `3 evaluations`; none: never."""
     min_delta: Annotated[float, Field(ge=0), BeforeValidator(reject_bool)] = 0.0
-    """What the best so far must be surpassed by to count as a gain, in the unit of `metric`."""
+    """Smallest change that counts as an improvement, in the unit of `metric`."""
     stop_at: float | None = None
-    """Training ends when a look has reached this, in the unit of `metric`, and has forgotten no more than is allowed."""
+    """Stop when this value is reached within the allowed forgetting, in the unit of `metric`. Default: never."""
     burn_in: Length = "0%"
-    """Nothing is chosen before this, and training does not end; nor before the end of the warm-up, nor in the first 2 %."""
+    """No checkpoint is selected, and training does not stop, before this, nor in the warm-up or the first 2 %."""
     max_forgetting: Share | None = None
-    """Only a checkpoint is chosen at which no retained set's loss has risen by more, upper end of its interval; when there
-    is none, the one that forgot least."""
+    """Select only a checkpoint at which the loss of no retained set has risen by more (upper end of its interval); if there is
+    none, the one with the least forgetting. Default: no limit."""
 
 
 class SaveConfig(ConfigModel):
-    """When checkpoints are written, which stay, and which is published."""
+    """When checkpoints are written, which are kept, and which is published."""
 
     every: Length = "20%"
-    """How often a checkpoint is written; there is always one at the last step."""
+    """Interval between checkpoints; there is always one at the last step."""
     keep: Positive | Literal["all"] = 2
-    """How many of the newest checkpoints stay."""
+    """Number of the newest checkpoints to keep."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the final model; auto: as the start model is stored."""
+    """Data type of the published model; auto: that of the start model's files."""
     choose: CheckpointSelectionConfig | None = None
-    """Left out: the last step's model is published."""
+    """Checkpoint selection. Default: the last step is published."""
 
 
 class ComputeConfig(ConfigModel):
-    """How the arithmetic is done. `auto` is decided by a probe of this machine, said in the plan, and kept on resume."""
+    """How to compute. `auto` is decided by a probe of this machine, shown in the plan, and kept on resume."""
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the forward and backward pass; master weights are fp32."""
+    """Data type of the forward and backward pass; master weights are fp32."""
     compile: Literal["auto"] | bool = "auto"
-    """Compile each block."""
+    """Compile each block with torch.compile."""
     attention: Literal["auto", "eager", "sdpa", "causal_blocks"] = "auto"
-    """`causal_blocks` is this package's own, for CPUs. A prefix has its own way, whatever is said here."""
+    """Attention implementation; `causal_blocks` is this package's own, for CPUs. Prefix tunings use their own."""
     activation_checkpointing: bool = False
-    """Recompute activations instead of keeping them."""
+    """Recompute activations in the backward pass instead of storing them."""
     threads: Positive | None = None
-    """Left out: the cores this process may use."""
+    """CPU threads. Default: the cores that this process may use."""
 
 
 def _union_tag(value: Any) -> str:
@@ -292,12 +294,12 @@ def _union_tag(value: Any) -> str:
 
 
 class NewTokenizer(ConfigModel):
-    """A tokenizer learnt from the training documents of the stage, in their shares; no held-out document is looked at."""
+    """A tokenizer trained on the training documents of the stage, in their shares; held-out documents are excluded."""
 
     kind: Literal["byte-bpe"] = "byte-bpe"
-    """Byte-level BPE: every text can be written with it."""
+    """Byte-level BPE, which can encode every text."""
     vocab_size: Annotated[int, Field(ge=300)] = 8000
-    """Tokens, the family's special ones included; fewer where the text has no more pairs that occur twice."""
+    """Size of the vocabulary, special tokens included; smaller if the text has no more pairs that occur twice."""
 
 
 AnyTokenizer = Annotated[
@@ -306,18 +308,17 @@ AnyTokenizer = Annotated[
 
 
 class FreshModel(ConfigModel):
-    """A model with random weights, drawn from the stage's seed."""
+    """A model with random weights, initialised from the stage's seed."""
 
     from_scratch: str | None = None
-    """A family and the number of its weights, such as `llama-15M`, `gpt2-15M`, `qwen3-60M`, `bert-10M` or `t5-20M`: all
-    weights of the language model, embeddings included, those that are tied counted once. Width, depth and inner width are
-    solved for it."""
+    """Family and number of weights, such as `llama-15M`, `gpt2-15M`, `qwen3-60M`, `bert-10M` or `t5-20M`: all weights of the
+    language model, embeddings included, tied ones counted once. Width, depth and inner width follow ..."""
     config: str | None = None
-    """... or a `config.json`, a folder that has one, or a Hub name."""
+    """... or a `config.json`, its folder, or a Hub name."""
     tokenizer: AnyTokenizer = NewTokenizer()
-    """A new one, or the folder or Hub name of one that is there."""
+    """A new tokenizer, or the folder or Hub name of an existing one."""
     dropout: Annotated[Share, Field(lt=1)] | None = None
-    """Left out: as the family (or the configuration) has it."""
+    """Dropout of the model. Default: that of the family or configuration."""
 
     @model_validator(mode="after")
     def _check_one_origin(self) -> FreshModel:
@@ -333,41 +334,42 @@ class Stage(ConfigModel):
     """One stage of a lineage."""
 
     name: Annotated[str, Field(pattern=r"^[\w.\-]+$")]
-    """Names the run and, without `output`, its folder."""
+    """Name of the run and, without `output`, of its folder."""
     model: AnyModel
-    """A folder, a Hub name, an earlier stage's run folder or one of its checkpoints; or a new model, by parts."""
+    """The start model: a folder, a Hub name, a run folder or a checkpoint; or a mapping for a new model."""
     base: str | None = None
-    """The model that a tuning's folder sits on, when it is not where that folder says."""
+    """Base model of a tuning's folder. Default: the one recorded there."""
     output: str | None = None
-    """The run folder; left out: runs/<name>."""
+    """The run folder. Default: runs/<name>."""
     tokens: TokenCount | None = None
     """The budget in trained tokens, replay included (compute-equivalent)."""
     new_tokens: TokenCount | None = None
     """... or the budget in tokens of the new sources; replay comes on top."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Decides the order of the rows, what is drawn in them (masks, spans), fresh weights and dropout."""
+    """Seed of the row order, of masks and spans, of new weights and of dropout."""
     data: DataConfig
-    """What is read."""
+    """The training data."""
     batch: BatchConfig = BatchConfig()
-    """How many rows make a step."""
+    """The batch of a step."""
     schedule: AnySchedule
     """The learning rate of each step."""
     optimizer: OptimizerConfig = OptimizerConfig()
-    """How the weights are moved."""
+    """The optimizer."""
     objectives: list[AnyObjective] = []
-    """What a token is worth; left out: what the start model was made with (a decoder: next-token)."""
+    """The objectives. Default: that of the start model (next-token for a decoder)."""
     penalties: list[AnyPenalty] = []
-    """What pulls the weights back to where they were."""
+    """Penalties that pull the weights to a reference."""
     tuning: AnyTuning = FullTuning(kind="full")
-    """Which weights move."""
+    """Which weights are trained."""
     evaluation: EvaluationConfig = EvaluationConfig()
-    """What is scored."""
+    """What is evaluated."""
     max_forgetting: Share | None = None
-    """The retention gate: the largest allowed rise of loss on a retained set, upper end of its interval."""
+    """Retention gate: the largest allowed relative rise of the loss on a retained set, upper end of its interval. Default:
+    none."""
     save: SaveConfig = SaveConfig()
-    """When checkpoints are written, and which stay."""
+    """Checkpoints."""
     compute: ComputeConfig = ComputeConfig()
-    """How the arithmetic is done."""
+    """How to compute."""
 
     @model_validator(mode="after")
     def _check_consistency(self) -> Stage:
@@ -397,9 +399,7 @@ class Stage(ConfigModel):
             *(("evaluation", h.same_format_as) for _, h in self.evaluation.held_out_files() if h.same_format_as),
         ):
             if name not in names:
-                raise ValueError(
-                    f"`{path}` names a source {name!r} that is not there; {suggest_nearest_or_all(name, names)}"
-                )
+                raise ValueError(f"`{path}` names an unknown source {name!r}; {suggest_nearest_or_all(name, names)}")
         for shift in self.data.curriculum:
             total = sum(shift.shares.values())
             if abs(total - 1) > 1e-6:

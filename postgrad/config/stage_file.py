@@ -1,4 +1,4 @@
-"""How does a stage file become a stage, and how is a mistake in it told?"""
+"""Reading stage files, and errors with the path of the key."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from postgrad.errors import PostgradError, StageError, suggest_nearest
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML without surprises: a key that is there twice is an error, where YAML would let the last one win.
+    """YAML without surprises: a key that is a duplicate is an error, where YAML would let the last one win.
 
     `on` and `off` are words, as they are in YAML 1.2, and a key is never a truth value.
     """
@@ -38,7 +38,7 @@ class _StrictLoader(yaml.SafeLoader):
             key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is there twice", key_node.start_mark
+                    None, None, f"the key {key!r} is a duplicate", key_node.start_mark
                 )
             seen.append(key)
         return super().construct_mapping(node, deep)

@@ -1,4 +1,4 @@
-"""Which tasks is a model asked before and after a stage, and how? Prompts of zero, one or a few shots, as data."""
+"""Prompted tasks before and after a stage: zero-shot or few-shot, as frozen data."""
 
 from __future__ import annotations
 
@@ -16,61 +16,61 @@ TaskMetric = Literal[
 
 
 class FewShotConfig(ConfigModel):
-    """Where the demonstrations of a prompt come from: training rows, none of which asks what a test row asks."""
+    """The demonstrations of a prompt: training rows without the questions of test rows."""
 
     path: str
-    """A file, a folder or a glob with rows of the same columns and words."""
+    """A file, a folder or a glob with rows of the same columns."""
     sampler: Literal["random", "balanced", "bm25"] = "random"
-    """Drawn once for all items; drawn so that each label has as many as any other; or for each item those most like it."""
+    """random: one draw for all items; balanced: one draw with equally many per label; bm25: the nearest rows of each item."""
 
 
 class TaskConfig(TemplatedRowFormat):
-    """Rows of a task, put to the model in prompts and scored by what it answers."""
+    """Rows of a task, prompted and scored by the model's answers."""
 
     name: Annotated[str, Field(pattern=r"^[\w.\-]+$")]
-    """Names the task."""
+    """Name of the task."""
     path: str
     """A file, a folder or a glob with test rows."""
     role: Literal["retained", "learned"] = "retained"
-    """Whether the task is to be kept or to be learnt."""
+    """Whether the model must retain or learn the task."""
     cluster: str | None = None
-    """The sort of task. One that no training source names was never seen."""
+    """Task cluster; a task of a cluster that no source has is unseen. Default: none."""
     shots: Annotated[int, Field(ge=0)] = 0
-    """Demonstrations before each question; what does not fit the context is left out from the front."""
+    """Number of demonstrations before each question; those that do not fit the context are dropped from the front."""
     few_shot: FewShotConfig | None = None
-    """Where they come from; needed above zero shots."""
+    """The demonstrations; required above zero shots."""
     seeds: Positive = 1
-    """How many draws of demonstrations are asked with: their mean is scored, their spread reported. Not with `bm25`."""
+    """Number of draws of demonstrations; their mean is the score, their spread is reported. Not with `bm25`."""
     scoring: Literal["auto", "multiple-choice", "generate"] = "auto"
-    """By the likeliest of the labels or choices, or written freely; auto: multiple-choice where rows have labels or choices."""
+    """Score the likelihood of the labels or choices, or a generated answer; auto: multiple-choice if there are any."""
     normalization: Literal["sum", "token", "byte", "character", "answer-only"] = "sum"
-    """How choices are compared: by their log-likelihood; by its mean per token, byte or character; or against that
-    behind a bare `Answer:` (Brown et al. 2020)."""
+    """How to compare choices: by log-likelihood; by its mean per token, byte or character; or minus that after a bare
+    `Answer:` (Brown et al. 2020)."""
     calibrate: bool = False
-    """Divide each choice's probability by that with an empty question (contextual calibration, Zhao et al. 2021)."""
+    """Contextual calibration: divide by the choice's probability with an empty question (Zhao et al. 2021)."""
     stop: list[str] | None = None
-    """What ends a written answer, beside the end-of-text token; left out: a line end, or an empty line, when no answer of the
-    rows has one; nothing for conversations and encoder-decoders."""
+    """Strings that end a generated answer, besides the end-of-text token. Default: a newline, or an empty line, if no answer of
+    the rows has one; none for conversations and encoder-decoders."""
     max_new_tokens: Positive = 64
-    """Tokens of a written answer."""
+    """Largest number of tokens of a generated answer."""
     metrics: list[TaskMetric] = []
-    """Left out: accuracy (and macro F1 and MCC of labels) of what is chosen; of what is written exact match, F1 and ROUGE-L,
-    or the final number, or correlations where answers are fractions. The first one is the headline."""
+    """Metrics; the first one is the headline. Default: accuracy (for labels also macro F1 and MCC) of choices; exact match, F1
+    and ROUGE-L of generated answers, the final number, or correlations for fractions."""
     items: Positive = 500
-    """Test rows at most, in the order of their content hash."""
+    """Limit of the test rows, in the order of their content hash."""
     during_training: bool = False
-    """Ask at every look during training too, where one process trains."""
+    """Evaluate during training too, if a single process trains."""
 
     @model_validator(mode="after")
     def _check_options(self) -> TaskConfig:
         if self.shots and self.few_shot is None:
-            raise ValueError(f"{self.shots} shots need `few_shot`, the rows that are shown")
+            raise ValueError(f"{self.shots} shots require `few_shot`")
         if self.seeds > 1 and self.few_shot is not None and self.few_shot.sampler == "bm25":
-            raise ValueError("`bm25` draws nothing: several `seeds` would ask the same")
+            raise ValueError("`bm25` is deterministic: several `seeds` would be the same")
         if self.calibrate and self.normalization == "answer-only":
             raise ValueError(
-                "`calibrate` and `normalization: answer-only` each take the answer's own likelihood away; name one"
+                "`calibrate` and `normalization: answer-only` both subtract the likelihood of the answer alone; use one"
             )
         if self.kind in ("text", "input_ids"):
-            raise ValueError("running text asks nothing; a task has rows with answers, labels or choices")
+            raise ValueError("running text has no questions; a task needs rows with answers, labels or choices")
         return self

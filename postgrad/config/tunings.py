@@ -1,56 +1,69 @@
-"""Which ways of tuning can a stage name? A closed union; `postgrad/tuning/` has a module for each."""
+"""Tunings of a stage: a closed union. Each names the class that implements it, which takes the keys as keyword arguments."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from postgrad.config.quantities import ConfigModel, Length, Positive, Share
+from postgrad.config.quantities import ConfigModel, Length, Method, Positive, Share, get_kinds, length_in_steps
+from postgrad.data.render.prompt_template import Template
 
 Dropout = Annotated[float, Field(ge=0, lt=1)]
 Slots = Literal["all"] | list[Literal["encoder", "decoder", "cross"]]
 
 
-class FullTuning(ConfigModel):
-    """Every weight moves."""
+class TuningConfig(Method):
+    """What all tunings have."""
 
+    def options(self, steps: int, tokens: int) -> dict[str, Any]:
+        """The keyword arguments of the implementation for a stage of so many steps and tokens; None keeps its default."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+
+class FullTuning(TuningConfig):
+    """All weights are trained."""
+
+    implementation: ClassVar[str] = "postgrad.tuning.weight_subsets:FullFinetuning"
     kind: Literal["full"]
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """The learning rate of each block is that of the block above it times this; 1: all alike."""
+    """Factor of the learning rate from each block to the one below; 1: the same rate for all."""
 
 
-class PartialTuning(ConfigModel):
-    """What every kind below has: weights of the model that move besides (a new task layer always does)."""
+class PartialTuning(TuningConfig):
+    """What all tunings but `full` have."""
 
     also_train: list[str] = []
-    """Names of weights or modules of the model that move besides (`*` and `?` stand for any letters)."""
+    """Names of further weights or modules of the model to train, with the wildcards `*` and `?`; a new task layer always is."""
 
 
 class HeadTuning(PartialTuning):
-    """Lightweight tuning: the backbone is held fast, only the task layer moves."""
+    """Only the task layer (or the language-model head) is trained; the backbone is frozen."""
 
+    implementation: ClassVar[str] = "postgrad.tuning.weight_subsets:HeadFinetuning"
     kind: Literal["head"]
     untie: bool = False
-    """Give a language model whose head is its input embedding a head of its own."""
+    """Give a language model with tied embeddings a head of its own."""
 
 
 class BlocksTuning(PartialTuning):
-    """Only some blocks move, all at once or one after the other from the top (gradual unfreezing)."""
+    """Some blocks are trained, all at once or from the top down (gradual unfreezing)."""
 
+    implementation: ClassVar[str] = "postgrad.tuning.weight_subsets:BlockFinetuning"
     kind: Literal["blocks"]
     last: Positive | None = None
-    """Only the last so many blocks ..."""
+    """Number of last blocks to train ..."""
     all_but_first: Annotated[int, Field(ge=0)] | None = None
-    """... or all but the first so many ..."""
+    """... or number of first blocks to freeze ..."""
     targets: list[str] = []
-    """... or the modules of these names (`*` and `?` stand for any letters)."""
+    """... or names of modules to train, with the wildcards `*` and `?`."""
     head: bool = True
-    """The task layer, and the norm before it, move too."""
+    """Train the task layer, and the norm before it, too."""
     embeddings: bool = False
-    """What stands before the blocks moves too."""
+    """Train the embeddings, and everything else before the blocks, too."""
     unfreeze_every: Length | None = None
-    """Begin with the task layer (a language model: with its topmost block), and add the block below after each such length."""
+    """Start with the task layer (a language model: its topmost block) and unfreeze one more block after each such length.
+    Default: all at once."""
 
     @model_validator(mode="after")
     def _check_one_choice(self) -> BlocksTuning:
@@ -58,175 +71,208 @@ class BlocksTuning(PartialTuning):
             raise ValueError("`blocks` has exactly one of `last`, `all_but_first` and `targets`")
         return self
 
+    def options(self, steps: int, tokens: int) -> dict[str, Any]:
+        options = super().options(steps, tokens)
+        if self.unfreeze_every is not None:
+            options["unfreeze_every"] = max(1, round(length_in_steps(self.unfreeze_every, steps, tokens)))
+        return options
+
 
 class BiasTuning(PartialTuning):
-    """Only the biases move (BitFit)."""
+    """Only the biases are trained (BitFit)."""
 
+    implementation: ClassVar[str] = "postgrad.tuning.weight_subsets:BitFit"
     kind: Literal["bias"]
     targets: list[str] = ["*"]
-    """Only those of these names (`*` and `?` stand for any letters), such as `*query*`."""
+    """Names of the biases, with the wildcards `*` and `?`, such as `*query*`."""
 
 
 class NormTuning(PartialTuning):
-    """Only the norms move."""
+    """Only the norms are trained."""
 
+    implementation: ClassVar[str] = "postgrad.tuning.weight_subsets:NormFinetuning"
     kind: Literal["norm"]
 
 
 class AdapterTuning(PartialTuning):
     """Bottleneck adapters in every block."""
 
+    implementation: ClassVar[str] = "postgrad.tuning.adapter:Adapter"
     kind: Literal["adapter"]
     variant: Literal["houlsby", "pfeiffer", "parallel"] = "pfeiffer"
-    """houlsby: behind attention and feed-forward; pfeiffer: behind the feed-forward; parallel: beside it."""
+    """houlsby: after attention and feed-forward; pfeiffer: after the feed-forward; parallel: parallel to the feed-forward."""
     reduction: Annotated[float, Field(gt=0)] = 16
-    """The bottleneck is the model's width divided by this ..."""
+    """Width of the model over that of the bottleneck ..."""
     size: Positive | None = None
-    """... or so wide."""
+    """... or the width of the bottleneck itself."""
     activation: str | None = None
-    """The nonlinearity in the bottleneck, as transformers calls it; left out: as published, swish for houlsby, else relu."""
+    """Activation of the bottleneck, by its name in transformers. Default: as published, swish for houlsby, else relu."""
     scale: Annotated[float, Field(gt=0)] | None = None
-    """What an adapter's output is multiplied by; left out: 4 for parallel, else 1."""
+    """Factor of the adapter's output. Default: 4 for parallel, else 1."""
     dropout: Dropout = 0.0
-    """On the bottleneck, while it is trained."""
+    """Dropout on the bottleneck during training."""
     train_norms: bool | None = None
-    """The norms move too; left out: for houlsby they do."""
+    """Train the norms too. Default: for houlsby only."""
     skip_layers: list[int] = []
     """Numbers of blocks (from 0) without an adapter."""
 
 
 class PrefixTuning(PartialTuning):
-    """Vectors before the keys and values of every layer, re-parameterised by an MLP while they are trained."""
+    """Prefix tuning: trained keys and values in every layer, parameterised by an MLP during training."""
 
+    implementation: ClassVar[str] = "postgrad.tuning.prefix:Prefix"
     kind: Literal["prefix"]
     length: Positive = 10
-    """How many keys, and values, for each layer."""
+    """Number of keys, and of values, in each layer."""
     hidden: Positive = 512
     """Width of the MLP."""
     deep: bool = False
-    """Two hidden layers instead of one."""
+    """Two hidden layers in the MLP instead of one."""
     dropout: Dropout = 0.0
-    """On the keys and values, while they are trained."""
+    """Dropout on the keys and values during training."""
     slots: Slots = "all"
-    """Of an encoder-decoder: only the attention of the encoder, of the decoder, or across."""
+    """Which attention of an encoder-decoder: all, or some of the encoder's, the decoder's and cross-attention."""
     init_text: str | None = None
-    """A text whose keys and values the prefix begins with."""
+    """A text whose keys and values in the start model initialise the prefix. Default: random."""
 
 
 class PTuningV2(PartialTuning):
-    """Vectors before the keys and values of every layer, trained as they are (P-tuning v2)."""
+    """P-tuning v2: trained keys and values in every layer, without an MLP."""
 
+    implementation: ClassVar[str] = "postgrad.tuning.prefix:Prefix"
     kind: Literal["p-tuning-v2"]
     length: Positive = 20
-    """How many keys, and values, for each layer."""
+    """Number of keys, and of values, in each layer."""
     dropout: Dropout = 0.1
-    """On the keys and values, while they are trained."""
+    """Dropout on the keys and values during training."""
     slots: Slots = "all"
-    """Of an encoder-decoder: only the attention of the encoder, of the decoder, or across."""
+    """Which attention of an encoder-decoder: all, or some of the encoder's, the decoder's and cross-attention."""
     init_text: str | None = None
-    """A text whose keys and values the prefix begins with."""
+    """A text whose keys and values in the start model initialise the prefix. Default: random."""
 
 
 class PromptTuningConfig(PartialTuning):
-    """Vectors in front of the input (prompt tuning)."""
+    """Prompt tuning: trained vectors before the input."""
 
+    implementation: ClassVar[str] = "postgrad.tuning.prompt:PromptTuning"
     kind: Literal["prompt"]
     length: Positive = 20
-    """How many vectors."""
+    """Number of vectors."""
     init: Literal["random", "vocabulary", "text", "labels"] = "vocabulary"
-    """What they begin as: random numbers, or the embeddings of frequent tokens, of a text, or of class labels."""
+    """Initial values: random, or the embeddings of frequent tokens, of a text, or of class labels."""
     init_text: str | None = None
-    """The text whose embeddings they begin as, for `init: text`."""
+    """The text whose embeddings are the initial values, for `init: text`."""
     init_labels: list[str] | None = None
-    """The class labels whose embeddings they begin as, for `init: labels`."""
+    """The class labels whose embeddings are the initial values, for `init: labels`."""
     init_scale: Annotated[float, Field(gt=0)] | None = None
-    """With `init: random` vectors are drawn between minus this and this; left out: 0.5."""
+    """Range of the uniform distribution for `init: random`, from minus this to this. Default: 0.5."""
 
 
 class PTuning(PartialTuning):
-    """Vectors anywhere in the input, written by a small encoder while they are trained (P-tuning)."""
+    """P-tuning: trained vectors anywhere in the input, computed by a small encoder during training."""
 
+    implementation: ClassVar[str] = "postgrad.tuning.prompt:PromptTuning"
     kind: Literal["p-tuning"]
     template: str = "{20} {x}"
-    """`{3}` stands for three vectors, `{x}` for the text, `[MASK]` for a special token, other words for themselves."""
+    """The input: `{3}` are three vectors, `{x}` is the text, `[MASK]` a special token; other words are literal."""
     encoder: Literal["lstm", "mlp"] = "lstm"
-    """The network that writes them."""
+    """The network that computes the vectors."""
     hidden: Positive | None = None
-    """Width of the encoder; left out: as in the publication."""
+    """Width of the encoder. Default: as published."""
     backbone: Literal["frozen", "trained"] = "frozen"
-    """`trained`: every weight of the model moves too."""
+    """`trained`: train all weights of the model too."""
+
+    def options(self, steps: int, tokens: int) -> dict[str, Any]:
+        options = super().options(steps, tokens)
+        options.pop("template")  # the template is applied to the rows
+        return {**options, "length": Template.parse(self.template).virtual_token_count}
 
 
 class DemonstrationsConfig(ConfigModel):
-    """Examples that are set before a question, taken from the training rows."""
+    """Training rows placed before each question."""
 
     count: Positive = 2
-    """How many."""
+    """Number of demonstrations."""
     sampler: Literal["bm25", "embedding", "random"] = "bm25"
-    """The most alike by words, the most alike by the model's mean input embeddings, or drawn by the stage's seed."""
+    """Nearest by words (bm25), nearest by the model's mean input embeddings, or random by the stage's seed."""
     max_tokens: Positive = 512
-    """At most so many tokens of demonstrations; the least alike are left out first."""
+    """Limit of the tokens of all demonstrations; the least similar are dropped first."""
 
 
 class InstructionPromptTuning(PartialTuning):
-    """Instruction prompt tuning: retrieved demonstrations as a hard prompt, and vectors before it."""
+    """Instruction prompt tuning: trained vectors before retrieved demonstrations."""
 
+    implementation: ClassVar[str] = "postgrad.tuning.prompt:PromptTuning"
     kind: Literal["instruction-prompt"]
     length: Positive = 100
-    """How many vectors."""
+    """Number of vectors."""
     init: Literal["random", "vocabulary", "text"] = "random"
-    """What they begin as: random numbers, or the embeddings of frequent tokens or of a text."""
+    """Initial values: random, or the embeddings of frequent tokens or of a text."""
     init_text: str | None = None
-    """The text whose embeddings they begin as, for `init: text`."""
+    """The text whose embeddings are the initial values, for `init: text`."""
     init_scale: Annotated[float, Field(gt=0)] | None = None
-    """With `init: random` vectors are drawn between minus this and this; left out: 0.5."""
+    """Range of the uniform distribution for `init: random`, from minus this to this. Default: 0.5."""
     demonstrations: DemonstrationsConfig = DemonstrationsConfig()
-    """Examples that are set before each question."""
+    """Demonstrations before each question."""
+
+    def options(self, steps: int, tokens: int) -> dict[str, Any]:
+        options = super().options(steps, tokens)
+        options.pop("demonstrations")  # which are part of the rows
+        return options
 
 
 class LoraTuning(PartialTuning):
-    """Low-rank updates of the weight matrices: LoRA and its kin, through peft."""
+    """LoRA and its variants, through peft: low-rank updates of the weight matrices."""
 
+    implementation: ClassVar[str] = "postgrad.tuning.lora:LoraAdapter"
     kind: Literal["lora"]
     variant: Literal["lora", "rslora", "dora", "pissa"] = "lora"
-    """rslora: scaled otherwise, see `alpha`; dora: with a trained size for each row; pissa: begun at the largest singular
-    directions."""
+    """rslora: another scale, see `alpha`; dora: with a trained magnitude of each row; pissa: initialised from the largest
+    singular directions."""
     rank: Positive = 16
-    """Rows of A and columns of B, for an update B A of each matrix."""
+    """Rows of A and columns of B in the update B A of each matrix."""
     alpha: Annotated[float, Field(gt=0)] | None = None
-    """The update is scaled by alpha / rank (rsLoRA: by alpha / sqrt(rank)); left out: twice the rank (pissa: the rank)."""
+    """Scale of the update: alpha / rank (rsLoRA: alpha / sqrt(rank)). Default: twice the rank (pissa: the rank)."""
     dropout: Dropout = 0.0
-    """On what A reads, while it is trained."""
+    """Dropout on the input of A during training."""
     targets: Literal["all-linear", "attention", "feed-forward"] | list[str] = "all-linear"
-    """Which matrices of the blocks; or names (`*` and `?` stand for any letters)."""
+    """Which matrices of the blocks, or names with the wildcards `*` and `?`."""
     exclude: list[str] = []
-    """Matrices that `targets` would take and that stay plain; named likewise."""
+    """Names of matrices to leave out of `targets`, with the same wildcards."""
     quantization: Literal["nf4", "int8"] | None = None
-    """Hold the base in four or eight bits (QLoRA); needs the package bitsandbytes."""
+    """Store the base in 4 or 8 bits (QLoRA); needs the package bitsandbytes."""
     orthogonal: Annotated[float, Field(gt=0)] | None = None
-    """O-LoRA: how strongly the new directions are kept orthogonal to those of the lineage's earlier LoRA stages."""
+    """O-LoRA: strength of the penalty that keeps the new directions orthogonal to those of the lineage's earlier LoRA
+    stages. Default: no such penalty."""
+
+    def options(self, steps: int, tokens: int) -> dict[str, Any]:
+        options = super().options(steps, tokens)
+        options.pop("orthogonal", None)  # a penalty
+        return options
 
 
 class OsfTuning(PartialTuning):
-    """Orthogonal subspace fine-tuning: only the directions of small singular values move, through peft."""
+    """OSF, through peft: only the directions of small singular values are trained."""
 
+    implementation: ClassVar[str] = "postgrad.tuning.osf:OrthogonalSubspace"
     kind: Literal["osf"]
     effective_rank: Annotated[Share, Field(gt=0, lt=1)] = 0.5
-    """Share of each matrix's singular directions that is held fast."""
+    """Frozen share of the singular directions of each matrix."""
     targets: Literal["all-linear", "attention", "feed-forward"] | list[str] = "all-linear"
-    """Which matrices of the blocks; or names (`*` and `?` stand for any letters)."""
+    """Which matrices of the blocks, or names with the wildcards `*` and `?`."""
 
 
 class ExpandTuning(PartialTuning):
-    """Block expansion: new blocks that begin as nothing stand between the old ones, and only they move (LLaMA-Pro)."""
+    """Block expansion (LLaMA-Pro): inserts identity-initialised blocks between the existing ones and trains only these."""
 
+    implementation: ClassVar[str] = "postgrad.tuning.block_expansion:BlockExpansion"
     kind: Literal["expand"]
     blocks: Positive = 1
-    """New blocks in each place."""
+    """New blocks at each position."""
     every: Positive | None = None
-    """A place behind every so many blocks ..."""
+    """Insert after every this many blocks ..."""
     positions: list[int] | None = None
-    """... or behind the blocks of these numbers (from 0); both left out: behind every fourth, if that divides their number."""
+    """... or after the blocks of these numbers (from 0). Default of both: after every fourth, if that divides their number."""
 
 
 AnyTuning = Annotated[
@@ -248,6 +294,20 @@ AnyTuning = Annotated[
 ]
 
 
-def get_tuning_options(spec: AnyTuning) -> dict[str, Any]:
-    """The keyword arguments of a kind, as plain data; what was left out keeps the kind's own default."""
-    return spec.model_dump(mode="json", exclude_none=True)
+def find_tuning(kind: object) -> type[TuningConfig] | None:
+    """The tuning of this kind; None for an unknown one."""
+    return next((tuning for tuning in _defined_tunings(TuningConfig) if kind in get_kinds(tuning)), None)
+
+
+def known_tunings() -> list[str]:
+    """The kinds of all tunings."""
+    return [kind for tuning in _defined_tunings(TuningConfig) for kind in get_kinds(tuning)]
+
+
+def _defined_tunings(base: type[TuningConfig]) -> list[type[TuningConfig]]:
+    return [
+        tuning
+        for part in base.__subclasses__()
+        for tuning in (part, *_defined_tunings(part))
+        if "kind" in tuning.model_fields
+    ]

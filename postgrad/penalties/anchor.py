@@ -111,6 +111,14 @@ class Anchor:
         self._groups = _group_slices(self.weights)
 
     @torch.no_grad()
+    def pull_norm(self) -> Tensor:
+        """The 2-norm of the gradient at strength 1, over all ranks; no gradient is changed."""
+        total = _weight_gradient_square(self._groups, self.weights)
+        for anchored in self.deltas:
+            total = total + sum(gradient.double().square().sum() for gradient in _delta_gradients(anchored)[1])
+        return total.sqrt() / self.divisor
+
+    @torch.no_grad()
     def __call__(self) -> Tensor:
         """`strength / 2 * sum importance (w - reference)^2`; adds `strength * importance (w - reference)` to each `.grad`."""
         squares: list[Tensor] = []
@@ -146,6 +154,11 @@ class AnchoredDecay:
         self._groups = _group_slices(self.weights)
 
     @torch.no_grad()
+    def pull_norm(self) -> Tensor:
+        """The 2-norm of `importance (w - reference)`, over all ranks."""
+        return _weight_gradient_square(self._groups, self.weights).sqrt() / self.divisor
+
+    @torch.no_grad()
     def __call__(self) -> Tensor:
         """`strength / 2 * sum importance (w - reference)^2`, for the metrics; no gradient is added."""
         squares = [square for group in self._groups for square in _dot_products(*_pull(group))]
@@ -170,13 +183,9 @@ class AnchoredDecay:
 
 
 @torch.no_grad()
-def pull_norm(penalty: Anchor | AnchoredDecay) -> Tensor:
-    """The 2-norm of the penalty's gradient at strength 1, over all ranks; no gradient is changed."""
-    squares = [square for group in penalty._groups for square in _dot_products(*2 * [_pull(group)[1]])]
-    total = _total_square(squares, penalty.weights)
-    for anchored in penalty.deltas if isinstance(penalty, Anchor) else ():
-        total = total + sum(gradient.double().square().sum() for gradient in _delta_gradients(anchored)[1])
-    return total.sqrt() / penalty.divisor
+def _weight_gradient_square(groups: Sequence[list[_WeightSlice]], weights: Sequence[AnchoredWeight]) -> Tensor:
+    """The squared 2-norm of the gradient of the weights at strength 1, over all ranks."""
+    return _total_square([square for group in groups for square in _dot_products(*2 * [_pull(group)[1]])], weights)
 
 
 def _group_slices(weights: Sequence[AnchoredWeight]) -> list[list[_WeightSlice]]:

@@ -6,7 +6,8 @@ fp32 masters, the tensors that the optimizer updates, whatever dtype the model c
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -26,6 +27,19 @@ class Penalty(Protocol):
         ...
 
 
+@runtime_checkable
+class StagePenalty(Penalty, Protocol):
+    """A penalty that a stage names: it has a strength, which may be found before the training, and an entry in the record."""
+
+    strength: float
+    metadata: Mapping[str, object]
+
+    def pull_norm(self) -> Tensor:
+        """The 2-norm of its gradient at strength 1, over all ranks; no gradient is changed."""
+        ...
+
+
+@runtime_checkable
 class DecoupledPenalty(Protocol):
     """A penalty that acts within the optimizer's step, as weight decay does."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from postgrad.config import schedules as s
 from postgrad.config.quantities import length_in_steps
 from postgrad.errors import StageError
@@ -10,76 +12,101 @@ from postgrad.optim import lr_schedules
 from postgrad.training.checkpoint_files import read_progress
 
 
+class ScheduleContext(NamedTuple):
+    """The stage that a schedule is laid over: its steps, trained tokens and start model."""
+
+    steps: int
+    tokens: int
+    start_model: ModelLocation
+
+    def length(self, text: str) -> float:
+        """A length in steps."""
+        return length_in_steps(text, self.steps, self.tokens)
+
+
 def make_schedule(spec: s.AnySchedule, steps: int, tokens: int, start_model: ModelLocation) -> lr_schedules.Schedule:
     """The learning rate of each step, as a pure function."""
+    return spec.load()(spec, ScheduleContext(steps, tokens, start_model))
 
-    def length(text: str) -> float:
-        return length_in_steps(text, steps, tokens)
 
-    match spec:
-        case s.ConstantSchedule():
-            _check_phases_fit(steps, warmup=length(spec.warmup))
-            return lr_schedules.chain(
-                (lr_schedules.linear(0.0, spec.peak), length(spec.warmup)),
-                (lr_schedules.constant(spec.peak), steps),
-            )
-        case s.DecaySchedule():
-            shape = "cosine" if spec.kind == "rewarm" else spec.kind
-            _check_positive_floor(shape, spec.floor)
-            _check_phases_fit(steps, warmup=length(spec.warmup))
-            return lr_schedules.rewarm(
-                steps=steps, peak=spec.peak, floor=spec.floor, warmup=length(spec.warmup), start=spec.start, shape=shape
-            )
-        case s.FromFloorSchedule():
-            _check_positive_floor(spec.shape, spec.floor)
-            return lr_schedules.chain((lr_schedules.SHAPES[spec.shape](spec.start, spec.floor), steps))
-        case s.InfiniteSchedule():
-            warmup, cooldown, until = length(spec.warmup), length(spec.cooldown), length(spec.constant_until)
-            if warmup + cooldown > until or until > steps:
-                raise StageError(
-                    f"warm-up and cooldown end at step {warmup + cooldown:.0f}, the constant phase at {until:.0f}, "
-                    f"the stage at {steps}",
-                    where="schedule.constant_until",
-                    expected="warm-up + cooldown <= constant_until <= 100%",
-                )
-            return lr_schedules.infinite(
-                steps=steps,
-                peak=spec.peak,
-                constant_rate=spec.constant,
-                floor=spec.floor,
-                warmup=warmup,
-                cooldown=cooldown,
-                constant_until=until,
-                cooldown_shape=spec.cooldown_shape,
-                timescale=spec.timescale,
-            )
-        case s.WsdSchedule():
-            _check_phases_fit(steps, warmup=length(spec.warmup), decay=length(spec.decay))
-            return lr_schedules.wsd(
-                steps=steps,
-                peak=spec.peak,
-                floor=spec.floor,
-                warmup=length(spec.warmup),
-                decay=length(spec.decay),
-                shape=spec.shape,
-            )
-        case s.AnnealSchedule():
-            rate = spec.start if spec.start is not None else _get_checkpoint_rate(start_model)
-            return lr_schedules.chain((lr_schedules.SHAPES[spec.shape](rate, spec.floor), steps))
-        case s.PiecewiseSchedule():
-            given = [length(p.length) if p.length is not None else None for p in spec.pieces]
-            rest = steps - sum(g for g in given if g is not None)
-            _check_phases_fit(steps, pieces=steps - rest)
-            pieces = []
-            for piece, own in zip(spec.pieces, given, strict=True):
-                if piece.shape == "constant":
-                    curve = lr_schedules.constant(piece.start)
-                else:
-                    assert piece.end is not None
-                    _check_positive_floor(piece.shape, min(piece.start, piece.end))
-                    curve = lr_schedules.SHAPES[piece.shape](piece.start, piece.end)
-                pieces.append((curve, max(rest, 0) if own is None else own))
-            return lr_schedules.chain(*pieces)
+def make_constant(spec: s.ConstantSchedule, stage: ScheduleContext) -> lr_schedules.Schedule:
+    """Warm-up, then a constant rate."""
+    warmup = stage.length(spec.warmup)
+    _check_phases_fit(stage.steps, warmup=warmup)
+    return lr_schedules.chain(
+        (lr_schedules.linear(0.0, spec.peak), warmup), (lr_schedules.constant(spec.peak), stage.steps)
+    )
+
+
+def make_decay(spec: s.DecaySchedule, stage: ScheduleContext) -> lr_schedules.Schedule:
+    """Warm-up, then decay to the floor."""
+    shape, warmup = "cosine" if spec.kind == "rewarm" else spec.kind, stage.length(spec.warmup)
+    _check_positive_floor(shape, spec.floor)
+    _check_phases_fit(stage.steps, warmup=warmup)
+    return lr_schedules.rewarm(
+        steps=stage.steps, peak=spec.peak, floor=spec.floor, warmup=warmup, start=spec.start, shape=shape
+    )
+
+
+def make_from_floor(spec: s.FromFloorSchedule, stage: ScheduleContext) -> lr_schedules.Schedule:
+    """Decay from the final rate of the pre-training."""
+    _check_positive_floor(spec.shape, spec.floor)
+    return lr_schedules.chain((lr_schedules.SHAPES[spec.shape](spec.start, spec.floor), stage.steps))
+
+
+def make_infinite(spec: s.InfiniteSchedule, stage: ScheduleContext) -> lr_schedules.Schedule:
+    """Warm-up, cooldown, constant, anneal."""
+    warmup, cooldown, until = (stage.length(text) for text in (spec.warmup, spec.cooldown, spec.constant_until))
+    if warmup + cooldown > until or until > stage.steps:
+        raise StageError(
+            f"warm-up and cooldown end at step {warmup + cooldown:.0f}, the constant phase at {until:.0f}, "
+            f"the stage at {stage.steps}",
+            where="schedule.constant_until",
+            expected="warm-up + cooldown <= constant_until <= 100%",
+        )
+    return lr_schedules.infinite(
+        steps=stage.steps,
+        peak=spec.peak,
+        constant_rate=spec.constant,
+        floor=spec.floor,
+        warmup=warmup,
+        cooldown=cooldown,
+        constant_until=until,
+        cooldown_shape=spec.cooldown_shape,
+        timescale=spec.timescale,
+    )
+
+
+def make_wsd(spec: s.WsdSchedule, stage: ScheduleContext) -> lr_schedules.Schedule:
+    """Warm-up, stable phase, decay."""
+    warmup, decay = stage.length(spec.warmup), stage.length(spec.decay)
+    _check_phases_fit(stage.steps, warmup=warmup, decay=decay)
+    return lr_schedules.wsd(
+        steps=stage.steps, peak=spec.peak, floor=spec.floor, warmup=warmup, decay=decay, shape=spec.shape
+    )
+
+
+def make_anneal(spec: s.AnnealSchedule, stage: ScheduleContext) -> lr_schedules.Schedule:
+    """Decay from the rate of a checkpoint."""
+    rate = spec.start if spec.start is not None else _get_checkpoint_rate(stage.start_model)
+    return lr_schedules.chain((lr_schedules.SHAPES[spec.shape](rate, spec.floor), stage.steps))
+
+
+def make_piecewise(spec: s.PiecewiseSchedule, stage: ScheduleContext) -> lr_schedules.Schedule:
+    """Pieces one after another."""
+    lengths = [stage.length(piece.length) if piece.length is not None else None for piece in spec.pieces]
+    rest = stage.steps - sum(length for length in lengths if length is not None)
+    _check_phases_fit(stage.steps, pieces=stage.steps - rest)
+    pieces = []
+    for piece, length in zip(spec.pieces, lengths, strict=True):
+        if piece.shape == "constant":
+            curve = lr_schedules.constant(piece.start)
+        else:
+            assert piece.end is not None
+            _check_positive_floor(piece.shape, min(piece.start, piece.end))
+            curve = lr_schedules.SHAPES[piece.shape](piece.start, piece.end)
+        pieces.append((curve, max(rest, 0) if length is None else length))
+    return lr_schedules.chain(*pieces)
 
 
 def _check_phases_fit(steps: int, **lengths: float) -> None:
@@ -105,5 +132,5 @@ def _get_checkpoint_rate(start_model: ModelLocation) -> float:
     raise StageError(
         "annealing needs a start rate, as the stage does not start from a checkpoint",
         where="schedule.start",
-        hint="name a checkpoint (runs/.../checkpoints/step-...) as `model`, or give `start`",
+        hint="set `model` to a checkpoint (runs/.../checkpoints/step-...), or set `start`",
     )

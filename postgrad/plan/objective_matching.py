@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, get_args
 
 from postgrad.config.objectives import (
     AnyObjective,
@@ -18,34 +18,18 @@ from postgrad.config.objectives import (
     TeacherObjective,
     TextToTextObjective,
 )
+from postgrad.config.quantities import get_kinds
 from postgrad.data.problem_type import ProblemType
-from postgrad.data.read.row_kinds import RUNNING_TEXT_KINDS
 from postgrad.errors import StageError
 from postgrad.models.location import ModelLocation
 from postgrad.models.task import Task
 from postgrad.tuning.open_model import get_task, starts_as_prefix_lm
 
-_ANSWER_KINDS = ("chat", "instruction", "completion", "pair", "labelled", "tagged", "question", "choices")
-SUPPORTED_ROW_KINDS: dict[str, tuple[str, ...]] = {
-    "next-token": (*RUNNING_TEXT_KINDS, *_ANSWER_KINDS),
-    "prefix-lm": (*RUNNING_TEXT_KINDS, *_ANSWER_KINDS),
-    "masked": (*RUNNING_TEXT_KINDS, "labelled"),
-    "span-corruption": RUNNING_TEXT_KINDS,
-    "text-to-text": (*RUNNING_TEXT_KINDS, *_ANSWER_KINDS),
-    "classify": ("labelled", "tagged"),
-    "on-policy": (*RUNNING_TEXT_KINDS, *_ANSWER_KINDS),
+SUPPORTED_ROW_KINDS: Mapping[str, tuple[str, ...]] = {
+    kind: objective.row_kinds for objective in get_args(RowsObjective) for kind in get_kinds(objective)
 }
 """Row kinds that each objective supports."""
 
-_OBJECTIVE_TASKS: dict[str, Task] = {
-    "next-token": Task.CAUSAL,
-    "prefix-lm": Task.CAUSAL,
-    "masked": Task.MASKED,
-    "span-corruption": Task.TEXT_TO_TEXT,
-    "text-to-text": Task.TEXT_TO_TEXT,
-    "classify": Task.CLASSIFY,
-    "on-policy": Task.CAUSAL,
-}
 _TASK_OBJECTIVES: dict[Task, tuple[RowsObjective, ...]] = {
     Task.CAUSAL: (NextTokenObjective(kind="next-token"),),
     Task.MASKED: (MaskedObjective(kind="masked"),),
@@ -74,7 +58,7 @@ def get_start_objectives(start_model: ModelLocation) -> tuple[RowsObjective, ...
 
 def resolve_task(objectives: Sequence[AnyObjective], start_model: ModelLocation) -> Task:
     """The task that the objectives need. Raises `StageError` for objectives of several tasks, or a model of another."""
-    tasks = {_OBJECTIVE_TASKS[o.kind]: o for o in objectives if not isinstance(o, DistillObjective)}
+    tasks = {o.task: o for o in objectives if not isinstance(o, DistillObjective)}
     start_task = get_task(start_model)
     if not tasks:  # distillation alone works for any task
         return start_task
@@ -119,7 +103,7 @@ def match_objectives(
     candidates = named or [(i, o) for i, o in laying_out if not o.on]
     if not candidates and any(isinstance(o, TeacherObjective) for o in objectives):
         candidates = [(-1, o) for o in start_objectives]
-    supporting = [(i, o) for i, o in candidates if kind in SUPPORTED_ROW_KINDS[o.kind]]
+    supporting = [(i, o) for i, o in candidates if kind in o.row_kinds]
     if not supporting:
         supported_by = ", ".join(k for k, kinds in SUPPORTED_ROW_KINDS.items() if kind in kinds)
         raise StageError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from postgrad.config.objectives import (
     SpanCorruptionObjective,
     TextToTextObjective,
 )
+from postgrad.config.quantities import load_function
 from postgrad.data.layouts.classification import ClozeRows, LabelledRows, TaggedRows
 from postgrad.data.layouts.generation_prompts import PromptRows
 from postgrad.data.layouts.masked_lm import MaskedRows
@@ -51,69 +53,115 @@ def make_rows(
 
     `words`: words for the labels of cloze rows.
     """
-    inputs = model_inputs
-    options = RowOptions(inputs.length, inputs.frame, inputs.lead, held_out, excluded, max_document_tokens)
-    match objective:
-        case NextTokenObjective():
-            is_running_text = store.marks(0) is None
-            if is_running_text and not inputs.has_soft_prompt and pack:
-                return PackedRows(store, options)
-            if is_running_text:
-                options = _without_separator(options)
-            return PackedExampleRows(
-                store, options, train_on=objective.train_on, too_long=objective.too_long, pack=pack
-            )
-        case PrefixLMObjective():
-            if store.marks(0) is None:
-                options = _without_separator(options)
-            return PrefixRows(store, options, seed=inputs.seed, too_long=objective.too_long, pack=pack)
-        case MaskedObjective() if store.marks(0) is not None:
-            label_ids = verbalisers(store, inputs, words)
-            return ClozeRows(store, options, mask_id=inputs.mask_id, verbalisers=label_ids)
-        case MaskedObjective():
-            return MaskedRows(
-                store,
-                options,
-                mask_id=inputs.mask_id,
-                vocabulary=inputs.encoder.vocabulary,
-                special_ids=inputs.special_ids,
-                seed=inputs.seed,
-                mask_rate=objective.share,
-                continues_V=inputs.continues_V if objective.whole_words else None,
-            )
-        case SpanCorruptionObjective():
-            return SpanCorruptionRows(
-                store,
-                _without_eos(options, inputs.encoder.eos),
-                sentinels=inputs.sentinels,
-                eos=inputs.encoder.eos,
-                decoder_start=inputs.decoder_start,
-                seed=inputs.seed,
-                density=objective.density,
-                mean_span=objective.mean_span,
-            )
-        case TextToTextObjective():
-            return Seq2SeqRows(
-                store,
-                _without_eos(options, inputs.encoder.eos),
-                target_length=objective.target_length,
-                eos=inputs.encoder.eos,
-                decoder_start=inputs.decoder_start,
-                seed=inputs.seed,
-                too_long=_resolve_too_long(objective, store.kind),
-            )
-        case OnPolicyObjective():
-            return PromptRows(
-                store,
-                options,
-                prompt_tokens=objective.prompt_tokens,
-                new_tokens=objective.max_new_tokens,
-                eos=inputs.encoder.eos,
-            )
-        case ClassifyObjective():
-            if problem == ProblemType.TAGS:
-                return TaggedRows(store, options)
-            return LabelledRows(store, options, kind=problem, token_types=inputs.has_token_types)
+    options = RowOptions(
+        model_inputs.length, model_inputs.frame, model_inputs.lead, held_out, excluded, max_document_tokens
+    )
+    request = RowsRequest(store, model_inputs, options, problem, pack, words)
+    return load_function(objective.rows_function)(objective, request)
+
+
+class RowsRequest(NamedTuple):
+    """What rows are made from: documents, the model's inputs, and options of all layouts.
+
+    `problem` is the problem of a classifier, `words` the label words of a cloze; `pack`: several documents may share a row.
+    """
+
+    store: TokenStore | Subset
+    inputs: ModelInputs
+    options: RowOptions
+    problem: ProblemType
+    pack: bool
+    words: Mapping[str, str]
+
+    @property
+    def is_running_text(self) -> bool:
+        """Whether the documents have no marks of prompts and answers."""
+        return self.store.marks(0) is None
+
+
+def make_next_token_rows(objective: NextTokenObjective, request: RowsRequest) -> Rows:
+    """Packed text, or packed examples."""
+    options = request.options
+    if request.is_running_text and not request.inputs.has_soft_prompt and request.pack:
+        return PackedRows(request.store, options)
+    if request.is_running_text:
+        options = _without_separator(options)
+    return PackedExampleRows(
+        request.store, options, train_on=objective.train_on, too_long=objective.too_long, pack=request.pack
+    )
+
+
+def make_prefix_rows(objective: PrefixLMObjective, request: RowsRequest) -> Rows:
+    """A prefix and its continuation."""
+    options = _without_separator(request.options) if request.is_running_text else request.options
+    return PrefixRows(request.store, options, seed=request.inputs.seed, too_long=objective.too_long, pack=request.pack)
+
+
+def make_masked_rows(objective: MaskedObjective, request: RowsRequest) -> Rows:
+    """Masked text, or a cloze template for labelled rows."""
+    inputs = request.inputs
+    if not request.is_running_text:
+        label_ids = verbalisers(request.store, inputs, request.words)
+        return ClozeRows(request.store, request.options, mask_id=inputs.mask_id, verbalisers=label_ids)
+    return MaskedRows(
+        request.store,
+        request.options,
+        mask_id=inputs.mask_id,
+        vocabulary=inputs.encoder.vocabulary,
+        special_ids=inputs.special_ids,
+        seed=inputs.seed,
+        mask_rate=objective.share,
+        continues_V=inputs.continues_V if objective.whole_words else None,
+    )
+
+
+def make_span_corruption_rows(objective: SpanCorruptionObjective, request: RowsRequest) -> Rows:
+    """Text with sentinels for removed spans, and the spans as targets."""
+    inputs = request.inputs
+    return SpanCorruptionRows(
+        request.store,
+        _without_eos(request.options, inputs.encoder.eos),
+        sentinels=inputs.sentinels,
+        eos=inputs.encoder.eos,
+        decoder_start=inputs.decoder_start,
+        seed=inputs.seed,
+        density=objective.density,
+        mean_span=objective.mean_span,
+    )
+
+
+def make_seq2seq_rows(objective: TextToTextObjective, request: RowsRequest) -> Rows:
+    """Source and target."""
+    inputs = request.inputs
+    return Seq2SeqRows(
+        request.store,
+        _without_eos(request.options, inputs.encoder.eos),
+        target_length=objective.target_length,
+        eos=inputs.encoder.eos,
+        decoder_start=inputs.decoder_start,
+        seed=inputs.seed,
+        too_long=_resolve_too_long(objective, request.store.kind),
+    )
+
+
+def make_prompt_rows(objective: OnPolicyObjective, request: RowsRequest) -> Rows:
+    """Prompts for the model to continue."""
+    return PromptRows(
+        request.store,
+        request.options,
+        prompt_tokens=objective.prompt_tokens,
+        new_tokens=objective.max_new_tokens,
+        eos=request.inputs.encoder.eos,
+    )
+
+
+def make_classification_rows(objective: ClassifyObjective, request: RowsRequest) -> Rows:
+    """A text and its label, or words and their tags."""
+    if request.problem == ProblemType.TAGS:
+        return TaggedRows(request.store, request.options)
+    return LabelledRows(
+        request.store, request.options, kind=request.problem, token_types=request.inputs.has_token_types
+    )
 
 
 def _resolve_too_long(objective: TextToTextObjective, kind: str) -> TooLongPolicy:

@@ -7,12 +7,14 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from postgrad.config.penalties import AnchorPenalty
+from postgrad.config.quantities import load_function
 from postgrad.distributed.shards import full_tensor, local_shard, local_shard_like, to_dtensor
 from postgrad.errors import DataError, ModelError, StageError, suggest_nearest
 from postgrad.lineage.record import Penalty
@@ -20,12 +22,15 @@ from postgrad.models.location import ModelLocation, locate_model
 from postgrad.optim.optimizer import Weight, Weights
 from postgrad.penalties.anchor import Anchor, AnchoredDecay, AnchoredDelta, AnchoredWeight
 from postgrad.penalties.importance_file import ImportanceFile
+from postgrad.penalties.penalty import StagePenalty
 from postgrad.plan.plan import Plan
 from postgrad.storage.atomic import sha256
 from postgrad.tuning.extra_trainable import base_parameter_name
 from postgrad.tuning.open_model import open_model, start_fingerprint
-from postgrad.tuning.tuning import Tuning
 from postgrad.tuning.weight_delta import TuningDelta
+
+if TYPE_CHECKING:
+    from postgrad.run.build import PenaltyContext
 
 START = "start"
 
@@ -35,21 +40,14 @@ def anchor_name(specs: Collection[AnchorPenalty], number: int) -> str:
     return "anchor" if len(specs) == 1 else f"anchor {number + 1}"
 
 
-def make_anchor(
-    number: int,
-    plan: Plan,
-    tuning: Tuning,
-    weights: Weights,
-    base_names: Mapping[str, str],
-    new_names: Collection[str],
-) -> Anchor | AnchoredDecay:
-    """The anchor of the stage's penalty `number`; its strength is NaN where it is still to be found (`auto`).
+def make_anchor(spec: AnchorPenalty, context: PenaltyContext) -> Anchor | AnchoredDecay:
+    """The anchor of a stage; its strength is NaN where it is still to be found (`auto`).
 
-    `base_names`: current parameter names to those in the start model; `new_names`: those that the start model's files lack.
     Raises `StageError` for an anchor without weights, `DataError` for importance of another model, `ModelError` for a reference
     of other shapes.
     """
-    spec = plan.stage.penalties[number]
+    number, plan, tuned_model, weights = context
+    base_names, new_names = tuned_model.base_names, tuned_model.loaded_model.new_weights
     builder = _AnchorBuilder(spec, number, plan, weights)
     is_target = _WeightFilter(spec.targets, f"{builder.where}.targets", sorted(base_names.values()))
     for weight in weights.entries:
@@ -60,7 +58,7 @@ def make_anchor(
             builder.skipped.append(f"{name} (new)")
         else:
             builder.add_weight(weight, name)
-    for current, delta in tuning.weight_deltas().items():
+    for current, delta in tuned_model.tuning.weight_deltas().items():
         if is_target(base_names[current]):
             builder.add_delta(current, base_names[current], delta)
     is_target.check()
@@ -70,12 +68,17 @@ def make_anchor(
 def penalty_fingerprints(plan: Plan) -> list[dict[str, str | None]]:
     """Content hashes of each penalty's files, which must not change before a resume."""
     return [
-        {
-            "reference": None if spec.reference == START else start_fingerprint(_locate_reference(spec, number, plan)),
-            "importance": sha256(_importance_path(spec.importance, number, plan.root)) if spec.importance else None,
-        }
+        load_function(spec.fingerprint_function)(spec, number, plan) if spec.fingerprint_function else {}
         for number, spec in enumerate(plan.stage.penalties)
     ]
+
+
+def anchor_fingerprints(spec: AnchorPenalty, number: int, plan: Plan) -> dict[str, str | None]:
+    """Content hashes of an anchor's reference and importance."""
+    return {
+        "reference": None if spec.reference == START else start_fingerprint(_locate_reference(spec, number, plan)),
+        "importance": sha256(_importance_path(spec.importance, number, plan.root)) if spec.importance else None,
+    }
 
 
 def _locate_reference(spec: AnchorPenalty, number: int, plan: Plan) -> ModelLocation:
@@ -90,7 +93,7 @@ class _Reference:
     fingerprint: str | None
     state: Mapping[str, Tensor] | None
     files: Mapping[str, Tensor]
-    """Tensors of the model's own files, memory-mapped; empty unless `storage` is mapped."""
+    """Tensors of the model's own files, memory-mapped; empty unless `storage` is mmap."""
 
     @classmethod
     def load(cls, spec: AnchorPenalty, number: int, plan: Plan) -> _Reference:
@@ -382,6 +385,6 @@ def _importance_path(name: str, number: int, root: Path) -> Path:
     return path
 
 
-def describe_penalty(anchor: Anchor | AnchoredDecay) -> Penalty:
-    """An anchor in the record."""
-    return Penalty.model_validate({**anchor.metadata, "strength": anchor.strength})
+def describe_penalty(penalty: StagePenalty) -> Penalty:
+    """A penalty in the record."""
+    return Penalty.model_validate({**penalty.metadata, "strength": penalty.strength})

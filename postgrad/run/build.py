@@ -4,20 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from postgrad.config.objectives import (
-    AnyObjective,
-    ClassifyObjective,
-    DistillObjective,
-    OnPolicyObjective,
-    get_objective_names,
-)
-from postgrad.config.sparse_updates import MagnitudeUpdate, MomentumUpdate
+from postgrad.config.objectives import OnPolicyObjective
 from postgrad.config.tunings import LoraTuning
 from postgrad.data.layouts.packed_text import PackedRows
 from postgrad.data.layouts.prefix_lm import PrefixRows
@@ -25,7 +18,6 @@ from postgrad.data.layouts.rows import Row, Rows
 from postgrad.data.loading.batch import collate
 from postgrad.data.loading.loader import Loader
 from postgrad.data.loading.teacher_cache import TeacherCache
-from postgrad.data.problem_type import ProblemType
 from postgrad.distributed import fsdp
 from postgrad.distributed.world import World
 from postgrad.errors import ResumeError, StageError
@@ -33,24 +25,16 @@ from postgrad.hardware.execution import Execution, ExecutionRequest, select_exec
 from postgrad.lineage.tree import read_lineage
 from postgrad.models.location import TUNING_FILE, ModelLocation
 from postgrad.models.model import CausalModel
-from postgrad.models.task import Task
-from postgrad.objectives.classification_loss import ClassificationLoss
-from postgrad.objectives.distillation import CachedDistillationLoss, DistillationLoss, TaskDistillationLoss
-from postgrad.objectives.next_token import TokenLoss
-from postgrad.objectives.objective import Objective
-from postgrad.objectives.teacher import Teacher
 from postgrad.optim.loss_adaptive_lr import ConstantLRScale, LossAdaptiveLRScale
-from postgrad.optim.migu import MiguMask
-from postgrad.optim.mofo import MofoMask
 from postgrad.optim.optimizer import AdamW, Weights
-from postgrad.optim.sparse_update import FullMask, UpdateMask
-from postgrad.penalties.anchor import AnchoredDecay
+from postgrad.optim.sparse_update import UpdateMask
 from postgrad.penalties.o_lora import OrthogonalityPenalty
 from postgrad.penalties.penalty import DecoupledPenalty, Penalty
 from postgrad.plan.plan import Plan
-from postgrad.run.anchors import make_anchor
-from postgrad.run.online_teacher import make_online_teachers, make_weight_schedule
+from postgrad.run.losses import make_objectives
+from postgrad.run.online_teacher import make_online_teachers
 from postgrad.run.tuned_model import TunedModel
+from postgrad.run.update_masks import make_update_mask
 from postgrad.training.checkpoint import Checkpoints
 from postgrad.training.checkpoint_files import read_moments, read_progress
 from postgrad.training.on_policy import OnPolicySampler, make_on_policy_step
@@ -59,54 +43,22 @@ from postgrad.tuning.folder import read_export
 from postgrad.tuning.tuning import TuningExport
 
 
-def make_objectives(
-    specs: Sequence[AnyObjective],
-    problem: ProblemType,
-    task: Task = Task.CAUSAL,
-    *,
-    teachers: Mapping[int, Teacher] = MappingProxyType({}),
-    steps: int = 1,
-    tokens: int = 1,
-) -> list[Objective]:
-    """The objectives of a stage.
+class PenaltyContext(NamedTuple):
+    """What a penalty is made from: its number in the stage, the plan, the tuned model and the trained weights."""
 
-    `problem`: the problem type of a classifier. `task`: of the model. `teachers`: online teachers by objective number. `steps`
-    and `tokens`: of the stage, for weights that change over it.
-    """
-
-    def objective(number: int, spec: AnyObjective, name: str) -> Objective:
-        match spec:
-            case ClassifyObjective():
-                return ClassificationLoss(problem, name, spec.weight)
-            case DistillObjective():
-                weight = make_weight_schedule(spec.weight, steps, tokens)
-                if number not in teachers:
-                    return CachedDistillationLoss(weight, spec.temperature, name)
-                how = weight, spec.direction, spec.temperature, name
-                if task.is_classifier:
-                    return TaskDistillationLoss(problem, teachers[number], *how)
-                return DistillationLoss(teachers[number], *how)
-            case OnPolicyObjective():
-                return DistillationLoss(
-                    teachers[number], make_weight_schedule(spec.weight, steps, tokens), "reverse", 1.0, name
-                )
-            case _:
-                return TokenLoss(name, spec.weight)
-
-    return [
-        objective(i, spec, name) for i, (spec, name) in enumerate(zip(specs, get_objective_names(specs), strict=True))
-    ]
+    number: int
+    plan: Plan
+    tuned_model: TunedModel
+    weights: Weights
 
 
 def make_penalties(plan: Plan, tuned_model: TunedModel, weights: Weights) -> list[Penalty]:
-    """The penalties of a stage."""
-    named = [
-        make_anchor(
-            number, plan, tuned_model.tuning, weights, tuned_model.base_names, tuned_model.loaded_model.new_weights
-        )
-        for number in range(len(plan.stage.penalties))
+    """The penalties of the stage's tuning and those that the stage names."""
+    stage_penalties = [
+        spec.load()(spec, PenaltyContext(number, plan, tuned_model, weights))
+        for number, spec in enumerate(plan.stage.penalties)
     ]
-    return [*_make_o_lora_penalty(plan, tuned_model, weights), *named]
+    return [*_make_o_lora_penalty(plan, tuned_model, weights), *stage_penalties]
 
 
 def _make_o_lora_penalty(plan: Plan, tuned_model: TunedModel, weights: Weights) -> list[Penalty]:
@@ -201,7 +153,7 @@ def build_run(plan: Plan, tuned_model: TunedModel, execution: Execution, world: 
         fsdp.compile_layers(model)
     penalties = make_penalties(plan, tuned_model, weights)
     spec = stage.optimizer
-    optimizer = make_optimizer(plan, weights, update_mask, [p for p in penalties if isinstance(p, AnchoredDecay)])
+    optimizer = make_optimizer(plan, weights, update_mask, [p for p in penalties if isinstance(p, DecoupledPenalty)])
     if spec.moments != "reset" and not tuned_model.tuning.is_full:
         raise StageError(
             f"`{stage.tuning.kind}` trains new weights, for which {plan.model.start.name} has no moments",
@@ -242,30 +194,6 @@ def build_run(plan: Plan, tuned_model: TunedModel, execution: Execution, world: 
         else ConstantLRScale(),
         trained_tokens_by_source=np.zeros(len(plan.data.source_names), np.int64),
     )
-
-
-def make_update_mask(plan: Plan, tuned_model: TunedModel, weights: Weights) -> UpdateMask:
-    """The entries that an update changes. Raises `StageError` for a tuning without linear layers to choose from."""
-    match plan.stage.optimizer.sparse_update:
-        case None:
-            return FullMask()
-        case MomentumUpdate(share=share):
-            return MofoMask(share, weights.masters)
-        case MagnitudeUpdate(share=share):
-            if isinstance(plan.stage.tuning, LoraTuning) and plan.stage.tuning.variant == "dora":
-                raise StageError(
-                    "the modules of DoRA also run on other inputs than the text, so their outputs do not reflect it",
-                    where="optimizer.sparse_update",
-                    expected="another variant of `lora`, or kind: mofo",
-                )
-            mask = MiguMask(share, tuned_model.model, weights.entries)
-            if not mask.layers:
-                raise StageError(
-                    f"`{plan.stage.tuning.kind}` trains no linear layer of the model's blocks",
-                    where="optimizer.sparse_update",
-                    expected="a tuning with trained linear layers, such as full, blocks or lora; or kind: mofo",
-                )
-            return mask
 
 
 def make_optimizer(

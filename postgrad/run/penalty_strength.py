@@ -29,7 +29,7 @@ from postgrad.errors import StageError
 from postgrad.optim import lr_schedules
 from postgrad.optim.loss_adaptive_lr import ConstantLRScale
 from postgrad.optim.optimizer import AdamW
-from postgrad.penalties.anchor import Anchor, AnchoredDecay, pull_norm
+from postgrad.penalties.penalty import DecoupledPenalty, StagePenalty
 from postgrad.training.step import Run, StepReport, train_step
 
 PROBE_STEPS = 8
@@ -42,19 +42,19 @@ WARNING_RATIO = 10.0
 PenaltyStrengths = dict[str, dict[str, float]]
 
 
-def get_anchors(run: Run) -> list[Anchor | AnchoredDecay]:
-    """The anchors of a run."""
-    return [penalty for penalty in run.penalties if isinstance(penalty, Anchor | AnchoredDecay)]
+def get_stage_penalties(run: Run) -> list[StagePenalty]:
+    """The penalties that the stage names."""
+    return [penalty for penalty in run.penalties if isinstance(penalty, StagePenalty)]
 
 
-def anchors_without_strength(run: Run) -> list[Anchor | AnchoredDecay]:
-    """The anchors with `strength: auto` that have no value yet."""
-    return [penalty for penalty in get_anchors(run) if math.isnan(penalty.strength)]
+def penalties_without_strength(run: Run) -> list[StagePenalty]:
+    """The penalties with `strength: auto` that have no value yet."""
+    return [penalty for penalty in get_stage_penalties(run) if math.isnan(penalty.strength)]
 
 
 def set_strengths(run: Run, strengths: Mapping[str, Mapping[str, float]]) -> None:
     """Set the strengths found for `strength: auto`."""
-    for penalty in anchors_without_strength(run):
+    for penalty in penalties_without_strength(run):
         penalty.strength = strengths[penalty.name]["strength"]
 
 
@@ -85,15 +85,15 @@ def find_strengths(run: Run, loader: Loader, rates: Sequence[float], optimizer: 
     displacement = _norm([local_shard(m.detach()) - b for m, b in zip(masters, before, strict=True)], masters)
     spread = math.sqrt(sum(rates) / (peak * steps))
     strengths: PenaltyStrengths = {}
-    for penalty in anchors_without_strength(run):
-        pull = float(pull_norm(penalty)) * spread
+    for penalty in penalties_without_strength(run):
+        pull = float(penalty.pull_norm()) * spread
         if not pull > 0:
             raise StageError(
                 f"`{penalty.name}` needs a strength: {steps} probe steps changed none of its weights",
                 where="penalties",
                 hint="set `strength` to a number",
             )
-        reference = displacement / (peak * steps) if isinstance(penalty, AnchoredDecay) else push
+        reference = displacement / (peak * steps) if isinstance(penalty, DecoupledPenalty) else push
         strengths[penalty.name] = {
             "strength": _rounded(PULL_RATIO * reference / pull),
             "gradient_norm": reference,

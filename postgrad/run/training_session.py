@@ -16,9 +16,9 @@ from postgrad.run.cached_teacher import caches_by_source
 from postgrad.run.context import RunContext
 from postgrad.run.events import InfoMessage, Phase, PhaseStarted, RunStarted, WarningMessage
 from postgrad.run.penalty_strength import (
-    anchors_without_strength,
     find_strengths,
-    get_anchors,
+    get_stage_penalties,
+    penalties_without_strength,
     set_strengths,
     strength_lines,
 )
@@ -52,7 +52,7 @@ class TrainingSession:
             self.run.step,
             self.run.trained_tokens,
             self.tokens_by_source,
-            [describe_penalty(penalty) for penalty in get_anchors(self.run)],
+            [describe_penalty(penalty) for penalty in get_stage_penalties(self.run)],
             self.update,
             self.selector,
         )
@@ -83,7 +83,7 @@ def prepare_training(context: RunContext) -> Phase[TrainingSession]:
     loader = make_loader(plan, context.execution, world, teacher_caches=caches_by_source(plan))
     for note in task_scores.sharding_notes(plan.evaluation.tasks) if world.is_distributed else ():
         yield WarningMessage(note)
-    if anchors_without_strength(run):
+    if penalties_without_strength(run):
         yield from _apply_strengths(context, run, loader)
 
     keep = None if plan.stage.save.keep == "all" else plan.stage.save.keep

@@ -7,13 +7,11 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from postgrad.config.quantities import length_in_steps
-from postgrad.config.tunings import BlocksTuning, FullTuning, PTuning, get_tuning_options
+from postgrad.config.tunings import FullTuning
 from postgrad.distributed.world import World
 from postgrad.errors import TuningError
 from postgrad.models.model import Model, wrap_model
 from postgrad.models.prefix_lm_attention import mark_prefix_lm
-from postgrad.plan.model_inputs import count_virtual_tokens
 from postgrad.plan.plan import Plan
 from postgrad.tuning.attach import attach
 from postgrad.tuning.extra_trainable import base_parameter_name
@@ -102,13 +100,7 @@ def _match_base_names(model: nn.Module, start_parameters: dict[str, nn.Parameter
 def tuning_options(plan: Plan, loaded_model: LoadedModel) -> dict[str, Any]:
     """Keyword arguments of the stage's tuning, with lengths in steps; a new task layer is trained, too."""
     spec = plan.stage.tuning
-    options = get_tuning_options(spec)
-    for key in ("template", "demonstrations", "orthogonal"):  # for the rows and the penalties
-        options.pop(key, None)
-    if isinstance(spec, PTuning):
-        options["length"] = count_virtual_tokens(spec)
-    if isinstance(spec, BlocksTuning) and spec.unfreeze_every is not None:
-        options["unfreeze_every"] = max(1, round(length_in_steps(spec.unfreeze_every, plan.steps, plan.tokens)))
+    options = spec.options(plan.steps, plan.tokens)
     if loaded_model.new_weights and not isinstance(spec, FullTuning):
         options["also_train"] = [*options.get("also_train", ()), *loaded_model.new_weights]
     return options

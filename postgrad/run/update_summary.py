@@ -9,13 +9,8 @@ from postgrad.lineage.record import SparseUpdate
 from postgrad.optim.optimizer import Weights
 from postgrad.optim.sparse_update import SparseMask, UpdateMask
 from postgrad.plan.plan import Plan
-from postgrad.run.build import make_update_mask
 from postgrad.run.tuned_model import TunedModel
-
-_SELECTION_TEXTS = {
-    "mofo": "the entries of each matrix with the largest momentum",
-    "migu": "the rows with the largest outputs",
-}
+from postgrad.run.update_masks import make_update_mask
 
 
 def describe_update(plan: Plan, update_mask: UpdateMask) -> SparseUpdate | None:
@@ -45,18 +40,19 @@ def check_update(plan: Plan, tuned_model: TunedModel) -> SparseUpdate | None:
 def update_lines(plan: Plan, summary: SparseUpdate | None) -> list[str]:
     """Lines on the stage's updates; none for dense ones at the scheduled rate."""
     lines = []
-    if summary:
-        kind, updated, total = summary.kind, summary.updated_weights, summary.total_weights
+    spec = plan.stage.optimizer.sparse_update
+    if summary and spec:
+        share = summary.updated_weights / summary.total_weights
         lines.append(
-            f"update: {kind}, {100 * summary.share:.3g} % of {_SELECTION_TEXTS[kind]}: {updated:,} of {total:,} weights per "
-            f"step ({updated / total:.1%}; {summary.always_updated_weights:,} of them are always updated); a temporary copy of "
-            f"{format_bytes(summary.bytes)}"
+            f"update: {summary.kind}, {100 * summary.share:.3g} % of {spec.selection}: {summary.updated_weights:,} of "
+            f"{summary.total_weights:,} weights per step ({share:.1%}; {summary.always_updated_weights:,} of them are always "
+            f"updated); a temporary copy of {format_bytes(summary.bytes)}"
         )
     adaptive = plan.stage.optimizer.loss_adaptive
     if adaptive:
         share = adaptive.initial_share
         lines.append(
-            f"learning rate: the schedule times min(1, {share:.3g} sqrt(first loss / mean loss)), reduced until the mean loss "
-            f"is {100 * share**2:.3g} % of the first"
+            f"learning rate: the schedule times min(1, {adaptive.initial_share:.3g} sqrt(first loss / mean loss)), reduced until "
+            f"the mean loss is {100 * adaptive.initial_share**2:.3g} % of the first"
         )
     return lines

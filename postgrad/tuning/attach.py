@@ -8,25 +8,10 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from postgrad.config.quantities import load_function
+from postgrad.config.tunings import find_tuning, known_tunings
 from postgrad.errors import TuningError, suggest_nearest
 from postgrad.tuning.tuning import Tuning
-
-KINDS = (
-    "full",
-    "head",
-    "blocks",
-    "bias",
-    "norm",
-    "adapter",
-    "prefix",
-    "p-tuning-v2",
-    "prompt",
-    "p-tuning",
-    "instruction-prompt",
-    "lora",
-    "osf",
-    "expand",
-)
 
 
 def attach(
@@ -60,54 +45,13 @@ def attach(
 
 def _get_tuning_class(kind: object) -> Callable[..., Tuning]:
     """The class of a kind; only its own module is imported. Raises `TuningError` for an unknown kind."""
-    match kind:
-        case "full":
-            from postgrad.tuning.weight_subsets import FullFinetuning
-
-            return FullFinetuning
-        case "head":
-            from postgrad.tuning.weight_subsets import HeadFinetuning
-
-            return HeadFinetuning
-        case "blocks":
-            from postgrad.tuning.weight_subsets import BlockFinetuning
-
-            return BlockFinetuning
-        case "bias":
-            from postgrad.tuning.weight_subsets import BitFit
-
-            return BitFit
-        case "norm":
-            from postgrad.tuning.weight_subsets import NormFinetuning
-
-            return NormFinetuning
-        case "adapter":
-            from postgrad.tuning.adapter import Adapter
-
-            return Adapter
-        case "prefix" | "p-tuning-v2":
-            from postgrad.tuning.prefix import Prefix
-
-            return Prefix
-        case "prompt" | "p-tuning" | "instruction-prompt":
-            from postgrad.tuning.prompt import PromptTuning
-
-            return PromptTuning
-        case "lora":
-            from postgrad.tuning.lora import LoraAdapter
-
-            return LoraAdapter
-        case "osf":
-            from postgrad.tuning.osf import OrthogonalSubspace
-
-            return OrthogonalSubspace
-        case "expand":
-            from postgrad.tuning.block_expansion import BlockExpansion
-
-            return BlockExpansion
-    raise TuningError(
-        "`kind` is missing" if kind is None else f"unknown kind '{kind}'",
-        where="tuning.kind",
-        expected=", ".join(KINDS),
-        hint=suggest_nearest(str(kind), KINDS),
-    )
+    tuning = find_tuning(kind)
+    if tuning is None:
+        kinds = known_tunings()
+        raise TuningError(
+            "`kind` is missing" if kind is None else f"unknown kind '{kind}'",
+            where="tuning.kind",
+            expected=", ".join(kinds),
+            hint=suggest_nearest(str(kind), kinds),
+        )
+    return load_function(tuning.implementation)

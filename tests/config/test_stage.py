@@ -22,11 +22,12 @@ from postgrad.config.quantities import ConfigModel, length_in_steps
 from postgrad.config.schedules import DecaySchedule
 from postgrad.config.stage import Stage
 from postgrad.config.stage_file import json_schema, load_stage, parse_stage, read_yaml
+from postgrad.config.tunings import known_tunings
 from postgrad.errors import StageError
 from postgrad.models.location import ModelLocation
 from postgrad.plan.lr_schedule import make_schedule
 from postgrad.plan.plan import make_plan
-from postgrad.tuning.attach import KINDS, _get_tuning_class
+from postgrad.tuning.attach import _get_tuning_class
 from tests.conftest import StageOf
 
 GOOD: dict[str, Any] = {
@@ -296,7 +297,7 @@ MISTAKES: list[tuple[dict[str, Any], str, str]] = [
     ({"data.sources.0.hub": "owner/name"}, "data.sources[0]", "exactly one of `path`, `hub` and `seen_so_far`"),
     ({"data.sources.0.path": GONE}, "data.sources[0]", "exactly one of `path`, `hub` and `seen_so_far`"),
     ({"data.sources.0.name": "my papers"}, "data.sources[0].name", "letters, digits"),
-    ({"data.sources.1.name": "papers"}, "data", "two sources are called 'papers'"),
+    ({"data.sources.1.name": "papers"}, "data", "two sources have the name 'papers'"),
     ({"data.sources.0.role": "old"}, "data.sources[0].role", "'new' or 'replay'"),
     ({"data.sources.0.max_passes": 0}, "data.sources[0].max_passes", "greater than 0"),
     ({"data.sources.0.held_out": 2}, "data.sources[0].held_out", "less than or equal to 1"),
@@ -545,7 +546,7 @@ def test_every_key_of_a_stage_is_read_somewhere() -> None:
 def test_every_key_of_a_tuning_is_an_option_of_its_kind() -> None:
     elsewhere = {"kind", "template", "demonstrations", "orthogonal"}
     kinds = [m for m in parts(Stage) if m.__name__ in vars(tunings) and "kind" in m.model_fields]
-    assert len(kinds) == len(KINDS)
+    assert len(kinds) == len(known_tunings())
     for model in kinds:
         (kind,) = get_args(model.model_fields["kind"].annotation)
         options = inspect.signature(_get_tuning_class(kind)).parameters
@@ -608,8 +609,8 @@ def test_the_way_a_number_is_written_is_no_other_stage() -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("name: a\nname: b\n", r":2: not YAML: the key 'name' is there twice"),
-        ("data:\n  sources: []\n  sources: []\n", r":3: not YAML: the key 'sources' is there twice"),
+        ("name: a\nname: b\n", r":2: not YAML: the key 'name' is a duplicate"),
+        ("data:\n  sources: []\n  sources: []\n", r":3: not YAML: the key 'sources' is a duplicate"),
     ],
 )
 def test_a_key_that_stands_twice_is_refused(tmp_path: Path, text: str, expected: str) -> None:

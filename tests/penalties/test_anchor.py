@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from postgrad.penalties import anchor as anchors
-from postgrad.penalties.anchor import Anchor, AnchoredDecay, AnchoredDelta, AnchoredWeight, pull_norm
+from postgrad.penalties.anchor import Anchor, AnchoredDecay, AnchoredDelta, AnchoredWeight
 from postgrad.penalties.penalty import Penalty
 from postgrad.tuning.attach import attach
 from postgrad.tuning.lora import LoraAdapter
@@ -176,9 +176,9 @@ def test_the_norm_of_the_pull_is_that_of_its_gradient() -> None:
     _, expected = autograd(masters, references, given, 1.0)
     norm = torch.cat([g.flatten() for g in expected]).norm()
     penalty = Anchor(held(masters, references, given), strength=7.0)
-    torch.testing.assert_close(pull_norm(penalty), norm)
+    torch.testing.assert_close(penalty.pull_norm(), norm)
     assert all(m.grad is None for m in masters)
-    torch.testing.assert_close(pull_norm(AnchoredDecay(penalty.weights, strength=7.0, divisor=2.0)), norm / 2)
+    torch.testing.assert_close(AnchoredDecay(penalty.weights, strength=7.0, divisor=2.0).pull_norm(), norm / 2)
 
 
 # -- decoupled --------------------------------------------------------------------------------------------------------

@@ -431,11 +431,11 @@ def test_only_the_rows_that_are_asked_for(shelf: Workspace, tmp_path: Path) -> N
     ("written_", "said"),
     [
         ("- {name: a, path: x, shots: 2}", "2 shots need `shown`"),
-        ("- {name: a, path: x, seeds: 2, shots: 1, shown: {path: y, by: bm25}}", "`bm25` draws nothing"),
-        ("- {name: a, path: x, calibrate: true, by: answer-only}", "name one"),
+        ("- {name: a, path: x, seeds: 2, shots: 1, few_shot: {path: y, sampler: bm25}}", "`bm25` is deterministic"),
+        ("- {name: a, path: x, calibrate: true, normalization: answer-only}", "use one"),
         ("- {name: a, path: x, shot: 2}", r"tasks\[0\]\.shot: there is no key 'shot'[\s\S]*did you mean 'shots'"),
         ("- {name: a, path: x}\n- {name: a, path: y}", "two tasks are called 'a'"),
-        ("- {name: a, path: x, kind: text}", "running text asks nothing"),
+        ("- {name: a, path: x, kind: text}", "running text has no questions"),
         ("{name: a, path: x}", "a file of tasks is a list"),
         ("[", "not YAML"),
     ],
@@ -452,13 +452,13 @@ def test_tasks_may_share_keys(tmp_path: Path) -> None:
     file.write_text("- &one {name: a, path: x, items: 7}\n- {<<: *one, name: b, items: 9}\n- {<<: *one, name: c}")
     assert [(t.name, t.path, t.items) for t in load_tasks(file)] == [("a", "x", 7), ("b", "x", 9), ("c", "x", 7)]
     file.write_text("- &one {name: a, path: x}\n- {<<: *one, name: b, name: c}")
-    with pytest.raises(StageError, match="'name' is there twice"):
+    with pytest.raises(StageError, match="'name' is a duplicate"):
         load_tasks(file)
 
 
 def test_shots_can_be_said_for_all(tmp_path: Path) -> None:
     file = tmp_path / "tasks.yaml"
-    file.write_text("- {name: a, path: x, shots: 5, shown: {path: y}}\n- {name: b, path: x}")
+    file.write_text("- {name: a, path: x, shots: 5, few_shot: {path: y}}\n- {name: b, path: x}")
     assert [t.shots for t in load_tasks(file)] == [5, 0] and [t.shots for t in load_tasks(file, 0)] == [0, 0]
     with pytest.raises(StageError, match="3 shots need `shown`"):
         load_tasks(file, 3)

@@ -29,7 +29,7 @@ from postgrad.penalties.anchor import Anchor
 from postgrad.penalties.importance_file import ImportanceFile, ImportanceMetadata, write_importance
 from postgrad.run.build import make_loader, make_optimizer
 from postgrad.run.events import InfoMessage, WarningMessage
-from postgrad.run.penalty_strength import find_strengths, get_anchors
+from postgrad.run.penalty_strength import find_strengths, get_stage_penalties
 from postgrad.training.step import Run
 from postgrad.tuning.open_model import get_task, start_fingerprint
 from tests.conftest import make_llama, make_tokenizer
@@ -64,7 +64,7 @@ def told(home: Path) -> list[dict[str, Any]]:
 
 
 def anchor_of(run: Run) -> Anchor:
-    (found,) = get_anchors(run)
+    (found,) = get_stage_penalties(run)
     assert isinstance(found, Anchor)
     return found
 
@@ -467,7 +467,7 @@ def test_a_strength_is_that_of_a_probe_written_by_hand(shelf: Workspace) -> None
     plan, rates = shelf.plan(raw), [1e-2] * 20 + [5e-3] * 24
     _, _, run = train_for(shelf, raw, 0)
     loader = make_loader(plan, Execution("float32", False, "sdpa", 1, 4, False, 0.0), run.world)
-    names = [penalty.name for penalty in get_anchors(run)]
+    names = [penalty.name for penalty in get_stage_penalties(run)]
     found = find_strengths(run, loader, rates, make_optimizer(plan, run.weights, run.optimizer.update_mask))
 
     model = run.model.pretrained

@@ -39,7 +39,8 @@ from postgrad.optim.optimizer import AdamW
 from postgrad.plan import demonstration_pool
 from postgrad.plan.objective_rows import make_rows
 from postgrad.plan.plan import Plan
-from postgrad.run.build import build_run, make_loader, make_objectives
+from postgrad.run.build import build_run, make_loader
+from postgrad.run.losses import make_objectives
 from postgrad.run.tuned_model import make_tuned_model
 from postgrad.stats import bootstrap
 from postgrad.training.step import Run, StepReport, train_step

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from postgrad.config.tunings import known_tunings
 from postgrad.errors import TuningError
-from postgrad.tuning.attach import KINDS, attach
+from postgrad.tuning.attach import attach
 from tests.tuning.checks import tokenizer
 from tests.tuning.families import build_model
 
@@ -54,7 +55,7 @@ def test_options_are_left_as_they_were() -> None:
     assert options == {"kind": "adapter", "size": 4}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", known_tunings())
 def test_every_kind_answers_to_its_name(kind: str) -> None:
     model = build_model("bert" if kind == "bias" else "llama", "lm")
     options = {"blocks": {"last": 1}, "instruction-prompt": {"length": 4}}.get(kind, {})

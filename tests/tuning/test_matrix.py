@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import pytest
 from transformers import PreTrainedModel
 
+from postgrad.config.tunings import known_tunings
 from postgrad.errors import TuningError
-from postgrad.tuning.attach import KINDS, attach
+from postgrad.tuning.attach import attach
 from postgrad.tuning.tuning import Tuning
 from tests.tuning import checks
 from tests.tuning.families import ALL_FAMILIES, FAMILIES, TASK_LAYERS, Task
@@ -318,7 +319,7 @@ def test_promise_that_takes_longer_to_try(check: str, kind: str, family: str, ta
 
 
 def test_every_kind_is_tried() -> None:
-    assert {str(kind.options["kind"]) for kind in TUNINGS.values()} == set(KINDS)
+    assert {str(kind.options["kind"]) for kind in TUNINGS.values()} == set(known_tunings())
 
 
 def test_every_refusal_is_met() -> None:
