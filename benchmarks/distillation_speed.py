@@ -30,8 +30,8 @@ from postgrad.data.loading.teacher_cache import SparseDistribution, TeacherCache
 from postgrad.distributed import fsdp
 from postgrad.hardware import machine
 from postgrad.models.model import CausalModel
+from postgrad.objectives.chunked_head_loss import compute_logits, compute_products
 from postgrad.objectives.distillation import CachedDistillationLoss, DistillationLoss
-from postgrad.objectives.linear_loss import compute_logits, compute_products
 from postgrad.objectives.next_token import TokenLoss
 from postgrad.objectives.objective import Objective
 from postgrad.objectives.teacher import OnlineTeacher

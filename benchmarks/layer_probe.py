@@ -1,4 +1,4 @@
-"""What does it cost to probe every layer at once, and what one after the other?
+"""Time `postgrad probe` on all layers at once against one probe per layer.
 
     python benchmarks/layer_probe.py --model MODEL --train tagged.jsonl --test tagged.jsonl \\
         --documents 900 --test-documents 150 --json benchmarks/results/layer_probe.json
@@ -6,12 +6,12 @@
 Two arms on the same first documents of the files, the same backbone, classifiers, penalties and steps:
 
     at once     `postgrad probe`: one pass of the backbone for all layers, all classifiers side by side
-    one by one  the same for one view at a time, as a run for each layer would have it: a pass of the backbone of its own, and
-                the classifiers of that view alone
+    one by one  the same for one view at a time, as separate runs per layer would do: a pass of the backbone for each view, and
+                only the classifiers of that view
 
-Nothing is taken from a cache, and what each view scores is compared between the arms. Seconds are of the processor (all
-threads), which other work on the machine lengthens least (on one core, as under `taskset -c 0`), and of the clock. At once
-goes first, in the middle and last.
+Every probe starts with an empty cache, and the scores of each view are compared between the arms. Times are processor seconds
+(all threads), which other load on the machine affects least (on one core, as under `taskset -c 0`), and wall-clock seconds.
+"At once" runs first, in the middle and last.
 """
 
 from __future__ import annotations
@@ -23,40 +23,39 @@ import tempfile
 import time
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from arms import add_integer_options, provenance, write_results
 
-from postgrad.commands.probe import probe_layers
+from postgrad.commands.probe import LayerProbe, probe_layers
 from postgrad.evaluation.linear_probe import View, make_views
 
 
 def copy_first_rows(file: Path, count: int, target: Path) -> Path:
-    """The first rows of a file, as a file."""
+    """Write the first rows of a file to `target`."""
     opened = gzip.open if file.suffix == ".gz" else open
     with opened(file, "rt") as lines:
         target.write_text("".join(islice(lines, count)))
     return target
 
 
-def time_probe(model: str, files: list[Path], views: list[View] | None) -> tuple[dict[str, Any], dict[str, float]]:
-    """A probe with an empty cache of features, and its seconds."""
+def time_probe(model: str, files: list[Path], views: list[View] | None) -> tuple[LayerProbe, dict[str, float]]:
+    """Run a probe with an empty cache of features; the result and its duration in seconds."""
     with tempfile.TemporaryDirectory() as cache:
-        begun, processor = time.perf_counter(), time.process_time()
-        found = probe_layers(model, str(files[0]), str(files[1]), views=views, cache=Path(cache))
-        seconds = {"clock": time.perf_counter() - begun, "processor": time.process_time() - processor}
-    print(views[0].name if views else "at once", seconds, found["seconds"], file=sys.stderr, flush=True)
-    return found, seconds
+        begin, processor = time.perf_counter(), time.process_time()
+        probe = probe_layers(model, str(files[0]), str(files[1]), views=views, cache=Path(cache))
+        seconds = {"clock": time.perf_counter() - begin, "processor": time.process_time() - processor}
+    print(views[0].name if views else "at once", seconds, probe.seconds, file=sys.stderr, flush=True)
+    return probe, seconds
 
 
-def view_score(found: dict[str, Any], name: str) -> float:
-    """What a view scored."""
-    view = next(view for view in found["views"] if view["name"] == name)
-    return view["metrics"][found["metric"]]["value"]
+def view_score(probe: LayerProbe, name: str) -> float:
+    """The test score of a view, by the probe's metric."""
+    view = next(view for view in probe.views if view.name == name)
+    return view.metrics[probe.metric].value
 
 
 def main() -> None:
-    """Both arms, and the table."""
+    """Run both arms and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--train", type=Path, required=True)
@@ -70,16 +69,16 @@ def main() -> None:
             copy_first_rows(options.test, options.test_documents, Path(folder) / "test.jsonl"),
         ]
         together = [time_probe(options.model, files, None)]
-        views = make_views(together[0][0]["layers"] + 1)
+        views = make_views(together[0][0].layers + 1)
         alone = []
         for i, view in enumerate(views):
             alone.append(time_probe(options.model, files, [view]))
             if i == len(views) // 2:
                 together.append(time_probe(options.model, files, None))
         together.append(time_probe(options.model, files, None))
-    found = together[0][0]
-    off = [
-        abs(view_score(found, view.name) - view_score(one, view.name))
+    probe = together[0][0]
+    differences = [
+        abs(view_score(probe, view.name) - view_score(one, view.name))
         for view, (one, _) in zip(views, alone, strict=True)
     ]
     summed = {kind: sum(seconds[kind] for _, seconds in alone) for kind in ("processor", "clock")}
@@ -87,24 +86,24 @@ def main() -> None:
     result = {
         **provenance(),
         "rounds": len(together),
-        "layers": found["layers"],
-        "width": found["width"],
+        "layers": probe.layers,
+        "width": probe.width,
         "views": [view.name for view in views],
-        "items": found["items"],
-        "documents": found["documents"],
+        "items": dict(probe.items),
+        "documents": dict(probe.documents),
         "at_once": [seconds for _, seconds in together],
         "one_by_one": [seconds for _, seconds in alone],
-        "at_once_parts": [one["seconds"] for one, _ in together],
-        "one_by_one_parts": [one["seconds"] for one, _ in alone],
+        "at_once_parts": [one.seconds.as_dict() for one, _ in together],
+        "one_by_one_parts": [one.seconds.as_dict() for one, _ in alone],
         "times_faster": {kind: summed[kind] / middle[kind] for kind in summed},
-        "largest_difference": {"metric": found["metric"], "value": max(off)},
+        "largest_difference": {"metric": probe.metric, "value": max(differences)},
     }
     print(f"{'':<12} {'processor s':>12} {'clock s':>10}")
     print(f"{'at once':<12} {middle['processor']:>12.1f} {middle['clock']:>10.1f}   (the median of three)")
     print(f"{'one by one':<12} {summed['processor']:>12.1f} {summed['clock']:>10.1f}   ({len(views)} views)")
     print(
         f"{result['times_faster']['processor']:.1f} x by the processor, {result['times_faster']['clock']:.1f} x by the clock; "
-        f"{found['metric']} of a view differs by at most {max(off):.4f}"
+        f"{probe.metric} of a view differs by at most {max(differences):.4f}"
     )
     write_results(options.json, result)
 

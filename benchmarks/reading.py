@@ -24,7 +24,8 @@ from postgrad.config.stage_file import load_stage
 from postgrad.distributed.world import World
 from postgrad.hardware import machine
 from postgrad.plan.plan import make_plan
-from postgrad.run.build import build_run, choose_execution, make_loader, make_tuned_model
+from postgrad.run.build import build_run, choose_execution, make_loader
+from postgrad.run.tuned_model import make_tuned_model
 from postgrad.training.step import train_step
 
 

@@ -42,7 +42,8 @@ from postgrad.hardware import machine
 from postgrad.hardware.execution import Execution
 from postgrad.models.pretrained import save_pretrained
 from postgrad.plan.plan import Plan, make_plan
-from postgrad.run.build import build_run, choose_execution, make_loader, make_tuned_model
+from postgrad.run.build import build_run, choose_execution, make_loader
+from postgrad.run.tuned_model import make_tuned_model
 from postgrad.training.step import Run, train_step
 
 ARMS = ("dense", "packed", "answers")

@@ -107,7 +107,8 @@ def measure_cost(work: Result) -> Result:
 
     from postgrad.distributed.world import World
     from postgrad.hardware import machine
-    from postgrad.run.build import build_run, choose_execution, make_loader, make_tuned_model
+    from postgrad.run.build import build_run, choose_execution, make_loader
+    from postgrad.run.tuned_model import make_tuned_model
     from postgrad.training.step import train_step
 
     machine.tune_allocator()
@@ -141,7 +142,8 @@ def measure_cost(work: Result) -> Result:
 def run_to_end(work: Result) -> Result:
     """A whole stage: scores before and after, the looks in between, what is kept of it, and the cost of an answer."""
     from postgrad.lineage.metrics import read_evaluations, read_steps
-    from postgrad.run.run import RunFinished, run_stage
+    from postgrad.run.events import RunFinished
+    from postgrad.run.run import run_stage
 
     plan = plan_work(work)
     begin = time.perf_counter()
@@ -175,16 +177,16 @@ def score_published(work: Result) -> Result:
 
     from postgrad.distributed.world import World
     from postgrad.evaluation import before_after
+    from postgrad.models.location import locate_model
     from postgrad.models.model import wrap_model
-    from postgrad.models.pretrained import locate_model
     from postgrad.tuning.open_model import open_model
 
     plan = plan_work(work)
     opened = open_model(locate_model(str(plan.output / "model"), plan.root))
     model = wrap_model(opened.model, opened.task)
-    return before_after.score_sets(model, plan.held_out, context=plan.context, world=World(torch.device("cpu")))[
-        "valid"
-    ].summary()
+    world = World(torch.device("cpu"))
+    scores = before_after.score_sets(model, plan.evaluation.sets, context=plan.model.context_length, world=world)
+    return scores["valid"].summary()
 
 
 def plan_work(work: Result) -> Any:
@@ -208,20 +210,23 @@ def forward_ratio(plan: Any) -> Result:
     from postgrad.distributed.world import World
     from postgrad.evaluation.perplexity import score_held_out
     from postgrad.models.model import wrap_model
-    from postgrad.run.build import make_tuned_model
+    from postgrad.run.tuned_model import make_tuned_model
     from postgrad.tuning.open_model import open_model
 
     subject = make_tuned_model(plan, World(torch.device("cpu")))
     if subject.tuning.has_exact_merge:
         subject.tuning.merge()
-    base = open_model(plan.start, plan.task, layer=plan.layer)
-    sides = [(subject.model, plan.held_out), (wrap_model(base.model, base.task), plan.held_out_before)]
+    base = open_model(plan.model.start, plan.model.task, layer=plan.model.task_layer)
+    sides = [
+        (subject.model, plan.evaluation.sets),
+        (wrap_model(base.model, base.task), plan.evaluation.sets_before),
+    ]
 
     def seconds(side: int) -> float:
         model, sets = sides[side]
-        rows = next(h for h in sets if h.name == "valid").first(FORWARD_TOKENS)
+        rows = next(h for h in sets if h.name == "valid").take_tokens(FORWARD_TOKENS)
         begin = time.perf_counter()
-        score_held_out(model, rows, context=plan.context)
+        score_held_out(model, rows, context=plan.model.context_length)
         return time.perf_counter() - begin
 
     arms = {"tuned": partial(seconds, 0), "start": partial(seconds, 1)}
@@ -231,18 +236,20 @@ def forward_ratio(plan: Any) -> Result:
 
 def exact_matches(plan: Any, home: Path) -> Result:
     """How many answers the start model and the published one give to the letter."""
+    from postgrad.models.location import locate_model
     from postgrad.models.model import wrap_model
-    from postgrad.models.pretrained import locate_model
+    from postgrad.models.task import Task
     from postgrad.tuning.open_model import open_model
 
-    if plan.task != "causal":
+    if plan.model.task != Task.CAUSAL:
         return {}
-    opened = [open_model(locate_model(str(home / "model"), home)), open_model(plan.start)]
-    told = [
-        exact_match(wrap_model(o.model, o.task), next(h for h in sets if h.name == "valid"), plan.context)
-        for o, sets in zip(opened, (plan.held_out, plan.held_out_before), strict=True)
-    ]
-    return {"right": told[0], "right_before": told[1]}
+    loaded = [open_model(locate_model(str(home / "model"), home)), open_model(plan.model.start)]
+    both_sets = (plan.evaluation.sets, plan.evaluation.sets_before)
+    after, before = (
+        exact_match(wrap_model(o.model, o.task), next(h for h in sets if h.name == "valid"), plan.model.context_length)
+        for o, sets in zip(loaded, both_sets, strict=True)
+    )
+    return {"right": after, "right_before": before}
 
 
 def exact_match(model: Any, rows: Any, context: int) -> Result:
@@ -256,14 +263,14 @@ def exact_match(model: Any, rows: Any, context: int) -> Result:
     from postgrad.data.loading.batch import collate
 
     right = []
-    pieces = list(rows.pieces(context))
+    scored_rows = list(rows.iter_rows(context))
     model.eval()
     with torch.no_grad():
-        for begin in range(0, len(pieces), 32):
-            part = [piece.row for piece in pieces[begin : begin + 32]]
+        for begin in range(0, len(scored_rows), 32):
+            part = [scored.row for scored in scored_rows[begin : begin + 32]]
             batch = collate(part, [0] * len(part), pad_token_id=rows.pad)
-            said = model(**batch.inputs).logits().argmax(-1)
-            right += ((said == batch.labels) | (batch.labels == IGNORED)).all(1).tolist()
+            predicted = model(**batch.inputs).logits().argmax(-1)
+            right += ((predicted == batch.labels) | (batch.labels == IGNORED)).all(1).tolist()
     draws = np.random.default_rng(0).choice(np.asarray(right, float), (1000, len(right))).mean(1)
     low, high = np.percentile(draws, [2.5, 97.5])
     return {"value": float(np.mean(right)), "low": float(low), "high": float(high)}

@@ -30,7 +30,7 @@ def documents(name: str, subset: str | None, column: str) -> Iterator[str]:
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise MissingExtra("this needs datasets", way_out="pip install 'postgrad[hub]'") from error
+        raise MissingExtra("this needs datasets", hint="pip install 'postgrad[hub]'") from error
     for row in load_dataset(name, subset, split="train", streaming=True):
         if len(row[column]) > 200:
             yield row[column]
