@@ -31,7 +31,7 @@ from postgrad.models.pretrained import load_tokenizer, save_pretrained, stored_d
 from postgrad.plan.plan import Plan, make_plan
 from postgrad.stats.forgetting import LossChange
 from postgrad.storage.atomic import publish_folder
-from postgrad.training.checkpoint import Checkpoints
+from postgrad.training.checkpoints import Checkpoints
 from postgrad.tuning.open_model import LoadedModel, open_model
 
 _BLOCK_WEIGHTS = (0.0, 0.5)

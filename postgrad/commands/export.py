@@ -18,7 +18,7 @@ from postgrad.models.pretrained import load_pretrained, load_tokenizer, save_pre
 from postgrad.models.task import Task
 from postgrad.models.task_head import load_task_head_config
 from postgrad.storage.atomic import publish_folder
-from postgrad.tuning.folder import read_export
+from postgrad.tuning.adapter_folder import read_export
 from postgrad.tuning.open_model import LoadedModel, open_model, start_fingerprint
 
 

@@ -19,7 +19,7 @@ from postgrad.data.layouts.rows import IGNORED
 from postgrad.data.loading.batch import Batch
 from postgrad.data.problem_type import ProblemType
 from postgrad.models.model import Output
-from postgrad.objectives.linear_divergence import Direction, Divergence, SparseDivergence
+from postgrad.objectives.kl_divergence import Direction, Divergence, SparseDivergence
 from postgrad.objectives.objective import HeadObjective
 from postgrad.objectives.teacher import Teacher, TeacherOutput
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from postgrad.data.layouts.rows import IGNORED
 from postgrad.data.loading.batch import Batch
-from postgrad.objectives.linear_loss import log_sum_exp_R
+from postgrad.objectives.chunked_head_loss import log_sum_exp_R
 from postgrad.objectives.objective import HeadObjective
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from postgrad.data.layouts.rows import IGNORED
 from postgrad.data.loading.batch import Batch
 from postgrad.models.model import Output
-from postgrad.objectives.linear_loss import LogitLoss, WeightedLoss, linear_loss
+from postgrad.objectives.chunked_head_loss import LogitLoss, WeightedLoss, linear_loss
 
 
 class Objective(Protocol):

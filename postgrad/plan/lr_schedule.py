@@ -9,7 +9,7 @@ from postgrad.config.quantities import length_in_steps
 from postgrad.errors import StageError
 from postgrad.models.location import ModelLocation
 from postgrad.optim import lr_schedules
-from postgrad.training.checkpoint_files import read_progress
+from postgrad.training.checkpoint_state import read_progress
 
 
 class ScheduleContext(NamedTuple):

@@ -13,7 +13,7 @@ from postgrad.lineage.saved_plan import ReplayableSource, read_plan
 from postgrad.models.location import ModelLocation
 from postgrad.plan.filter_documents import resolve_methods
 from postgrad.plan.sources import ResolvedSource
-from postgrad.training.checkpoint_files import read_progress
+from postgrad.training.checkpoint_state import read_progress
 
 
 def get_seen_sources(start_model: ModelLocation) -> dict[str, ConsumedSource]:

@@ -14,7 +14,7 @@ from postgrad.config import stage as s
 from postgrad.config.document_filters import AnySelection
 from postgrad.config.objectives import AnyObjective, RowsObjective
 from postgrad.config.renamed_keys import upgrade_source
-from postgrad.data.loading.mixture import seen_weights
+from postgrad.data.loading.replay_weights import seen_weights
 from postgrad.data.read.documents import detect_kind, read_examples
 from postgrad.data.read.files import HubDataset
 from postgrad.data.read.files import RawSource as Files

@@ -35,11 +35,11 @@ from postgrad.run.losses import make_objectives
 from postgrad.run.online_teacher import make_online_teachers
 from postgrad.run.tuned_model import TunedModel
 from postgrad.run.update_masks import make_update_mask
-from postgrad.training.checkpoint import Checkpoints
-from postgrad.training.checkpoint_files import read_moments, read_progress
+from postgrad.training.checkpoint_state import read_moments, read_progress
+from postgrad.training.checkpoints import Checkpoints
 from postgrad.training.on_policy import OnPolicySampler, make_on_policy_step
 from postgrad.training.step import Run, StepFunction, train_step
-from postgrad.tuning.folder import read_export
+from postgrad.tuning.adapter_folder import read_export
 from postgrad.tuning.tuning import TuningExport
 
 

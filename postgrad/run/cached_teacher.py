@@ -27,7 +27,7 @@ from postgrad.data.loading.teacher_cache import SparseDistribution, TeacherCache
 from postgrad.data.random_streams import RandomStreams, derive_key
 from postgrad.distributed.world import World
 from postgrad.hardware.execution import Execution
-from postgrad.objectives.linear_loss import compute_logits, compute_products
+from postgrad.objectives.chunked_head_loss import compute_logits, compute_products
 from postgrad.objectives.teacher import OnlineTeacher
 from postgrad.plan.plan import Plan
 from postgrad.plan.teachers import get_teacher_identity

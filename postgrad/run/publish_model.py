@@ -15,9 +15,9 @@ from postgrad.run.run_folder import MODEL
 from postgrad.run.training_session import TrainingSession
 from postgrad.run.tuned_model import TunedModel
 from postgrad.storage.atomic import publish_folder, verify
-from postgrad.training.checkpoint_files import restore_run
+from postgrad.training.checkpoint_state import restore_run
+from postgrad.tuning.adapter_folder import save_tuning
 from postgrad.tuning.attach import attach
-from postgrad.tuning.folder import save_tuning
 from postgrad.tuning.open_model import open_model
 
 

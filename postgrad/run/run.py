@@ -15,12 +15,12 @@ from postgrad.hardware import machine
 from postgrad.plan.plan import Plan
 from postgrad.run.baseline import score_baseline
 from postgrad.run.cached_teacher import fill_teacher_caches, find_cache_jobs
-from postgrad.run.claim import claim_run
 from postgrad.run.context import RunContext
 from postgrad.run.events import Phase, PhaseStarted, RunEvent, RunStopped
 from postgrad.run.measure import measure
 from postgrad.run.publish_model import publish
 from postgrad.run.record_results import record_finished, record_stopped
+from postgrad.run.resume import claim_run
 from postgrad.run.run_folder import Interrupt, lock_run_folder
 from postgrad.run.train import train
 from postgrad.run.training_session import prepare_training

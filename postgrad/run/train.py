@@ -22,7 +22,7 @@ from postgrad.run.milestones import checkpoint_steps, evaluation_steps
 from postgrad.run.penalty_strength import penalty_warning
 from postgrad.run.task_scores import AllAnswers
 from postgrad.run.training_session import TrainingSession
-from postgrad.training.checkpoint_files import write_checkpoint
+from postgrad.training.checkpoint_state import write_checkpoint
 from postgrad.training.loop import train_steps
 from postgrad.training.metrics_log import Throughput
 from postgrad.training.step import StepReport

@@ -23,8 +23,8 @@ from postgrad.run.penalty_strength import (
     strength_lines,
 )
 from postgrad.run.update_summary import describe_update
-from postgrad.training.checkpoint import Checkpoints
-from postgrad.training.checkpoint_files import CheckpointMetadata, restore_run
+from postgrad.training.checkpoint_state import CheckpointMetadata, restore_run
+from postgrad.training.checkpoints import Checkpoints
 from postgrad.training.metrics_log import MetricsLog
 from postgrad.training.step import Run
 

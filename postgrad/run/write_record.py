@@ -40,7 +40,7 @@ from postgrad.run.training_session import TrainingOutcome
 from postgrad.run.tuned_model import ParameterCounts
 from postgrad.stats.source_losses import losses_by_source
 from postgrad.storage.fingerprint import model_fingerprint
-from postgrad.training.checkpoint_files import read_progress
+from postgrad.training.checkpoint_state import read_progress
 from postgrad.version import __version__
 
 

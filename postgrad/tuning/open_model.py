@@ -23,7 +23,7 @@ from postgrad.models.prefix_lm_attention import is_prefix_lm, mark_prefix_lm
 from postgrad.models.pretrained import ClassifierSpec, detect_task, load_pretrained, load_tokenizer
 from postgrad.models.task import Task
 from postgrad.storage.fingerprint import fingerprint, model_fingerprint
-from postgrad.tuning.folder import load_tuning
+from postgrad.tuning.adapter_folder import load_tuning
 from postgrad.tuning.tuning import Tuning, freeze
 
 _OLD_KEYS = {

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from postgrad.data.loading.mixture import Apportionment, Mixture, Segment, row_rates, seen_weights
+from postgrad.data.loading.mixture import Apportionment, Mixture, Segment, row_rates
+from postgrad.data.loading.replay_weights import seen_weights
 from postgrad.data.random_streams import derive_key, permute_indices
 
 rates = st.lists(st.floats(0.001, 1), min_size=1, max_size=6)

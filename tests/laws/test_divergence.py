@@ -12,8 +12,8 @@ from torch import Tensor
 
 from postgrad.data.loading.batch import TeacherTargets
 from postgrad.models.model import OutputHead
-from postgrad.objectives import linear_divergence as module
-from postgrad.objectives.linear_loss import WeightedLoss, linear_loss
+from postgrad.objectives import kl_divergence as module
+from postgrad.objectives.chunked_head_loss import WeightedLoss, linear_loss
 from postgrad.objectives.next_token import CrossEntropy
 
 N, D, E, V = 23, 8, 11, 37

@@ -155,9 +155,9 @@ def test_a_saver_that_writes_in_place_would_be_caught(
     stage_of: StageOf, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from postgrad.run import publish_model
-    from postgrad.training import checkpoint
+    from postgrad.training import checkpoints
 
-    monkeypatch.setattr(checkpoint, "publish_folder", in_place)
+    monkeypatch.setattr(checkpoints, "publish_folder", in_place)
     monkeypatch.setattr(publish_model, "publish_folder", in_place)
     _, failures = swept(stage_of, cache, tmp_path, every=5)
     assert failures

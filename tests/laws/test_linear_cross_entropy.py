@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from postgrad.models.model import OutputHead
-from postgrad.objectives.linear_loss import WeightedLoss, linear_loss
+from postgrad.objectives.chunked_head_loss import WeightedLoss, linear_loss
 from postgrad.objectives.next_token import CrossEntropy
 
 TOKENS, WIDTH, VOCABULARY = 37, 12, 50

@@ -23,8 +23,8 @@ from postgrad.optim.sparse_update import SparseMask
 from postgrad.optim.top_k import top_k_masks
 from postgrad.run.run import run_stage
 from postgrad.run.summary import summary_text
-from postgrad.training.checkpoint import Checkpoints
-from postgrad.training.checkpoint_files import read_progress
+from postgrad.training.checkpoint_state import read_progress
+from postgrad.training.checkpoints import Checkpoints
 from tests.tiny_stages import Workspace, make_workspace, run_interrupted, run_trace, train_for
 
 MOMENTUM = {"sparse_update": {"kind": "mofo", "share": "10%"}}

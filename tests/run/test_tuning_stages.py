@@ -32,10 +32,10 @@ from postgrad.models.pretrained import load_pretrained
 from postgrad.optim.optimizer import AdamW
 from postgrad.run import training_session
 from postgrad.run.tuned_model import make_tuned_model
-from postgrad.training.checkpoint_files import read_progress
+from postgrad.training.checkpoint_state import read_progress
 from postgrad.training.step import Run
+from postgrad.tuning.adapter_folder import load_tuning, read_export
 from postgrad.tuning.extra_trainable import base_parameter_name
-from postgrad.tuning.folder import load_tuning, read_export
 from postgrad.tuning.open_model import open_model, start_fingerprint
 from tests.conftest import make_llama, make_tokenizer, new_text, write_jsonl
 from tests.tiny_stages import LENGTH, Workspace, make_workspace, run_interrupted, run_trace, save_model, train_for

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -125,13 +125,3 @@ def row_rates(shares: Sequence[float], trained_per_row: Sequence[float]) -> tupl
     """Rows per row of the mixture, for shares in trained tokens."""
     raw = [share / trained for share, trained in zip(shares, trained_per_row, strict=True)]
     return tuple(rate / sum(raw) for rate in raw)
-
-
-def seen_weights(seen_tokens: Mapping[str, float], share: float) -> dict[str, float]:
-    """Replay weights of all text seen so far, replays included: tokens of each origin over all tokens, times `share`.
-
-    This reproduces the data weights of the multi-stage runs of Ibrahim et al. 2024: at a share of 5 %, after 300B of one
-    corpus and a 100B stage of 95 % new text, 3.8125 % and 1.1875 %; one such stage later 3.088125 %, .961875 % and .95 %.
-    """
-    total = sum(seen_tokens.values())
-    return {origin: share * tokens / total for origin, tokens in seen_tokens.items()}

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from postgrad.models.pretrained import save_chat_template, save_pretrained
 from postgrad.optim.optimizer import load_full_state
 from postgrad.training.step import Run
-from postgrad.tuning.folder import write_tuning
+from postgrad.tuning.adapter_folder import write_tuning
 
 STATE = "state.json"
 MOMENTS = "optimizer.safetensors"

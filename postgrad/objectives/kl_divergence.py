@@ -28,7 +28,7 @@ from torch import Tensor
 
 from postgrad.data.loading.batch import TeacherTargets
 from postgrad.models.model import OutputHead
-from postgrad.objectives.linear_loss import compute_logits, compute_products, log_sum_exp_R
+from postgrad.objectives.chunked_head_loss import compute_logits, compute_products, log_sum_exp_R
 
 Direction = Literal["forward", "reverse"]
 

@@ -16,8 +16,8 @@ from postgrad.data.render.frame import Frame
 from postgrad.errors import TuningError
 from postgrad.models.location import ModelLocation
 from postgrad.storage.atomic import publish_folder, verify
+from postgrad.tuning.adapter_folder import load_tuning, read_export, save_tuning
 from postgrad.tuning.attach import attach
-from postgrad.tuning.folder import load_tuning, read_export, save_tuning
 from postgrad.tuning.open_model import BaseReference
 from postgrad.tuning.tuning import Tuning
 from tests.tuning.checks import tokenizer, train
