@@ -1,4 +1,4 @@
-"""Which errors can a user meet, and what does each one tell them?
+"""The errors that users meet, as a tree.
 
     PostgradError            everything below; `exit_code` is what the command line returns
     ├── StageError           the stage file: unknown key, impossible value
@@ -13,7 +13,7 @@
     ├── DiskError            no room, or not writable
     └── NonFiniteError       a loss or gradient that is not a number
 
-An error is a small conversation: what was met, where, what was expected, the way out.
+Each error states the problem, its place, what was expected, and a hint.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from collections.abc import Iterable
 
 
 class PostgradError(Exception):
-    """What was met, where (`file:line` or `key.path`), what was expected, and the way out."""
+    """A problem with its place (`file:line` or `key.path`), what was expected, and a hint."""
 
     exit_code = 2
 

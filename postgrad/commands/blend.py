@@ -39,7 +39,7 @@ _BLOCK_WEIGHTS = (0.0, 0.5)
 
 
 @dataclass(frozen=True)
-class SetChange(Result):
+class BlendSetChange(Result):
     """The change of a held-out set's loss from the start model."""
 
     role: str
@@ -60,7 +60,7 @@ class BlendedModel(Result):
     """The weight of the trained model: 0 is the start."""
     block: int | None
     """The only block that is interpolated; None: all weights."""
-    changes: Mapping[str, SetChange]
+    changes: Mapping[str, BlendSetChange]
     """Of each held-out set, from the start model."""
 
     def worst_rise(self) -> float:
@@ -72,7 +72,7 @@ class BlendedModel(Result):
         differences = [item.change.difference for item in self._of_role(role)]
         return sum(differences) / len(differences) if differences else None
 
-    def _of_role(self, role: str) -> list[SetChange]:
+    def _of_role(self, role: str) -> list[BlendSetChange]:
         return [item for item in self.changes.values() if item.role == role]
 
     def as_dict(self) -> dict[str, object]:
@@ -168,7 +168,9 @@ def blend(
     for name, point_weight, block in _sweep_points(weights, granularity, len(blocks)):
         after = before if point_weight == 0 and block is None else score(point_weight, block)
         changes = {
-            h.name: SetChange(h.role, before_after.loss_change(before[h.name], after[h.name], plan.model.vocab_size))
+            h.name: BlendSetChange(
+                h.role, before_after.loss_change(before[h.name], after[h.name], plan.model.vocab_size)
+            )
             for h in sets
             if h.name in before and h.name in after
         }

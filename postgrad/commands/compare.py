@@ -20,7 +20,7 @@ from postgrad.evaluation.perplexity import Scores
 from postgrad.hardware import machine
 from postgrad.lineage.record import Difference, Record, read_record
 from postgrad.models.location import locate_model
-from postgrad.reports.results import TaskScore
+from postgrad.reports.result_models import TaskScore
 from postgrad.reports.sections.comparison_table import arm_names
 from postgrad.run import task_scores
 from postgrad.stats.forgetting import LossChange, paired_change

@@ -17,7 +17,7 @@ from postgrad.models.location import ModelLocation, locate_model
 from postgrad.models.model import wrap_model
 from postgrad.plan.prompted_task import PromptedTask, add_soft_prompts
 from postgrad.plan.task_prompts import make_prompted_task
-from postgrad.reports.results import TaskScore
+from postgrad.reports.result_models import TaskScore
 from postgrad.run import task_scores
 from postgrad.tuning.open_model import open_model, start_fingerprint
 

@@ -12,7 +12,7 @@ from postgrad.lineage.metrics import read_metrics
 from postgrad.lineage.tree import Lineage
 from postgrad.reports.html import document
 from postgrad.reports.pages import blend_page, comparison_page, lineage_page, probe_page, shift_page
-from postgrad.reports.results import BlendResult, ProbeResult, ShiftResult
+from postgrad.reports.result_models import BlendResult, ProbeSummary, ShiftResult
 
 PageResult = RunComparison | Lineage | LayerProbe | MeasuredShift | Blend
 
@@ -32,7 +32,7 @@ def _page(result: PageResult) -> str:
         case Lineage():
             return lineage_page.lineage_page(result)
         case LayerProbe():
-            return probe_page.probe_page(ProbeResult.model_validate(result.as_dict()))
+            return probe_page.probe_page(ProbeSummary.model_validate(result.as_dict()))
         case MeasuredShift():
             return shift_page.shift_page(ShiftResult.model_validate(result.as_dict()))
         case Blend():

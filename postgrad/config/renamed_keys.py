@@ -164,18 +164,18 @@ class _Names:
             out[earlier if backward else renames.get(earlier, key)] = translated
         return out
 
-    def earlier_names(self, node: Any, path: str, shown: str = "") -> list[_Rename]:
+    def earlier_names(self, node: Any, path: str, label: str = "") -> list[_Rename]:
         """The earlier names in plain data; `shown` is the path of `node` as the file has it."""
         if isinstance(node, list | tuple):
-            return [rename for i, item in enumerate(node) for rename in self.earlier_names(item, path, f"{shown}[{i}]")]
+            return [rename for i, item in enumerate(node) for rename in self.earlier_names(item, path, f"{label}[{i}]")]
         if not isinstance(node, Mapping):
             new_value = self.values.get(path, {}).get(node) if isinstance(node, str) else None
-            return [_Rename(shown, node, new_value)] if new_value else []
+            return [_Rename(label, node, new_value)] if new_value else []
         renames = self.renames(path, node.get("kind"))
         earlier_names = {new: earlier for earlier, new in renames.items()}
         out = []
         for key, value in node.items():
-            here = f"{shown}.{key}" if shown else str(key)
+            here = f"{label}.{key}" if label else str(key)
             if key in renames:
                 out.append(_Rename(here, key, renames[key]))
             out += self.earlier_names(value, _child_path(path, earlier_names.get(key, key)), here)

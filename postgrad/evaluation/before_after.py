@@ -15,7 +15,7 @@ from postgrad.evaluation.held_out import HeldOutSet
 from postgrad.evaluation.perplexity import Scores, score_held_out
 from postgrad.lineage.metrics import EvaluationRow, SetRow
 from postgrad.lineage.record import BeforeAfter, SetChange, SetScore
-from postgrad.lineage.record import Scores as RecordScores
+from postgrad.lineage.record import ScoresRecord as RecordScores
 from postgrad.models.model import Model
 from postgrad.stats.forgetting import LossChange, paired_change
 from postgrad.storage.atomic import write_atomically

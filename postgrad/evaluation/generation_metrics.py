@@ -1,6 +1,6 @@
-"""How good are answers? Metrics of what was said against what may be said, with intervals from resampled items.
+"""Metrics of generated answers against references, with bootstrap intervals over items.
 
-Legend: K prompt seeds, I items, S statistics of an item, D draws, L labels that are said or meant.
+Legend: K prompt seeds, I items, S statistics of an item, D draws, L predicted or true labels.
 
 A metric is two functions: the *statistics* of each item, which add up, and the *value* of their sum. So accuracy and a mean of
 F1, but also BLEU of a whole corpus, macro F1 or a correlation, are resampled alike: items are drawn with replacement, their
@@ -49,12 +49,12 @@ KEPT_MARGIN = 0.01
 
 Predictions = Sequence[str]
 References = Sequence[Sequence[str]]
-"""What may be said to each item: one answer, or several of which the best counts."""
+"""References of each item: one answer, or several of which the best counts."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """`statistics`: `(said, references)` to numbers of shape (I, S); `value`: their sums (D, S) to values of shape (D,)."""
+    """`statistics`: `(predictions, references)` to numbers of shape (I, S); `value`: their sums (D, S) to values of shape (D,)."""
 
     statistics: Callable[[Predictions, References], np.ndarray]
     value: Callable[[np.ndarray], np.ndarray]
@@ -64,7 +64,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class TaskPredictions:
-    """What was said to each item, once for each prompt seed, and what may be said."""
+    """Predictions for each item, one per prompt seed, and their references."""
 
     predictions_KI: tuple[tuple[str, ...], ...]
     references_I: tuple[tuple[str, ...], ...]
@@ -113,7 +113,7 @@ def joint_change(tasks: Sequence[tuple[MetricName, TaskPredictions, TaskPredicti
 
 
 def metric_verdict(name: MetricName, low: float, high: float) -> Verdict:
-    """What an interval of a change of a metric allows to be said."""
+    """The verdict that the interval of a change of a metric supports."""
     margin = KEPT_MARGIN * METRICS[name].scale
     if -margin <= low and high <= margin:
         return "kept"
@@ -122,17 +122,17 @@ def metric_verdict(name: MetricName, low: float, high: float) -> Verdict:
 
 def _seed_values(metric: Metric, predictions: TaskPredictions) -> np.ndarray:
     """The metric of each prompt seed, of shape (K,)."""
-    parts = [metric.statistics(said, predictions.references_I) for said in predictions.predictions_KI]
+    parts = [metric.statistics(seed_predictions, predictions.references_I) for seed_predictions in predictions.predictions_KI]
     return np.array([metric.value(np.ones((1, len(predictions))) @ part_IS)[0] for part_IS in parts])
 
 
 def _resampled_means(metric: Metric, predictions: TaskPredictions, seed: int = 0) -> np.ndarray:
     """The mean over the prompt seeds for each draw of items, of shape (D,); all prompt seeds have the same draws."""
-    parts = [metric.statistics(said, predictions.references_I) for said in predictions.predictions_KI]
+    parts = [metric.statistics(seed_predictions, predictions.references_I) for seed_predictions in predictions.predictions_KI]
     return np.mean([metric.value(resample_sums(part_IS, seed)) for part_IS in parts], axis=0)
 
 
-# --- one answer against what may be said -----------------------------------------------------------------
+# --- one answer against its references -----------------------------------------------------------------
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
@@ -183,7 +183,7 @@ def _rouge_scorer() -> Any:
 
 
 def _rouge_f1(kind: str) -> Callable[[str, str], float]:
-    return lambda said, reference: float(_rouge_scorer().score(reference, said)[kind].fmeasure)
+    return lambda prediction, reference: float(_rouge_scorer().score(reference, prediction)[kind].fmeasure)
 
 
 # --- metrics of all answers ------------------------------------------------------------------------------
@@ -192,10 +192,10 @@ def _rouge_f1(kind: str) -> Callable[[str, str], float]:
 def _mean_metric(score_pair: Callable[[str, str], float]) -> Metric:
     """The mean of a score; of several references the best counts."""
 
-    def statistics(said: Predictions, references: References) -> np.ndarray:
+    def statistics(predictions: Predictions, references: References) -> np.ndarray:
         best = [
             max(score_pair(each, reference) for reference in those)
-            for each, those in zip(said, references, strict=True)
+            for each, those in zip(predictions, references, strict=True)
         ]
         return np.array([(score, 1.0) for score in best])
 
@@ -206,11 +206,11 @@ def _label_metric(name: str) -> Metric:
     """A classification metric; labels are compared as they are."""
     measure = COUNT_METRICS[ProblemType.CLASS][name]
 
-    def statistics(said: Predictions, references: References) -> np.ndarray:
+    def statistics(predictions: Predictions, references: References) -> np.ndarray:
         """Which label is right, actual and predicted, of shape (I, 3 L)."""
         actual = [those[0] for those in references]
-        labels = sorted({*said, *actual})
-        actual_IL, predicted_IL = (np.array(column)[:, None] == labels for column in (actual, said))
+        labels = sorted({*predictions, *actual})
+        actual_IL, predicted_IL = (np.array(column)[:, None] == labels for column in (actual, predictions))
         return np.concatenate([actual_IL & predicted_IL, actual_IL, predicted_IL], 1).astype(np.float64)
 
     return Metric(statistics, lambda sums_DS: measure(sums_DS.reshape(len(sums_DS), 3, -1)))
@@ -221,7 +221,7 @@ _MISSING_NUMBER = -1.0
 
 
 def _number_pairs(predictions: Predictions, references: References) -> np.ndarray:
-    """What was said and meant as numbers, of shape (I, 2)."""
+    """Predictions and references as numbers, of shape (I, 2)."""
 
     def read(text: str) -> float:
         found = final_number(text)
@@ -246,10 +246,10 @@ def _sacrebleu_metric(kind: str) -> Metric:
             raise MissingExtra(f"{kind} needs the package sacrebleu", hint="pip install sacrebleu") from None
         return metrics.BLEU() if kind == "BLEU" else metrics.CHRF()
 
-    def statistics(said: Predictions, references: References) -> np.ndarray:
+    def statistics(predictions: Predictions, references: References) -> np.ndarray:
         most = max(map(len, references))
         streams = [[those[n] if n < len(those) else None for those in references] for n in range(most)]
-        return np.array(metric()._extract_corpus_statistics(list(said), streams), np.float64)
+        return np.array(metric()._extract_corpus_statistics(list(predictions), streams), np.float64)
 
     def value(sums_DS: np.ndarray) -> np.ndarray:
         return np.array([metric()._compute_score_from_stats(row).score for row in sums_DS.astype(int).tolist()])
@@ -271,10 +271,10 @@ METRICS: Mapping[MetricName, Metric] = MappingProxyType(
         "chrF": _sacrebleu_metric("chrF"),
         "numeric": _mean_metric(numeric_match),
         "Pearson": Metric(
-            lambda said, references: correlation_moments(*_number_pairs(said, references).T), correlation
+            lambda predictions, references: correlation_moments(*_number_pairs(predictions, references).T), correlation
         ),
         "Spearman": Metric(
-            lambda said, references: correlation_moments(*_ranks(_number_pairs(said, references)).T), correlation
+            lambda predictions, references: correlation_moments(*_ranks(_number_pairs(predictions, references)).T), correlation
         ),
     }
 )

@@ -327,7 +327,7 @@ class SetScore(RecordPart):
     """Of a classifier."""
 
 
-class Scores(RecordPart):
+class ScoresRecord(RecordPart):
     """Scores by held-out set, before and after."""
 
     before: dict[str, SetScore] = {}
@@ -363,7 +363,7 @@ class SetChange(Difference):
 class BeforeAfter(RecordPart):
     """Scores on the held-out sets and their changes."""
 
-    scores: Scores = Scores()
+    scores: ScoresRecord = ScoresRecord()
     changes: dict[str, SetChange] = {}
 
 
@@ -394,7 +394,7 @@ class SetDrift(RecordPart):
     """By block."""
 
 
-class Drift(RecordPart):
+class DriftRecord(RecordPart):
     """How far the trained model moved from the start model."""
 
     sets: dict[str, SetDrift] = {}
@@ -442,7 +442,7 @@ class RetentionGate(RecordPart):
     passed: bool
 
 
-class SparseUpdate(RecordPart):
+class SparseUpdateRecord(RecordPart):
     """How many weights an optimizer step updates."""
 
     kind: str
@@ -460,7 +460,7 @@ class PenaltyImportance(RecordPart):
     mean: float
 
 
-class Penalty(RecordPart):
+class PenaltyRecord(RecordPart):
     """A weight penalty."""
 
     name: str
@@ -482,7 +482,7 @@ class TaskExample(RecordPart):
     after: str | None = None
 
 
-class TaskResult(RecordPart):
+class TaskRecord(RecordPart):
     """A task before and after."""
 
     name: str
@@ -563,15 +563,15 @@ class Record(RecordPart):
     """Null when the last step is published by rule."""
     consumed: dict[str, ConsumedSource] = {}
     """Everything the model has consumed, by data fingerprint; replays included."""
-    scores: Scores = Scores()
+    scores: ScoresRecord = ScoresRecord()
     changes: dict[str, SetChange] = {}
     pseudo_perplexity: BeforeAfter | None = None
     retention_gate: RetentionGate | None = None
-    drift: Drift | None = None
+    drift: DriftRecord | None = None
     relearning: Relearning | None = None
-    sparse_update: SparseUpdate | None = None
-    penalties: list[Penalty] = []
-    tasks: list[TaskResult] = []
+    sparse_update: SparseUpdateRecord | None = None
+    penalties: list[PenaltyRecord] = []
+    tasks: list[TaskRecord] = []
     task_clusters: list[ClusterResult] = []
     samples: list[Sample] = []
 

@@ -317,8 +317,8 @@ def _elements(output: object) -> list[tuple[int | None, object]]:
     return list(enumerate(output)) if isinstance(output, tuple | list) else []
 
 
-def _sublayer_name(is_attention: bool, taken: list[str]) -> str:
+def _sublayer_name(is_attention: bool, used_names: list[str]) -> str:
     """A name for one more sub-layer; a block's second attention reads the encoder."""
     names = [ATTENTION, CROSS_ATTENTION] if is_attention else [FEED_FORWARD]
-    free = [name for name in names if name not in taken]
-    return free[0] if free else f"{names[-1]}_{1 + sum(name.startswith(names[-1]) for name in taken)}"
+    free = [name for name in names if name not in used_names]
+    return free[0] if free else f"{names[-1]}_{1 + sum(name.startswith(names[-1]) for name in used_names)}"

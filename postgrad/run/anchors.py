@@ -17,7 +17,7 @@ from postgrad.config.penalties import AnchorPenalty
 from postgrad.config.quantities import load_function
 from postgrad.distributed.shards import full_tensor, local_shard, local_shard_like, to_dtensor
 from postgrad.errors import DataError, ModelError, StageError, suggest_nearest
-from postgrad.lineage.record import Penalty
+from postgrad.lineage.record import PenaltyRecord
 from postgrad.models.location import ModelLocation, locate_model
 from postgrad.optim.optimizer import Weight, Weights
 from postgrad.penalties.anchor import Anchor, AnchoredDecay, AnchoredDelta, AnchoredWeight
@@ -385,6 +385,6 @@ def _importance_path(name: str, number: int, root: Path) -> Path:
     return path
 
 
-def describe_penalty(penalty: StagePenalty) -> Penalty:
+def describe_penalty(penalty: StagePenalty) -> PenaltyRecord:
     """A penalty in the record."""
-    return Penalty.model_validate({**penalty.metadata, "strength": penalty.strength})
+    return PenaltyRecord.model_validate({**penalty.metadata, "strength": penalty.strength})

@@ -11,7 +11,7 @@ from postgrad.evaluation import before_after
 from postgrad.evaluation.before_after import AllScores
 from postgrad.evaluation.continuations import decode_ids, generate_continuations
 from postgrad.evaluation.pseudo_perplexity import score_masked_tokens
-from postgrad.lineage.record import Drift, Relearning, Sample
+from postgrad.lineage.record import DriftRecord, Relearning, Sample
 from postgrad.models.model import Model
 from postgrad.plan.plan import Plan
 from postgrad.run import task_scores
@@ -34,7 +34,7 @@ class Measurements:
     """The start model's scores on the test sets, which are scored only once training has ended."""
     answers: AllAnswers
     samples: list[Sample]
-    drift: Drift | None
+    drift: DriftRecord | None
     relearning: Relearning | None
 
 

@@ -6,13 +6,13 @@ import math
 
 from postgrad.distributed.world import World
 from postgrad.evaluation.drift import compute_drift, weight_drift
-from postgrad.lineage.record import ChangedWeights, Drift
+from postgrad.lineage.record import ChangedWeights, DriftRecord
 from postgrad.models.model import Model, wrap_model
 from postgrad.plan.plan import Plan
 from postgrad.tuning.open_model import open_model
 
 
-def measure_drift(plan: Plan, after: Model, world: World) -> Drift | None:
+def measure_drift(plan: Plan, after: Model, world: World) -> DriftRecord | None:
     """Compare the trained model with the start model; None when the start model lacks the task layer."""
     opened = open_model(plan.model.start, plan.model.task, layer=plan.model.task_layer)
     if opened.new_weights:
@@ -28,7 +28,7 @@ def measure_drift(plan: Plan, after: Model, world: World) -> Drift | None:
     }
     weights = weight_drift(before.pretrained, after.pretrained)
     changes = {name: part.relative_change for name, part in weights.items()}
-    return Drift(
+    return DriftRecord(
         sets=sets,
         relative_weight_change={name: change for name, change in changes.items() if math.isfinite(change)},
         changed_weights=ChangedWeights(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from postgrad.evaluation import before_after
 from postgrad.evaluation.retention_gate import retention_gate
 from postgrad.lineage.metrics import METRICS, read_metrics
-from postgrad.lineage.record import Record, Scores, read_record, write_record
+from postgrad.lineage.record import Record, ScoresRecord, read_record, write_record
 from postgrad.reports.pages import run_page
 from postgrad.run import task_scores
 from postgrad.run.baseline import Baseline
@@ -71,7 +71,7 @@ def record_stopped(context: RunContext, baseline: Baseline, outcome: TrainingOut
         outcome,
         "stopped",
         outcome.tokens_by_source,
-        scores=Scores(before=before_after.summarize_scores(baseline.scores)),
+        scores=ScoresRecord(before=before_after.summarize_scores(baseline.scores)),
         tasks=task_scores.task_rows(context.plan.evaluation.tasks, baseline.answers, {}),
     )
     _write(context, record)

@@ -18,7 +18,7 @@ from postgrad.evaluation.choices.normalization import calibrate_scores, normaliz
 from postgrad.evaluation.generate_answers import generate_answers
 from postgrad.evaluation.generation_metrics import TaskPredictions, joint_change, metric_change, metric_summary
 from postgrad.lineage.metrics import TaskRow
-from postgrad.lineage.record import ClusterResult, Difference, MetricValue, Record, TaskExample, TaskResult
+from postgrad.lineage.record import ClusterResult, Difference, MetricValue, Record, TaskExample, TaskRecord
 from postgrad.models.model import Model
 from postgrad.plan.model_inputs import ModelInputs
 from postgrad.plan.prompted_task import PromptedTask, TaskPrompt
@@ -146,10 +146,10 @@ def read_answers(path: Path) -> AllAnswers:
 # --- record ---------------------------------------------------------------------------------------
 
 
-def describe_task(prompted_task: PromptedTask) -> TaskResult:
+def describe_task(prompted_task: PromptedTask) -> TaskRecord:
     """A task without its scores."""
     task = prompted_task.task
-    return TaskResult(
+    return TaskRecord(
         name=task.name,
         role=task.role,
         task_cluster=task.cluster,
@@ -181,7 +181,7 @@ def _metric_value(summary: dict[str, Any]) -> MetricValue:
     )
 
 
-def task_rows(tasks: Sequence[PromptedTask], before: AllAnswers, after: AllAnswers) -> list[TaskResult]:
+def task_rows(tasks: Sequence[PromptedTask], before: AllAnswers, after: AllAnswers) -> list[TaskRecord]:
     """Every task with its metrics before and after and their changes; `after` lacks the tasks of a stopped run."""
     results = []
     for task in tasks:
@@ -248,7 +248,7 @@ def paired_task_changes(runs: Sequence[Path], records: Sequence[Record], names: 
     return out
 
 
-def _prompting(task: TaskResult) -> tuple[object, ...]:
+def _prompting(task: TaskRecord) -> tuple[object, ...]:
     """What must agree for two runs' answers to be paired."""
     return task.fingerprint, task.shots, task.seeds, task.scoring, task.metrics
 

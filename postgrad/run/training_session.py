@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from postgrad.data.loading.loader import Loader
 from postgrad.lineage.metrics import METRICS, read_evaluations
-from postgrad.lineage.record import Penalty, SparseUpdate
+from postgrad.lineage.record import PenaltyRecord, SparseUpdateRecord
 from postgrad.lineage.saved_plan import write_plan
 from postgrad.plan.checkpoint_selection import CheckpointSelector
 from postgrad.run import task_scores
@@ -43,7 +43,7 @@ class TrainingSession:
     metrics: MetricsLog
     selector: CheckpointSelector | None
     """Selects the step to publish; None publishes the last one."""
-    update: SparseUpdate | None
+    update: SparseUpdateRecord | None
     """The sparse update, for the record."""
 
     def outcome(self) -> TrainingOutcome:
@@ -70,8 +70,8 @@ class TrainingOutcome:
     step: int
     tokens: int
     tokens_by_source: list[int]
-    penalties: list[Penalty]
-    update: SparseUpdate | None
+    penalties: list[PenaltyRecord]
+    update: SparseUpdateRecord | None
     selector: CheckpointSelector | None
 
 

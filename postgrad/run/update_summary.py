@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from postgrad.hardware.memory import format_bytes
-from postgrad.lineage.record import SparseUpdate
+from postgrad.lineage.record import SparseUpdateRecord
 from postgrad.optim.optimizer import Weights
 from postgrad.optim.sparse_update import SparseMask, UpdateMask
 from postgrad.plan.plan import Plan
@@ -13,7 +13,7 @@ from postgrad.run.tuned_model import TunedModel
 from postgrad.run.update_masks import make_update_mask
 
 
-def describe_update(plan: Plan, update_mask: UpdateMask) -> SparseUpdate | None:
+def describe_update(plan: Plan, update_mask: UpdateMask) -> SparseUpdateRecord | None:
     """Counts of a sparse update; None for a dense one."""
     spec = plan.stage.optimizer.sparse_update
     if spec is None or not isinstance(update_mask, SparseMask):
@@ -21,7 +21,7 @@ def describe_update(plan: Plan, update_mask: UpdateMask) -> SparseUpdate | None:
     sparse, dense = (
         sum(m.numel() for m in masters) for masters in (update_mask.sparse_masters, update_mask.dense_masters)
     )
-    return SparseUpdate(
+    return SparseUpdateRecord(
         kind=spec.kind,
         share=spec.share,
         updated_weights=update_mask.num_updated,
@@ -31,13 +31,13 @@ def describe_update(plan: Plan, update_mask: UpdateMask) -> SparseUpdate | None:
     )
 
 
-def check_update(plan: Plan, tuned_model: TunedModel) -> SparseUpdate | None:
+def check_update(plan: Plan, tuned_model: TunedModel) -> SparseUpdateRecord | None:
     """The same without a run, for `check`. Raises `StageError` for an update that is impossible."""
     weights = Weights(tuned_model.model, tuned_model.tuning, torch.float32, master_copies=False)
     return describe_update(plan, make_update_mask(plan, tuned_model, weights))
 
 
-def update_lines(plan: Plan, summary: SparseUpdate | None) -> list[str]:
+def update_lines(plan: Plan, summary: SparseUpdateRecord | None) -> list[str]:
     """Lines on the stage's updates; none for dense ones at the scheduled rate."""
     lines = []
     spec = plan.stage.optimizer.sparse_update

@@ -10,7 +10,7 @@ from typing import Any
 from postgrad.reports.html import document
 from postgrad.reports.html.notation import format_duration, format_percent
 from postgrad.reports.pages.study_page import study_page
-from postgrad.reports.results import StudyResults
+from postgrad.reports.result_models import StudyResults
 from postgrad.reports.sections.study_table import claims_table, study_arms_table, study_csv
 from postgrad.run.run_folder import REPORT
 from postgrad.storage.atomic import write_atomically
@@ -44,7 +44,7 @@ def outputs_text(prepared: PreparedStudy, results: Mapping[str, Any], command: s
     spent = f"{format_duration(time['training'])} training, {format_duration(time['evaluation'])} evaluation"
     spent += f", {format_duration(time['making'])} preparing replay, importance and blends" if time["making"] else ""
     outside = "" if time["outside"] is None else f"; {format_percent(time['outside'])} of the time was overhead"
-    lines.append(f"{time['runs']} runs instead of {time['runs_asked']} by sharing: {spent}{outside}")
+    lines.append(f"{time['runs']} runs instead of {time['runs_requested']} by sharing: {spent}{outside}")
     lines += [f"table:  {_relative_to_cwd(home / STUDY_CSV)}", f"report: {_relative_to_cwd(home / REPORT)}"]
     left = len(prepared.remaining_steps)
     following = command if stopped or left else f"open {_relative_to_cwd(home / REPORT)} in a browser"

@@ -23,7 +23,7 @@ from postgrad.evaluation import before_after
 from postgrad.evaluation.perplexity import Scores
 from postgrad.lineage.metrics import METRICS, read_evaluations
 from postgrad.lineage.record import Record, read_record
-from postgrad.reports.results import StudyResults
+from postgrad.reports.result_models import StudyResults
 from postgrad.reports.sections.study_text import study_summary
 from postgrad.stats.bootstrap import percentile_interval, resample_ratio
 from postgrad.studies.run_study import PreparedStudy, load_times
@@ -523,7 +523,7 @@ def _time_totals(prepared: PreparedStudy) -> dict[str, Any]:
         "wall": whole["wall"],
         "outside": max(0.0, 1 - whole["inside"] / whole["devices"]) if whole["devices"] else None,
         "runs": len(prepared.graph.training_steps),
-        "runs_asked": prepared.graph.unshared_run_count,
+        "runs_requested": prepared.graph.unshared_run_count,
     }
 
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from postgrad.cli.main import app
 from postgrad.cli.render import blend_text
-from postgrad.commands.blend import Blend, SetChange, blend, parse_weights
+from postgrad.commands.blend import Blend, BlendSetChange, blend, parse_weights
 from postgrad.commands.export import export_model
 from postgrad.commands.pages import write_page
 from postgrad.config.stage_file import parse_stage
@@ -30,7 +30,7 @@ def blended(run: Path, cache: Path, **options: Any) -> Blend:
     return blend(run, **{"weights": [0.0, 0.5, 1.0], **options}, cache=cache)
 
 
-def by_name(found: Blend) -> dict[str, Mapping[str, SetChange]]:
+def by_name(found: Blend) -> dict[str, Mapping[str, BlendSetChange]]:
     return {point.name: point.changes for point in found.points}
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from postgrad.reports.pages.blend_page import blend_page
 from postgrad.reports.pages.shift_page import shift_page
-from postgrad.reports.results import BlendResult, ShiftResult
+from postgrad.reports.result_models import BlendResult, ShiftResult
 from tests.reports.test_page import said, walked
 
 

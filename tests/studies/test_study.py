@@ -27,7 +27,7 @@ from postgrad.config.stage_file import read_yaml
 from postgrad.errors import DataError, StageError
 from postgrad.evaluation import before_after
 from postgrad.lineage.record import read_record
-from postgrad.reports.results import StudyResults
+from postgrad.reports.result_models import StudyResults
 from postgrad.reports.sections.study_table import claims_table, study_arms_table, study_csv
 from postgrad.reports.sections.study_text import join_names, study_summary
 from postgrad.stats.bootstrap import resample_ratio
@@ -418,7 +418,7 @@ def test_numbers_are_those_of_the_runs(done: PreparedStudy) -> None:
     whole = np.mean([union["loss"][on]["value"] for on in ("old", "new")])
     assert replay["loss"]["average"]["value"] == pytest.approx(average)
     assert replay["gap"]["average"]["value"] == pytest.approx(average - whole)
-    assert found["time"]["runs"] == 6 and found["time"]["runs_asked"] == 5 + 2 + 7
+    assert found["time"]["runs"] == 6 and found["time"]["runs_requested"] == 5 + 2 + 7
 
 
 def test_the_interval_of_one_seed_is_the_record_s(base: Path, tmp_path: Path, cache: Path) -> None:

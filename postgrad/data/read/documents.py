@@ -26,7 +26,7 @@ from postgrad.data.read.columns import (
     unknown_kind_error,
 )
 from postgrad.data.read.examples import Example, SkippedRow, check_encodable, make_example
-from postgrad.data.read.files import TEXT_SUFFIXES, RawSource, Record, file_suffix, find_files
+from postgrad.data.read.files import TEXT_SUFFIXES, RawRow, RawSource, file_suffix, find_files
 from postgrad.data.read.labels import Labels, collect_labels
 from postgrad.data.read.records import read_hub, read_records
 from postgrad.data.read.row_kinds import KINDS, RowKind
@@ -183,7 +183,7 @@ def _text_file_documents(file: Path, split_mode: str, on_read: ReadCallback) -> 
     return (Document(text, None, f"{file}:{number}") for number, text in split_text_file(file, split_mode, on_read))
 
 
-def _filter_records(records: Iterator[Record], source: RawSource) -> Iterator[Record]:
+def _filter_records(records: Iterator[RawRow], source: RawSource) -> Iterator[RawRow]:
     """The records that pass the source's filter."""
     if not source.row_filter:
         return records
@@ -194,7 +194,7 @@ def _filter_records(records: Iterator[Record], source: RawSource) -> Iterator[Re
     )
 
 
-def _has_value(record: Record, column: str, values: Collection[str]) -> bool:
+def _has_value(record: RawRow, column: str, values: Collection[str]) -> bool:
     if column not in record.values:
         raise DataError(
             f"no column `{column}` among {format_columns(list(record.values))}",
@@ -234,7 +234,7 @@ def _require_text(source: RawSource, documents: Iterator[Document]) -> Iterator[
 # --- records ------------------------------------------------------------------------------------------
 
 
-def _detect_columns(records: list[Record], source: RawSource) -> Columns:
+def _detect_columns(records: list[RawRow], source: RawSource) -> Columns:
     """Kind and columns of the first records of a file. Raises `DataError` for an unknown kind or several."""
     if not records:
         return TEXT_FILE_COLUMNS
@@ -259,7 +259,7 @@ def _mixed_kinds_error(kind: str, earlier: str, location: str) -> DataError:
     )
 
 
-def _deviating_record_error(record: Record, columns: Columns) -> DataError:
+def _deviating_record_error(record: RawRow, columns: Columns) -> DataError:
     """The error for a record without a column of its source: it is of another kind, or incomplete."""
     names = list(record.values)
     other = detect_columns(names, {})
@@ -274,13 +274,13 @@ def _deviating_record_error(record: Record, columns: Columns) -> DataError:
     )
 
 
-def _record_documents(records: Iterator[Record], columns: Columns, *, is_typed: bool = True) -> Iterator[Document]:
+def _record_documents(records: Iterator[RawRow], columns: Columns, *, is_typed: bool = True) -> Iterator[Document]:
     if columns.kind.is_running_text:
         return _running_text_documents(records, columns)
     return _example_documents(records, columns, is_typed)
 
 
-def _running_text_documents(records: Iterator[Record], columns: Columns) -> Iterator[Document]:
+def _running_text_documents(records: Iterator[RawRow], columns: Columns) -> Iterator[Document]:
     column = columns.by_role[columns.kind]
     convert = _text_document if columns.kind == RowKind.TEXT else _ids_document
     for record in records:
@@ -289,7 +289,7 @@ def _running_text_documents(records: Iterator[Record], columns: Columns) -> Iter
         yield convert(get_column(record.values, column, record.location), record.location, column)
 
 
-def _example_documents(records: Iterable[Record], columns: Columns, is_typed: bool) -> Iterator[Document]:
+def _example_documents(records: Iterable[RawRow], columns: Columns, is_typed: bool) -> Iterator[Document]:
     for record in records:
         if not all(has_column(record.values.keys(), column) for column in columns.required):
             raise _deviating_record_error(record, columns)

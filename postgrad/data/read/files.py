@@ -60,7 +60,7 @@ class RawSource:
             )
 
 
-class Record(NamedTuple):
+class RawRow(NamedTuple):
     """One row of a file: its values by column, and its line or row number, counted from 1."""
 
     values: Mapping[str, Any]

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from postgrad.data.read.files import Record
+from postgrad.data.read.files import RawRow
 from postgrad.data.read.text_lines import BrokenStream, ReadCallback, not_utf8_error, read_blocks, refuse_utf16
 from postgrad.errors import DataError
 
@@ -16,14 +16,14 @@ VALUE_CAP = 64 * 2**20
 """Characters in one value of a `.json` file (a window of twice as many is in memory during the search for its end)."""
 
 
-def make_record(value: object, file: str, number: int) -> Record:
+def make_record(value: object, file: str, number: int) -> RawRow:
     """A record from a JSON value. Raises `DataError` for a value that is no object."""
     if not isinstance(value, dict):
         names = ((list, "a list"), (str, "a string"), (type(None), "null"), (bool, "true or false"))
         name = next((name for kind, name in names if isinstance(value, kind)), "a number")
         expected = 'an object, {"text": ...}'
         raise DataError(f"{name} instead of a record", where=f"{file}:{number}", expected=expected)
-    return Record(value, file, number)
+    return RawRow(value, file, number)
 
 
 def json_error_message(error: Exception) -> str:
@@ -86,7 +86,7 @@ class _TextWindow:
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
-def read_json(file: Path, on_read: ReadCallback) -> Iterator[Record]:
+def read_json(file: Path, on_read: ReadCallback) -> Iterator[RawRow]:
     """The elements of one array, or objects one after another."""
     text, parse, name, number = _TextWindow(file, on_read), json.JSONDecoder().raw_decode, str(file), 0
     in_array = text.peek() == "["

@@ -18,7 +18,7 @@ from postgrad.data.read.files import (
     FILE_SUFFIXES,
     TEXT_SUFFIXES,
     HubDataset,
-    Record,
+    RawRow,
     error_reason,
     file_suffix,
     format_names,
@@ -42,7 +42,7 @@ _BOMB_RATIO, _BOMB_BYTES = 200, 2**30
 
 def read_records(
     file: Path, column_names: Collection[str] | None = None, on_read: ReadCallback = ignore_progress
-) -> Iterator[Record]:
+) -> Iterator[RawRow]:
     """The records of `file`, one at a time; a text file has a record `{"text": line}` for each line.
 
     `column_names`: the columns that are used (Parquet reads no others). Raises `DataError` with the location of whatever
@@ -50,7 +50,7 @@ def read_records(
     """
     suffix = file_suffix(file)
     if suffix in TEXT_SUFFIXES:
-        return (Record({"text": text}, str(file), number) for number, text in read_lines(file, on_read))
+        return (RawRow({"text": text}, str(file), number) for number, text in read_lines(file, on_read))
     if suffix == ".parquet":
         return _read_parquet(file, column_names, on_read)
     reader = {".jsonl": _read_json_lines, ".json": read_json, ".csv": _read_csv}.get(suffix)
@@ -59,7 +59,7 @@ def read_records(
     return reader(file, on_read)
 
 
-def _read_json_lines(file: Path, on_read: ReadCallback) -> Iterator[Record]:
+def _read_json_lines(file: Path, on_read: ReadCallback) -> Iterator[RawRow]:
     name, parse = str(file), json.JSONDecoder().decode
     for number, text in read_lines(file, on_read):
         if not text.strip():
@@ -74,7 +74,7 @@ def _read_json_lines(file: Path, on_read: ReadCallback) -> Iterator[Record]:
         yield make_record(value, name, number)
 
 
-def _read_csv(file: Path, on_read: ReadCallback) -> Iterator[Record]:
+def _read_csv(file: Path, on_read: ReadCallback) -> Iterator[RawRow]:
     name = str(file)
     csv.field_size_limit(max(FIELD_CAP, csv.field_size_limit()))  # a global setting: the module has no other
     table = csv.reader((line.text for line in read_lines(file, on_read)), strict=True)
@@ -110,10 +110,10 @@ def _read_csv(file: Path, on_read: ReadCallback) -> Iterator[Record]:
                 where=f"{name}:{line}",
                 expected=f"{len(header)} fields, as in the header",
             )
-        yield Record(dict(zip(header, cells, strict=True)), name, line)
+        yield RawRow(dict(zip(header, cells, strict=True)), name, line)
 
 
-def _read_parquet(file: Path, column_names: Collection[str] | None, on_read: ReadCallback) -> Iterator[Record]:
+def _read_parquet(file: Path, column_names: Collection[str] | None, on_read: ReadCallback) -> Iterator[RawRow]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -139,11 +139,11 @@ def _read_parquet(file: Path, column_names: Collection[str] | None, on_read: Rea
                     for index in range(batch.num_rows):
                         number += 1
                         cells = [column[index].as_py() for column in columns]
-                        yield Record(dict(zip(names, cells, strict=True)), name, number)
+                        yield RawRow(dict(zip(names, cells, strict=True)), name, number)
                     continue
                 for cells in zip(*values, strict=True) if names else [()] * batch.num_rows:
                     number += 1
-                    yield Record(dict(zip(names, cells, strict=True)), name, number)
+                    yield RawRow(dict(zip(names, cells, strict=True)), name, number)
                 on_read(size * number // rows - size * (number - batch.num_rows) // rows)
     except UnicodeDecodeError as error:
         raise not_utf8_error(file, number, error.object[error.start], error.start + 1) from None
@@ -172,7 +172,7 @@ def _open_unpacked(file: Path) -> IO[bytes]:
     return spool
 
 
-def read_hub(hub: HubDataset, root: Path, where: str) -> Iterator[Record]:
+def read_hub(hub: HubDataset, root: Path, where: str) -> Iterator[RawRow]:
     """The rows of a Hub data set, streamed through `datasets`; their location is `name/split:row`.
 
     A folder of that name under `root` takes precedence. Raises `MissingExtra` without `datasets`, and `DataError` for any

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from postgrad.data.read.files import RawSource, Record, find_files
+from postgrad.data.read.files import RawRow, RawSource, find_files
 from postgrad.data.read.records import read_records
 from postgrad.data.tokens.store import digest
 from postgrad.errors import DataError
@@ -39,11 +39,11 @@ def split_rows(source: RawSource, train: Path, test: Path) -> tuple[int, int]:
     return len(parts[0]), len(parts[1])
 
 
-def _read_records(source: RawSource) -> Iterator[Record]:
+def _read_records(source: RawSource) -> Iterator[RawRow]:
     assert source.path is not None
     for file in find_files(source.path, source.root, source.where):
         yield from read_records(file)
 
 
-def _json_line(record: Record) -> str:
+def _json_line(record: RawRow) -> str:
     return json.dumps(record.values, ensure_ascii=False, default=str)  # a Parquet date becomes a string

@@ -9,7 +9,7 @@ from postgrad.reports.html.charts import ScatterPoint, Series, line_chart, scatt
 from postgrad.reports.html.document import FOOTER, figure, intro_paragraph, render_page, side_by_side
 from postgrad.reports.html.notation import escape_html
 from postgrad.reports.html.table import Column, Table, difference_cell, text_cell
-from postgrad.reports.results import BlendPoint, BlendResult
+from postgrad.reports.result_models import BlendPoint, BlendResult
 
 
 def blend_page(result: BlendResult) -> str:

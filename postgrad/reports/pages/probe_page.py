@@ -25,12 +25,12 @@ from postgrad.reports.html.notation import (
     plain_text,
 )
 from postgrad.reports.html.table import Cell, Column, Number, Table, change_cell, text_cell, value_cell
-from postgrad.reports.results import Estimate, ProbedView, ProbeResult
+from postgrad.reports.result_models import EstimateInterval, ProbedView, ProbeSummary
 
-_NO_ESTIMATE = Estimate()
+_NO_ESTIMATE = EstimateInterval()
 
 
-def probe_table(result: ProbeResult) -> Table:
+def probe_table(result: ProbeSummary) -> Table:
     """Every view: its main metric with the interval and its change against the last layer, then the other metrics."""
     main = result.metric
     others = [name for name in result.views[0].metrics if name != main] if result.views else []
@@ -62,7 +62,7 @@ def _view_row(view: ProbedView, main: str, others: Sequence[str]) -> tuple[Cell,
     )
 
 
-def _ends_cell(entry: Estimate, *, signs: bool = False) -> Cell:
+def _ends_cell(entry: EstimateInterval, *, signs: bool = False) -> Cell:
     """The ends of an interval."""
     write = format_signed if signs else format_fixed
     if entry.low is None or entry.high is None:
@@ -70,7 +70,7 @@ def _ends_cell(entry: Estimate, *, signs: bool = False) -> Cell:
     return Cell((Number(write(entry.low), entry.low), " to ", Number(write(entry.high), entry.high)))
 
 
-def probe_page(result: ProbeResult) -> str:
+def probe_page(result: ProbeSummary) -> str:
     """The main metric by layer, the layer weights of the mix, and all numbers."""
     sections = [
         ("layers", "Layers", "Layer by layer", side_by_side(_layers_figure(result), _mix_figure(result))),
@@ -81,7 +81,7 @@ def probe_page(result: ProbeResult) -> str:
     return render_page(title, _header(result), sections, FOOTER)
 
 
-def _header(result: ProbeResult) -> str:
+def _header(result: ProbeSummary) -> str:
     main, guess = result.metric, result.guess.get(result.metric, _NO_ESTIMATE).value
     sign = -1 if main == "MSE" else 1
     best = max(result.views, key=lambda v: sign * v.dev, default=ProbedView(name=ABSENT))
@@ -92,7 +92,7 @@ def _header(result: ProbeResult) -> str:
     return f'<p class="over">postgrad \u00b7 probe</p><h1>Layer by layer</h1><p class="lead">{lead}.</p>'
 
 
-def _method_section(result: ProbeResult) -> str:
+def _method_section(result: ProbeSummary) -> str:
     settings = facts(
         [
             ("Model", result.model),
@@ -116,7 +116,7 @@ def _method_section(result: ProbeResult) -> str:
     return intro + settings + "".join(f"<p>{escaped_passage(note)}</p>" for note in result.notes)
 
 
-def _mix_figure(result: ProbeResult) -> str:
+def _mix_figure(result: ProbeSummary) -> str:
     shares = next((view.shares for view in result.views if view.shares), [])
     if not shares:
         return ""
@@ -131,7 +131,7 @@ def _mix_figure(result: ProbeResult) -> str:
     )  # fmt: skip
 
 
-def _layers_figure(result: ProbeResult) -> str:
+def _layers_figure(result: ProbeSummary) -> str:
     main, guess = result.metric, result.guess.get(result.metric, _NO_ESTIMATE).value
     single = [view for view in result.views if view.kind == "state"]
     joined = [view for view in result.views if view.kind != "state"]

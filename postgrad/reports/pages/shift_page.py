@@ -6,7 +6,7 @@ from postgrad.reports.html.charts import ForestRow, LimitLine, forest_plot
 from postgrad.reports.html.document import FOOTER, facts, figure, intro_paragraph, render_page, side_by_side
 from postgrad.reports.html.notation import escape_html, format_percent, format_signed
 from postgrad.reports.html.table import Cell, Column, Table, text_cell, value_cell
-from postgrad.reports.results import Distance, ShiftResult
+from postgrad.reports.result_models import Distance, ShiftResult
 
 _MEASURES = {
     "byte trigrams": ("Byte trigrams", "Jensen-Shannon divergence, bits"),

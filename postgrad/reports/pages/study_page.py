@@ -35,7 +35,7 @@ from postgrad.reports.html.notation import (
     plain_text,
 )
 from postgrad.reports.html.table import Cell, Column, Table, change_cell, interval_cell, text_cell
-from postgrad.reports.results import Estimate, StudyArm, StudyCurve, StudyResults, StudySet
+from postgrad.reports.result_models import EstimateInterval, StudyArm, StudyCurve, StudyResults, StudySet
 from postgrad.reports.sections.study_table import claims_table, study_arms_table
 
 _MAX_ARMS = 8
@@ -80,13 +80,13 @@ def _summary_section(study: StudyResults) -> str:
     return intro_paragraph("Derived from the numbers below alone.") + f"<ul>{items}</ul>"
 
 
-def _signed_interval(entry: Estimate | None, sign: int = 1) -> tuple[float, float] | None:
+def _signed_interval(entry: EstimateInterval | None, sign: int = 1) -> tuple[float, float] | None:
     if entry is None or entry.low is None or entry.high is None:
         return None
     return (entry.low, entry.high) if sign > 0 else (-entry.high, -entry.low)
 
 
-def _signed_value(entry: Estimate | None, sign: int = 1) -> float:
+def _signed_value(entry: EstimateInterval | None, sign: int = 1) -> float:
     return math.nan if entry is None or entry.value is None else sign * entry.value
 
 
@@ -127,7 +127,7 @@ def _frontier_point(arm: StudyArm) -> ScatterPoint:
     )
 
 
-def _removed_row(name: str, removed: Estimate) -> ForestRow:
+def _removed_row(name: str, removed: EstimateInterval) -> ForestRow:
     low, high = _signed_interval(removed) or (0.0, 0.0)
     tone = "good" if low > 0 else "open"
     return ForestRow(plain_text(name, 60), 100 * _signed_value(removed), 100 * low, 100 * high, tone)
@@ -166,7 +166,7 @@ def _replay_section(study: StudyResults) -> str:
 
 
 def _replay_figure(
-    study: StudyResults, kind: str, caption: str, label: str, measured: Sequence[tuple[float, Estimate | None]]
+    study: StudyResults, kind: str, caption: str, label: str, measured: Sequence[tuple[float, EstimateInterval | None]]
 ) -> str:
     nan = (math.nan, math.nan)
     series = [
@@ -278,7 +278,7 @@ def _method_section(study: StudyResults) -> str:
             *sets,
             ("base", study.base.name),
             *compute,
-            ("runs", f"{time.runs} trained, {time.runs_asked} requested"),
+            ("runs", f"{time.runs} trained, {time.runs_requested} requested"),
             ("training", format_duration(time.training)),
             ("evaluation", format_duration(time.evaluation)),
             ("overhead", overhead),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from postgrad.lineage.record import Drift, Record
+from postgrad.lineage.record import DriftRecord, Record
 from postgrad.reports.html.charts import Series, line_chart
 from postgrad.reports.html.document import figure, intro_paragraph, side_by_side
 from postgrad.reports.html.notation import format_count, format_percent, plain_text
@@ -108,7 +108,7 @@ def drift_section(record: Record) -> str:
     return f"{intro}{table.html()}{side_by_side(*charts)}"
 
 
-def _output_series(drift: Drift) -> list[Series]:
+def _output_series(drift: DriftRecord) -> list[Series]:
     return [
         Series(
             plain_text(name, 40),

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from postgrad.lineage.record import Penalty, Record
+from postgrad.lineage.record import PenaltyRecord, Record
 from postgrad.reports.html.document import details, facts, format_time, intro_paragraph, preformatted
 from postgrad.reports.html.notation import escape_html, format_count, mask_secrets, plain_text
 
@@ -41,7 +41,7 @@ def _execution_list(record: Record) -> str:
     return f'<dl class="kv">{"".join(items)}</dl>' if items else ""
 
 
-def _penalty_list(penalty: Penalty) -> str:
+def _penalty_list(penalty: PenaltyRecord) -> str:
     settings = penalty.model_dump(include={"strength", "weights", "reference", "importance", "skipped"})
     return _setting_list((key, value) for key, value in settings.items() if value)
 

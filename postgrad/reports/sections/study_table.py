@@ -16,7 +16,7 @@ from postgrad.reports.html.notation import (
     plain_text,
 )
 from postgrad.reports.html.table import VALUE_FIELDS, Cell, Column, Number, Table, interval_cell, text_cell, value_cell
-from postgrad.reports.results import Estimate, StudyArm, StudyBase, StudyResults
+from postgrad.reports.result_models import EstimateInterval, StudyArm, StudyBase, StudyResults
 
 _VERDICT_TONES = {"holds": "good", "does not hold": "bad", "not shown": "open"}
 _EMPTY = text_cell("")
@@ -61,14 +61,14 @@ def _arm_columns(study: StudyResults, has_seeds: bool, has_total: bool, has_memo
     return [*columns, *([Column("memory", fields=("bytes",))] if has_memory else [])]
 
 
-def _estimate_cell(entry: Estimate | None, tone: str = "", share: bool = False) -> Cell:
+def _estimate_cell(entry: EstimateInterval | None, tone: str = "", share: bool = False) -> Cell:
     """A change, or a share in percent, with its interval below."""
     if entry is None or entry.value is None:
         return text_cell("", tone)
     return interval_cell(entry, 0 if share else 3, tone, format_percent if share else format_signed)
 
 
-def _loss_cell(loss: dict[str, Estimate], kind: str) -> Cell:
+def _loss_cell(loss: dict[str, EstimateInterval], kind: str) -> Cell:
     return value_cell(loss[kind].value if kind in loss else None)
 
 
@@ -103,7 +103,7 @@ def _arm_row(arm: StudyArm, study: StudyResults, has_seeds: bool) -> list[Cell]:
     return [*cells, _tokens_cell(arm.tokens), _seconds_cell(arm.seconds)]
 
 
-def _change_tone(entry: Estimate | None) -> str:
+def _change_tone(entry: EstimateInterval | None) -> str:
     if entry is None or entry.low is None or entry.high is None:
         return ""
     return "bad" if entry.low > 0 else "good" if entry.high < 0 else "even"
@@ -207,7 +207,7 @@ def _csv_rows(arm: StudyArm) -> list[Sequence[object]]:
     return rows
 
 
-def _interval_values(entry: Estimate | None) -> list[str]:
+def _interval_values(entry: EstimateInterval | None) -> list[str]:
     if entry is None:
         return [""] * 3
     return ["" if value is None else repr(value) for value in (entry.value, entry.low, entry.high)]

@@ -6,19 +6,19 @@ import itertools
 from collections.abc import Sequence
 
 from postgrad.reports.html.notation import format_compact, format_fixed, format_percent, format_signed, plain_text
-from postgrad.reports.results import Estimate, StudyArm, StudyResults
+from postgrad.reports.result_models import EstimateInterval, StudyArm, StudyResults
 from postgrad.stats.forgetting import MIN_DOCUMENTS
 
-_NO_ESTIMATE = Estimate()
+_NO_ESTIMATE = EstimateInterval()
 
 
-def interval_text(entry: Estimate, decimals: int = 3) -> str:
+def interval_text(entry: EstimateInterval, decimals: int = 3) -> str:
     """`+0.120 (+0.110 to +0.130)`."""
     ends = f"{format_signed(entry.low, decimals)} to {format_signed(entry.high, decimals)}"
     return f"{format_signed(entry.value, decimals)} ({ends})"
 
 
-def percent_interval_text(entry: Estimate) -> str:
+def percent_interval_text(entry: EstimateInterval) -> str:
     """`78 % (71 % to 83 %)`."""
     return f"{format_percent(entry.value, 0)} ({format_percent(entry.low, 0)} to {format_percent(entry.high, 0)})"
 
@@ -28,7 +28,7 @@ def join_names(names: Sequence[str]) -> str:
     return ("; " if any("," in name for name in names) else ", ").join(names)
 
 
-def is_significant(entry: Estimate) -> bool:
+def is_significant(entry: EstimateInterval) -> bool:
     """Whether the interval excludes zero and all seeds agree on the sign."""
     if entry.low is None or entry.high is None or entry.low <= 0 <= entry.high:
         return False
@@ -61,7 +61,7 @@ def _change_value(arm: StudyArm, kind: str) -> float:
     return arm.change.get(kind, _NO_ESTIMATE).value or 0.0
 
 
-def _pair_differences(study: StudyResults, arm: str, other: str) -> dict[str, Estimate]:
+def _pair_differences(study: StudyResults, arm: str, other: str) -> dict[str, EstimateInterval]:
     """The difference of two arms on old and new text and on average, whichever is the first of the stored pair."""
     for pair in study.pairs:
         estimates = {"old": pair.old, "new": pair.new, "average": pair.average}
@@ -73,8 +73,8 @@ def _pair_differences(study: StudyResults, arm: str, other: str) -> dict[str, Es
     return {}
 
 
-def _negate(entry: Estimate) -> Estimate:
-    return Estimate(
+def _negate(entry: EstimateInterval) -> EstimateInterval:
+    return EstimateInterval(
         value=-(entry.value or 0.0),
         low=-(entry.high or 0.0),
         high=-(entry.low or 0.0),

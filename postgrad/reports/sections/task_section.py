@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from postgrad.lineage.record import Record, TaskResult
+from postgrad.lineage.record import Record, TaskRecord
 from postgrad.reports.html.charts import ForestRow, Point, Series, forest_plot, line_chart
 from postgrad.reports.html.document import (
     details,
@@ -29,7 +29,7 @@ from postgrad.reports.html.table import (
     value_cell,
 )
 from postgrad.reports.html.verdicts import tone_of, verdict_cell, verdict_of
-from postgrad.reports.results import TaskScore
+from postgrad.reports.result_models import TaskScore
 from postgrad.reports.sections.comparison_table import arm_names
 from postgrad.reports.sections.curves import X_LABEL
 
@@ -69,7 +69,7 @@ def task_table(record: Record, brief: bool = False) -> Table | None:
     return Table("Tasks before and after", tuple(columns[i] for i in picked), body, notes)
 
 
-def _task_row(task: TaskResult, metric: str) -> tuple[Cell, ...]:
+def _task_row(task: TaskRecord, metric: str) -> tuple[Cell, ...]:
     before, after, change = task.before.get(metric), task.after.get(metric), task.changes.get(metric)
     decimals = _metric_decimals(metric)
     return (
@@ -145,14 +145,14 @@ def _metric_decimals(metric: str) -> int:
     return 1 if metric in PERCENT_METRICS else 3
 
 
-def prompting_text(task: TaskResult) -> str:
+def prompting_text(task: TaskRecord) -> str:
     """`5 shots, 3 seeds, multiple choice`."""
     shots = f"{task.shots} shot{'s' * (task.shots > 1)}" if task.shots else "zero-shot"
     seeds = f", {task.seeds} seeds" if task.seeds > 1 else ""
     return shots + seeds + (", multiple choice" if task.scoring == "multiple-choice" else ", generated")
 
 
-def omissions_text(task: TaskResult) -> str:
+def omissions_text(task: TaskRecord) -> str:
     """Skipped items by reason, and prompts with fewer demonstrations; empty without any."""
     parts = [f"{format_count(n)} {plain_text(reason)}" for reason, n in task.skipped.items() if n]
     if task.truncated_prompts:
@@ -205,7 +205,7 @@ def tasks_section(record: Record, task_values: Mapping[str, Mapping[str, Sequenc
     )
 
 
-def _change_figures(tasks: Sequence[TaskResult]) -> list[str]:
+def _change_figures(tasks: Sequence[TaskRecord]) -> list[str]:
     """The change of the first metric of each task, one figure per metric."""
     rows: dict[str, list[ForestRow]] = {}
     for task in tasks:
@@ -246,7 +246,7 @@ def _curve_figures(task_values: Mapping[str, Mapping[str, Sequence[Point]]]) -> 
     ]  # fmt: skip
 
 
-def _answer_details(task: TaskResult) -> str:
+def _answer_details(task: TaskRecord) -> str:
     """A prompt, and some questions with their answers."""
     examples = "".join(
         f'<article class="sample"><p class="prompt" dir="auto">{escaped_passage(example.question)}</p>'

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from postgrad.lineage.record import Difference, MetricValue, RecordPart, TaskResult
+from postgrad.lineage.record import Difference, MetricValue, RecordPart, TaskRecord
 
 
-class Estimate(RecordPart):
+class EstimateInterval(RecordPart):
     """A value with its 95 % interval, and its values by seed."""
 
     value: float | None = None
@@ -16,7 +16,7 @@ class Estimate(RecordPart):
     by_seed: list[float] = []
 
 
-class TaskScore(TaskResult):
+class TaskScore(TaskRecord):
     """One model's metrics on a task."""
 
     scores: dict[str, MetricValue] = {}
@@ -25,7 +25,7 @@ class TaskScore(TaskResult):
 # --- shift ----------------------------------------------------------------------------------------------------------------
 
 
-class Distance(Estimate):
+class Distance(EstimateInterval):
     """A distance between two texts; `same` is that of two samples of the old text."""
 
     same: float | None = None
@@ -33,7 +33,7 @@ class Distance(Estimate):
 
 class Corpus(RecordPart):
     files: list[str] = []
-    bits: Estimate
+    bits: EstimateInterval
     """Loss in bits per byte."""
     bytes_per_token: float | None = None
     tokens_per_word: float | None = None
@@ -55,7 +55,7 @@ class ShiftResult(RecordPart):
     strength: str
     old: Corpus
     new: Corpus
-    surprise: Estimate
+    surprise: EstimateInterval
     distances: dict[str, Distance]
     proposals: list[ProposedSetting]
 
@@ -97,12 +97,12 @@ class ProbedView(RecordPart):
     states: list[int] = []
     strength: float | None = None
     dev: float = 0.0
-    metrics: dict[str, Estimate] = {}
-    against_last: dict[str, Estimate] = {}
+    metrics: dict[str, EstimateInterval] = {}
+    against_last: dict[str, EstimateInterval] = {}
     shares: list[float] = []
 
 
-class ProbeResult(RecordPart):
+class ProbeSummary(RecordPart):
     """`postgrad probe --json`."""
 
     model: str
@@ -118,7 +118,7 @@ class ProbeResult(RecordPart):
     metric: str
     strengths: list[float] = []
     views: list[ProbedView] = []
-    guess: dict[str, Estimate] = {}
+    guess: dict[str, EstimateInterval] = {}
     notes: list[str] = []
 
 
@@ -142,7 +142,7 @@ class StudyBase(RecordPart):
     """The base model of the arms."""
 
     name: str | None = None
-    loss: dict[str, Estimate] = {}
+    loss: dict[str, EstimateInterval] = {}
     tokens: float | None = None
     seconds: float | None = None
     curve: StudyCurve | None = None
@@ -158,11 +158,11 @@ class StudyArm(RecordPart):
     name: str
     status: str = ""
     from_scratch: bool = False
-    loss: dict[str, Estimate] = {}
-    change: dict[str, Estimate] = {}
-    removed: Estimate | None = None
+    loss: dict[str, EstimateInterval] = {}
+    change: dict[str, EstimateInterval] = {}
+    removed: EstimateInterval | None = None
     """Share of the baseline's forgetting that the arm removed."""
-    gap: dict[str, Estimate] = {}
+    gap: dict[str, EstimateInterval] = {}
     """Difference from the union arm."""
     by_seed: dict[str, dict[str, float]] = {}
     spread: dict[str, SeedSpread] = {}
@@ -181,12 +181,12 @@ class ArmPair(RecordPart):
 
     arm: str
     than: str
-    old: Estimate | None = None
-    new: Estimate | None = None
-    average: Estimate | None = None
+    old: EstimateInterval | None = None
+    new: EstimateInterval | None = None
+    average: EstimateInterval | None = None
 
 
-class Claim(Estimate):
+class ClaimResult(EstimateInterval):
     say: str = ""
     on: str = ""
     bound: float | None = None
@@ -201,8 +201,8 @@ class FittedLaw(RecordPart):
 
 class ReplayPoint(RecordPart):
     share: float = 0.0
-    loss: dict[str, Estimate] = {}
-    change: dict[str, Estimate] = {}
+    loss: dict[str, EstimateInterval] = {}
+    change: dict[str, EstimateInterval] = {}
 
 
 class ReplayCurve(RecordPart):
@@ -221,7 +221,7 @@ class StudyMachine(RecordPart):
 
 class StudyTime(RecordPart):
     runs: int | None = None
-    runs_asked: int | None = None
+    runs_requested: int | None = None
     training: float | None = None
     evaluation: float | None = None
     outside: float | None = None
@@ -241,7 +241,7 @@ class StudyResults(RecordPart):
     sets: list[StudySet] = []
     arms: list[StudyArm] = []
     pairs: list[ArmPair] = []
-    claims: list[Claim] = []
+    claims: list[ClaimResult] = []
     replay: ReplayCurve | None = None
     machine: StudyMachine | None = None
     time: StudyTime = StudyTime()
