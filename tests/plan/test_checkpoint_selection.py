@@ -31,8 +31,8 @@ from postgrad.lineage.record import read_record
 from postgrad.lineage.tree import lineage_matrix, read_lineage
 from postgrad.plan import checkpoint_selection
 from postgrad.plan.checkpoint_selection import CheckpointEvaluation, SelectionRule, compute_selection_state
-from postgrad.reports.html import tables
 from postgrad.reports.pages import run_page
+from postgrad.reports.sections import published_step
 from postgrad.run.events import CheckpointSaved, PhaseStarted, RunEvent, RunFinished, RunStopped, StepCompleted
 from postgrad.run.run import run_stage
 from postgrad.run.summary import summary_text
@@ -359,7 +359,7 @@ def test_a_metric_decides_where_more_is_better(shelf: Workspace) -> None:
     assert found.step == min(s for s, v in candidates.items() if v == found.value)
     after = record.scores.after["labelled-heldout"].metrics["macro F1"]
     assert after.value == pytest.approx(found.value)
-    assert "by macro F1 on labelled-heldout" in tables.selected_step_sentences(record)[0]
+    assert "by macro F1 on labelled-heldout" in published_step.selected_step_sentences(record)[0]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from postgrad.reports.sections.task_tables import cluster_table, task_table
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -37,6 +36,7 @@ from postgrad.models.task import Task
 from postgrad.plan.prompted_task import PromptedTask, TaskPrompt
 from postgrad.plan.task_prompts import make_prompted_task
 from postgrad.reports.pages import run_page
+from postgrad.reports.sections.task_section import cluster_table, task_table
 from postgrad.run import task_scores
 from postgrad.run.run import run_stage
 from postgrad.run.task_scores import answer_tasks, choice_scores, read_answers
