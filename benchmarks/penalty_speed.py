@@ -103,9 +103,9 @@ def anchor_bytes(anchor: Any) -> int:
     """Bytes held beside the weights, mapped files not counted."""
     if isinstance(anchor, LossPenalty):
         return sum(r.nbytes + i.nbytes for _, r, i in anchor.parts)
-    kept = [t for h in anchor.held for t in (h.reference, h.importance) if t is not None]
-    kept += [c.importance for c in getattr(anchor, "changed", []) if c.importance is not None]
-    return sum(t.nbytes for t in kept if not getattr(t, "mapped", False))
+    tensors = [t for w in anchor.weights for t in (w.reference, w.importance) if t is not None]
+    tensors += [d.importance for d in getattr(anchor, "deltas", []) if d.importance is not None]
+    return sum(t.nbytes for t in tensors if not getattr(t, "mapped", False))
 
 
 def penalty_arms(folder: Path) -> dict[str, tuple[str, Callable[[Run], Any] | None]]:

@@ -62,7 +62,7 @@ def main() -> None:
             **settings(options),
             "rows": plan.data.mixture.block_size,
             "row_tokens": plan.model.context_length,
-            "parameters": run.weights.numel(),
+            "parameters": sum(master.numel() for master in run.weights.masters),
             "read_ms": 1e3 * read,
             "read_ms_range": [1e3 * min(reads), 1e3 * max(reads)],
             "step_ms": 1e3 * trained,

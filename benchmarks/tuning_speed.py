@@ -5,7 +5,7 @@
 Every arm trains the same random Llama on the same batch: forward, backward and torch's AdamW, in fp32 with SDPA. Ours and
 PEFT's of a kind take turns, and the one that begins changes each round; the ratio is of the two steps of one round, so a
 slow minute hits both. Kinds that PEFT has not are held against tuning the whole model, which has no PEFT to beat.
-Switched off: a forward without gradients inside `off()`, and one of a model that never had a tuning.
+Switched off: a forward without gradients inside `disable()`, and one of a model that never had a tuning.
 
 Memory is that of a whole training of a LoRA, ours as a stage steps and PEFT's under Trainer, in processes of their own: the
 most each ever held (VmHWM), less what it held with its libraries imported and nothing else.
@@ -187,14 +187,14 @@ def compare_switched_off(options: argparse.Namespace, ids: Tensor) -> list[dict[
         arm.model.eval()
         arms = {
             "bare": partial(time_forward, bare, ids),
-            "off": partial(time_forward, arm.model, ids, tuning.off),
+            "off": partial(time_forward, arm.model, ids, tuning.disable),
             "on": partial(time_forward, arm.model, arm.ids),
         }
         rounds = list(run_rounds(arms, options.rounds, options.warm))
         ratios = {
             f"{side}_ratio": median_and_range(each[side] / each["bare"] for each in rounds) for side in ("off", "on")
         }
-        with tuning.off():
+        with tuning.disable():
             same = torch.equal(arm.model(input_ids=ids).logits, bare(input_ids=ids).logits)
         rows.append(
             {
