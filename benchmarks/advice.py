@@ -7,7 +7,7 @@
 For each new text and bound the benchmark writes a stage, runs `postgrad advise` on it, and trains the advised stage in full.
 It compares predicted and measured losses on old and new text, and the measured rise with the bound. With --less it also trains
 the stage with the replay share divided by 1.5: if that run breaks the bound, the advised share is at most 1.5 times the
-smallest one that a grid of full runs at this peak would have found. All files stay in the work folder; the same command resumes.
+smallest one that a grid of full runs at this peak would have found. The work folder keeps all files; the same command resumes.
 """
 
 from __future__ import annotations

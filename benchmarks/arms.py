@@ -1,6 +1,6 @@
-"""How do arms take turns, and what does every file of results say of how it was made?
+"""Alternating rounds of benchmark arms, and the provenance that every results file records.
 
-Only the standard library is imported at first: arms that tell how much memory they hold are processes that import this, too.
+Imports only the standard library: arms that measure memory are processes that import this module too.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # what is measured
 
 T = TypeVar("T")
 LOAD = os.getloadavg()[0]
-"""What else the machine had to do when the script began."""
+"""Load of the machine when the script began."""
 
 
 def run_rounds(arms: Mapping[str, Callable[[], T]], rounds: int, warm: int = 0) -> Iterator[dict[str, T]]:
-    """What each arm answers, round by round; the order turns around each round, and the first `warm` are not told."""
+    """Results of each arm, round by round; the order reverses each round, and the first `warm` rounds are dropped."""
     for number in range(warm + rounds):
         answers = {name: arms[name]() for name in (arms if number % 2 else reversed(list(arms)))}
         if number >= warm:
@@ -57,7 +57,7 @@ def strip_folders(word: str) -> str:
 
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:
-    """Everything that was asked or left as it is, for a file of results."""
+    """All options, given or default, for a results file."""
 
     def short(value: Any) -> Any:
         if isinstance(value, list):
@@ -85,7 +85,7 @@ def provenance(*packages: str) -> dict[str, Any]:
 
 
 def write_results(path: Path | None, results: Mapping[str, Any]) -> None:
-    """Into the file, if one is asked for."""
+    """Write the results to the file, if there is one."""
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(results, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""What does distillation cost in a training step, with the teacher asked at every step, or once beforehand?
+"""Cost of distillation in a training step, with an online teacher and with cached predictions.
 
     python benchmarks/distillation_speed.py --json benchmarks/results/distillation_speed.json
 
@@ -60,20 +60,20 @@ def random_rows(options: argparse.Namespace) -> list[Row]:
 
 @torch.no_grad()
 def teacher_distributions(teacher: CausalModel, rows: list[Row], kind: str) -> list[SparseDistribution]:
-    """What a teacher says of some rows, as a stage asks it beforehand."""
+    """A teacher's distributions for some rows, as a stage caches them."""
     output = teacher(**collate(rows, [0] * len(rows)).inputs)
     assert output.head is not None
-    words = []
+    distributions = []
     for i, hidden_ND in enumerate(output.hidden):
         product_NV = hidden_ND.new_empty(len(hidden_ND), len(output.head.weight_VD))
         compute_products(hidden_ND, output.head, product_NV)
         logits_NV = torch.empty_like(product_NV, dtype=torch.float32)
         compute_logits(product_NV, output.head, logits_NV)
         uniform_NS = np.random.default_rng(i).random((len(hidden_ND), DRAWS))
-        words.append(
+        distributions.append(
             sample_distribution(logits_NV, uniform_NS, 1.0) if kind == "sampled" else top_k_distribution(logits_NV, K)
         )
-    return words
+    return distributions
 
 
 class Arm:

@@ -1,4 +1,4 @@
-"""How fast are answers to few-shot prompts scored, beside lm-eval's own loop on the same model, items and prompts?
+"""Speed of scoring few-shot prompts, compared with lm-eval on the same model, items and prompts.
 
     python benchmarks/few_shot.py --json benchmarks/results/few_shot.json
 
@@ -73,7 +73,7 @@ def read_questions(path: Path) -> list[Question]:
 
 
 def format_question(question: Question, answers: str) -> tuple[str, list[str]]:
-    """What stands before an answer, and the possible answers."""
+    """The prompt of a question, and the possible answers."""
     if answers == "words":
         return f"Question: {question.text}\nAnswer:", [f" {option}" for option in question.options]
     listed = "\n".join(f"{letter}. {option}" for letter, option in zip("ABCDEFGH", question.options, strict=False))

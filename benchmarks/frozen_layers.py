@@ -1,4 +1,4 @@
-"""Which layers should a tagger read that never moves its backbone? The feature-based table of the BERT paper, on your tags.
+"""Compare frozen layers as input of a tagger: the feature-based table of the BERT paper, on your tags.
 
     python benchmarks/frozen_layers.py --model MODEL --train tagged.jsonl --test tagged.jsonl \\
         --json benchmarks/results/frozen_layers.json
@@ -97,7 +97,7 @@ def predict_tags(reader: TaskHead, sentences: Sentences) -> np.ndarray:
 def train_tagger(
     frozen: FrozenFeatures, form: TaskHeadConfig, seed: int, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """One BiLSTM: what it says of the test in the epoch that dev likes best."""
+    """Train one BiLSTM; its test predictions at the epoch with the best dev score."""
     torch.manual_seed(seed)
     reader = TaskHead(form, frozen.width, frozen.output_count)
     reader.draw_weights(0.02)

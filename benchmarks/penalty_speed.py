@@ -1,4 +1,4 @@
-"""What does an anchor cost a training step, by what it holds and where that lies?
+"""Cost of an anchor in a training step, by its tensors and their storage.
 
     python benchmarks/penalty_speed.py --json benchmarks/results/penalty_speed.json
 
@@ -182,7 +182,7 @@ def compare(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Compare, and write what was found."""
+    """Run the comparison, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_integer_options(
         parser, hidden=384, inner=1024, layers=6, vocabulary=4096, rows=8, time=256, rounds=7, warm=2, threads=1

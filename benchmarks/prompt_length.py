@@ -1,4 +1,4 @@
-"""How long should a prompt be? Lengths against accuracy, chosen on one part of the data and reported on another.
+"""Accuracy by prompt length, selected on one part of the data and reported on another.
 
     python benchmarks/prompt_length.py --model MODEL --data labelled.jsonl --json benchmarks/results/prompt_length.json
 
@@ -123,7 +123,7 @@ def figure(rows: list[Result]) -> str:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """What is asked."""
+    """The command line's options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--name", help="what model and data are called in the result")
     parser.add_argument("--model", type=Path, required=True)

@@ -1,4 +1,4 @@
-"""How much of a training step does reading its rows take?
+"""Time to read the rows of a training step, relative to the step.
 
     python benchmarks/reading.py --json benchmarks/results/reading.json
 

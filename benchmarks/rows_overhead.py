@@ -1,4 +1,4 @@
-"""What do packing and masking cost a training step, and how fast are rows read?
+"""Cost of packing and masking in a training step, and the speed of reading rows.
 
     python benchmarks/rows_overhead.py --json benchmarks/results/rows_overhead.json
 

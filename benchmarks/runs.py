@@ -1,4 +1,4 @@
-"""What did some runs of one stage bring? Their records, put together into one file that a page's table can be held against.
+"""Collect the records of several runs of one stage in one file, against which tests compare the tables of the docs.
 
     python benchmarks/runs.py RUN... --json benchmarks/results/distillation.json
 

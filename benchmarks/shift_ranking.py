@@ -1,4 +1,4 @@
-"""Does the shift between two texts foretell how much a model forgets when it goes on with the second?
+"""Rank correlation between the shift from old to new text and the forgetting of a model trained on the new text.
 
     python benchmarks/shift_ranking.py --model MODEL --old old.jsonl --retained old-heldout.jsonl \
         --json benchmarks/results/shift_ranking.json german.jsonl code.jsonl abstracts.jsonl ...
@@ -72,7 +72,7 @@ def measure_forgetting(args: argparse.Namespace, text: Path, seed: int) -> Resul
 
 
 def measure_shift(args: argparse.Namespace, text: Path) -> Result:
-    """What `postgrad shift` says of the new text."""
+    """The measures of `postgrad shift` for the new text."""
     kept = args.work / f"{text.stem}.shift.json"
     if not kept.exists():
         found = run_postgrad("shift", "--model", args.model, "--old", str(args.old), "--new", str(text))

@@ -1,4 +1,4 @@
-"""What do the arms of a comparison of steps train? A small random Llama, a batch for it, and a run as a stage has it."""
+"""A small random Llama, a batch for it, and a run, for benchmarks of training steps."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from postgrad.training.step import Run
 
 
 def make_llama(options: argparse.Namespace, seed: int = 0, extra_positions: int = 0) -> LlamaForCausalLM:
-    """The same Llama for the same seed; `beside`: positions that it has beside those of a row."""
+    """The same Llama for the same seed; `extra_positions`: positions in addition to those of a row."""
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(

@@ -1,4 +1,4 @@
-"""How fast does text become tokens, against the tokenizer's own speed and against `datasets.map`?
+"""Tokenisation speed, compared with the bare tokenizer and with `datasets.map`.
 
     python benchmarks/tokenise.py [FILE ...] [--tokenizer tokenizer.json] [--repeats 5] [--json result.json]
 

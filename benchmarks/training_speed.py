@@ -1,4 +1,4 @@
-"""How fast does a training step run here, beside the usual trainers and beside the bare matrix products?
+"""Speed of a training step, compared with common trainers and with the bare matrix products.
 
     python benchmarks/training_speed.py --peers-python /path/to/venv/bin/python --json benchmarks/results/speed.json
 

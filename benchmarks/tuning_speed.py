@@ -1,4 +1,4 @@
-"""What does a training step of each kind of tuning cost beside PEFT's, and what does a tuning cost that is switched off?
+"""Cost of a training step of each tuning, compared with PEFT, and cost of a disabled tuning.
 
     python benchmarks/tuning_speed.py --json benchmarks/results/tuning_speed.json
 
@@ -315,7 +315,7 @@ def compare_memory(options: argparse.Namespace) -> dict[str, dict[str, list[floa
 
 
 def parse_arguments() -> argparse.Namespace:
-    """What is asked."""
+    """The command line's options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     add_integer_options(

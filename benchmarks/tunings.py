@@ -1,4 +1,4 @@
-"""What does each kind of tuning learn, what does it forget, and what does it cost, on one task from one model?
+"""Compare what each kind of tuning learns and forgets, and its cost, on one task from one model.
 
     python benchmarks/tunings.py --task classify --model MODEL --train train.jsonl --valid valid.jsonl \
         --json benchmarks/results/tunings_classify.json
@@ -593,7 +593,7 @@ def parse_rates(text: str) -> tuple[str, tuple[float, ...]]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """What is asked."""
+    """The command line's options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--task", choices=("classify", "answers"), default="classify")
     parser.add_argument("--name", help="what model and data are called in the result")

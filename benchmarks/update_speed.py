@@ -1,4 +1,4 @@
-"""What do updates of fewer numbers cost a training step?
+"""Cost of sparse updates in a training step.
 
     python benchmarks/update_speed.py --json benchmarks/results/update_speed.json
 
@@ -94,7 +94,7 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Compare, and write what was found."""
+    """Run the comparison, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_integer_options(
         parser, hidden=384, inner=1024, layers=6, vocabulary=4096, rows=8, time=256, rounds=7, warm=2, threads=1
