@@ -39,7 +39,7 @@ class AnchorPenalty(PenaltyConfig):
     fingerprint_function: ClassVar[str | None] = "postgrad.run.anchors:anchor_fingerprints"
     kind: Literal["anchor"]
     importance: str | None = None
-    """A file written by `postgrad importance`: the importance of each weight. Default: the same for all weights."""
+    """A file written by the verb `importance`: the importance of each weight. Default: the same for all weights."""
     normalize: bool = False
     """Divide the importance by its mean over the anchored weights, so that strengths compare with those of plain L2-SP."""
     reference: str = "start"

@@ -26,6 +26,7 @@ from postgrad.commands import builtin_corpus
 from postgrad.config.stage_file import read_yaml
 from postgrad.errors import DataError, StageError
 from postgrad.evaluation import before_after
+from postgrad.lineage.metrics import EvaluationRow, SetRow
 from postgrad.lineage.record import read_record
 from postgrad.reports.result_models import StudyResults
 from postgrad.reports.sections.study_table import claims_table, study_arms_table, study_csv
@@ -165,7 +166,7 @@ def changed(study: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("retained", None, "no retained set"),
         ("learned", None, "no learned set"),
         ("old", None, "`old` is missing: the arm 'replay' reads it"),
-        ("against", "nobody", "names an arm 'nobody' that is not there"),
+        ("baseline", "nobody", "names an arm 'nobody' that is not there"),
         ("stage", {"name": "x"}, "stage: `name` follows from the study"),
         ("stage/tokenz", 5, "did you mean 'tokens'"),
         ("new", [{"path": "a.txt"}, {"path": "b/a.txt"}], "two texts are called 'a'"),
@@ -227,7 +228,7 @@ def test_a_claim_about_the_share_removed_needs_an_arm_without_protection(base: P
     arms = {"plain": {}, "replay": {"replay": "5%"}}
     with pytest.raises(StageError, match="does not say whose forgetting is removed"):
         parse_study(raw(base, arms=arms, claims=claims), "s")
-    assert parse_study(raw(base, arms=arms, claims=claims, against="plain"), "s").baseline_name == "plain"
+    assert parse_study(raw(base, arms=arms, claims=claims, baseline="plain"), "s").baseline_name == "plain"
 
 
 def test_a_patch_is_merged_where_the_kind_is_the_same() -> None:
@@ -327,7 +328,7 @@ def test_parts_are_learnt_one_after_the_other(base: Path) -> None:
             ]
         },
     }
-    work = worked(base, new=new, base=PRETRAINED, arms=arms, against="infinite")
+    work = worked(base, new=new, base=PRETRAINED, arms=arms, baseline="infinite")
     for name in arms:
         (chain,) = work.arm_chains(name)
         assert len(chain.steps) == 3
@@ -532,7 +533,7 @@ def test_what_is_left_behind_reads_back(done: PreparedStudy) -> None:
     assert [found["claims"][3][key] for key in ("value", "low", "high")] == [
         learnt[key] for key in ("value", "low", "high")
     ]
-    assert any("Two seeds tell little" in line for line in found["summary"])
+    assert any("Two seeds say little" in line for line in found["summary"])
 
 
 def test_stopped_and_gone_on_with_it_ends_with_the_same_numbers(base: Path, tmp_path: Path, cache: Path) -> None:
@@ -580,7 +581,7 @@ def test_an_arm_that_fails_leaves_the_others(base: Path, tmp_path: Path, cache: 
         "half-wild": "failed",
         "replay": "finished",
     }
-    assert found["summary"][0].startswith("Not finished, and so not in any sentence below: wild, half-wild")
+    assert found["summary"][0].startswith("Not finished and not in any sentence below: wild, half-wild")
 
 
 def test_two_processes_make_the_same(base: Path, tmp_path: Path, cache: Path) -> None:
@@ -692,9 +693,13 @@ def test_what_is_seen_while_it_goes_on(done: PreparedStudy) -> None:
     (first, second), (union,) = work.arm_chains("none"), work.arm_chains("union")
     standing = StudyProgress(work, {first.last_step: 10.0, second.last_step: 10.0, union.last_step: 40.0})
     standing.update(StepFinished(work.base_step or "", 0.0, is_cached=True))
-    assert standing.fraction_done("none") == 0 and standing.state("none") == "waits" and standing.seconds_left() == 60
+    assert standing.fraction_done("none") == 0 and standing.state("none") == "waiting" and standing.seconds_left() == 60
     standing.update(StepStarted(first.last_step, ""))
-    row = {"sets": {"old-held": {"role": "retained", "change": 0.25}, "new-held": {"role": "learned", "change": -1.0}}}
+    sets = {
+        "old-held": SetRow(role="retained", nats=3.25, change=0.25, low=0.2, high=0.3),
+        "new-held": SetRow(role="learned", nats=2.0, change=-1.0, low=-1.1, high=-0.9),
+    }
+    row = EvaluationRow(step=5, trained_tokens=1000, sets=sets)
     standing.update(StepProgress(first.last_step, "training", 5, 10, row))
     assert (
         standing.fraction_done("none") == 0.25
@@ -761,7 +766,7 @@ def test_what_is_said_of_protection() -> None:
     apart["old"]["by_seed"] = [0.1, -0.01]
     costs["new"] = between(-0.01, 0.03, by_seed=[0.01, 0.02])
     lines = told(none, near, most, anew, pairs=[costs, apart])
-    assert lines[1].endswith("which is not shown to differ from nothing.")
+    assert lines[1].endswith("which is not shown to differ from zero.")
     assert lines[2] == "Not shown to have removed less than that: near."
     # Nor is a share of forgetting removed that may be none.
     poor = {"name": "poor", "change": changes(between(0.4, 0.6)), "removed": between(-0.1, 0.2)}
@@ -781,7 +786,7 @@ def test_what_is_said_of_all_text_at_once() -> None:
         "(union, 5k tokens from scratch) the best on average is best, 2k tokens on top" in line and "shown" not in line
     )
     arms[1]["gap"]["average"] = between(-0.1, 0.2)
-    assert "not shown to differ from nothing" in next(line for line in told(*arms, union) if "Against all" in line)
+    assert "not shown to differ from zero" in next(line for line in told(*arms, union) if "Against all" in line)
 
 
 def test_what_few_seeds_do_not_tell() -> None:
@@ -791,10 +796,10 @@ def test_what_few_seeds_do_not_tell() -> None:
         whole = told(*({**arm, "seeds_there": own} for arm, own in zip(arms, seeds, strict=True)), seeds=[0, 1, 2])
         return [line for line in whole if "seed" in line and "disagree" not in line]
 
-    assert "each arm was carried out once" in lines([0], [0])[0]
+    assert "each arm was run once" in lines([0], [0])[0]
     assert lines([0, 1, 2], [0, 1, 2]) == []
-    assert lines([0, 1, 2], [0])[0].endswith("which were carried out once: other.")
-    assert lines([0, 1], [0, 1, 2]) == ["Two seeds tell little of how far a third one would lie from these numbers."]
+    assert lines([0, 1, 2], [0])[0].endswith("that were run once: other.")
+    assert lines([0, 1], [0, 1, 2]) == ["Two seeds say little about the spread over seeds."]
 
 
 def losses(old: Sequence[float], new: float, spread: float = 0.0) -> Losses:
@@ -1031,8 +1036,8 @@ def test_several_files_are_read_before_the_first_is_carried_out(
     monkeypatch.setenv("POSTGRAD_CACHE", str(tmp_path / "cache"))
     file = written(tmp_path, raw(base))
     for name, study, said in (
-        ("bad.yaml", raw(base, name="other", against="nobody"), "names an arm 'nobody'"),
-        ("same.yaml", raw(base, seeds=[1]), "study.yaml has the same folder"),
+        ("bad.yaml", raw(base, name="other", baseline="nobody"), "names an arm 'nobody'"),
+        ("same.yaml", raw(base, seeds=[1]), "study.yaml has the same output folder"),
     ):
         (tmp_path / name).write_text(yaml.safe_dump(study))
         refused = CliRunner().invoke(app, ["study", str(file), str(tmp_path / name)])
@@ -1047,7 +1052,7 @@ def test_two_files_do_not_share_a_folder(base: Path, tmp_path: Path, cache: Path
     next(iter(run_study(one, command="x")))
     other = tmp_path / "other.yaml"
     other.write_text(one.file.read_text())
-    with pytest.raises(StageError, match=r"study\.yaml has the same folder"):
+    with pytest.raises(StageError, match=r"study\.yaml has the same output folder"):
         next(iter(run_study(prepare_study(other, cache), command="x")))
     one.file.unlink()  # then it has another name now, and goes on
     assert isinstance(next(iter(run_study(prepare_study(other, cache), command="x"))), StepStarted)
@@ -1094,4 +1099,4 @@ def test_names_with_commas_of_their_own_are_kept_apart() -> None:
     arm["change"] = {"old": between(0.1, 0.2), "new": between(0, 1)}
     arms = [{**arm, "name": name} for name in ("cosine", "cosine, replay 5 %")]
     said = " ".join(study_summary(StudyResults.model_validate({"name": "x", "arms": arms, "seeds": [0, 1, 2]})))
-    assert "is shown: cosine; cosine, replay 5 %." in said
+    assert "is significant: cosine; cosine, replay 5 %." in said
