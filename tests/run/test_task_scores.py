@@ -27,7 +27,7 @@ from postgrad.config.tasks import TaskConfig
 from postgrad.distributed.world import World
 from postgrad.errors import DataError, ModelError, ResumeError, StageError
 from postgrad.evaluation.choices.loglikelihood import ChoiceItem
-from postgrad.lineage.metrics import read_metrics
+from postgrad.lineage.metrics import TaskRow, read_metrics
 from postgrad.lineage.record import read_record
 from postgrad.models.location import locate_model
 from postgrad.models.model import wrap_model
@@ -43,6 +43,7 @@ from postgrad.run.task_scores import answer_tasks, choice_scores, read_answers
 from tests.tiny_stages import Workspace, make_workspace, run_interrupted, run_trace, write_rows
 
 HERE = World(torch.device("cpu"))
+TASKS_HEADING = '<h2 id="tasks-h">Tasks</h2>'
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +112,7 @@ def test_choices_compared_by_hand(shelf: Workspace) -> None:
 
 @torch.no_grad()
 def test_what_is_chosen_is_the_likeliest_by_a_plain_loop(shelf: Workspace) -> None:
-    quiz = asked_of(shelf, shelf.file("labelled", held_out=True), shots=1, shown={"path": shelf.file("labelled")})
+    quiz = asked_of(shelf, shelf.file("labelled", held_out=True), shots=1, few_shot={"path": shelf.file("labelled")})
     model = AutoModelForCausalLM.from_pretrained(shelf.folder / "llama")
     expected = []
     for prompt in quiz.prompts_KI[0]:
@@ -176,7 +177,7 @@ def test_a_record_says_what_was_answered_before_and_after(shelf: Workspace, run:
     by_name = {entry.name: entry for entry in record.tasks}
     assert list(by_name) == ["kinds", "pairs", "named"]
     assert (by_name["kinds"].shots, by_name["kinds"].seeds, by_name["kinds"].items) == (2, 2, 16)
-    assert by_name["named"].scoring == "write" and by_name["pairs"].scoring == "choose"
+    assert by_name["named"].scoring == "generate" and by_name["pairs"].scoring == "multiple-choice"
     for entry in record.tasks:
         for metric in entry.metrics:
             was, now, moved = entry.before[metric], entry.after[metric], entry.changes[metric]
@@ -222,7 +223,7 @@ def test_looks_during_training_ask_what_is_asked_for(shelf: Workspace, run: Path
     looks = [row for row in read_metrics(run / "metrics.jsonl") if row.kind == "evaluation"]
     assert len(looks) > 2 and all(set(row.tasks) == {"kinds"} for row in looks)
     (entry,) = (e for e in read_record(run).tasks if e.name == "kinds")
-    assert looks[0].tasks["kinds"] == {"metric": "accuracy", "value": entry.before["accuracy"].value}
+    assert looks[0].tasks["kinds"] == TaskRow(metric="accuracy", value=entry.before["accuracy"].value)
     assert looks[-1].tasks["kinds"].value == entry.after["accuracy"].value
 
 
@@ -244,18 +245,19 @@ def test_the_end_and_the_page_tell_of_tasks(run: Path) -> None:
     table, clusters = task_table(record), cluster_table(record)
     assert table and clusters
     assert len(table.rows) == 3 + 1 + 3
-    said = clusters.text()
-    assert "never seen" in said and "trained on" in said
+    assert "trained on" in clusters.text()
+    found = [(row[0].text, row[1].text) for row in clusters.rows]
+    assert found == [("choices", "no"), ("sorts", "yes"), ("sorts", "yes")]
     html = run_page.run_page(record, read_metrics(run / "metrics.jsonl"))
     for text in (
-        "What it was asked",
-        "2 shots, 2 seeds, chosen",
-        "Clusters of tasks",
-        "What was asked and answered: named",
+        TASKS_HEADING,
+        "2 shots, 2 seeds, multiple choice",
+        "Task clusters, trained on and not",
+        "Prompts and answers: named",
     ):
         assert text in html
-    plain = run_page.run_page({**record, "tasks": [], "clusters": []}, [])
-    assert "What it was asked" not in plain
+    plain = run_page.run_page(record.model_copy(update={"tasks": [], "task_clusters": []}), [])
+    assert TASKS_HEADING not in plain and "Tasks before and after" not in plain
 
 
 def test_nothing_that_is_tested_is_trained_on(shelf: Workspace, tmp_path: Path) -> None:
@@ -303,7 +305,7 @@ def test_a_stopped_run_says_what_was_answered_before(shelf: Workspace) -> None:
     record = read_record(shelf.folder / "runs" / "stopped")
     assert record.status == "stopped" and record.tasks[0].before["accuracy"].value > 0
     assert record.tasks[0].after == {} and task_table(record)
-    assert "What it was asked" in run_page.run_page(record, [])
+    assert TASKS_HEADING in run_page.run_page(record, [])
 
 
 def test_other_test_rows_are_another_stage(shelf: Workspace, tmp_path: Path) -> None:
@@ -377,7 +379,7 @@ def test_runs_beside_each_other(shelf: Workspace, run: Path) -> None:
         assert pair.difference == pytest.approx(two - one)
     text = render.run_comparison_text(found, None)
     assert "Tasks, arms side by side" in text and "named (exact-match)" in text
-    assert "What the arms answered" in (shelf.folder / "beside.html").read_text()
+    assert TASKS_HEADING in (shelf.folder / "beside.html").read_text()
     # Tasks that were asked otherwise are not held against each other.
     raw = examined(shelf, "otherwise", "kinds")
     raw["evaluation"]["tasks"][0]["shots"] = 1
@@ -404,7 +406,7 @@ def test_the_command_line(shelf: Workspace, run: Path, monkeypatch: pytest.Monke
         return result.output
 
     text = said("eval", str(run), "--tasks", str(tasks))
-    for part in ("kinds", "2 shots, 2 seeds, chosen", "macro-F1", "exact-match", "next: postgrad compare"):
+    for part in ("kinds", "2 shots, 2 seeds, multiple choice", "macro-F1", "exact-match", "next: postgrad compare"):
         assert part in text
     both = json.loads(said("eval", str(run), shelf.file("old", held_out=True), "--tasks", str(tasks), "--json"))
     assert set(both["sets"]) == {"old-heldout"} and len(both["tasks"]) == 3
