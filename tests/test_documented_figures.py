@@ -73,12 +73,12 @@ def of_fewer() -> list[str]:
         "rate-5e-4": "peak 5e-4",
         "rate-3e-4": "peak 3e-4",
         "rate-1.5e-4": "peak 1.5e-4",
-        "mofo-0.3": "`momentum`, 30 %",
-        "mofo-0.1": "`momentum`, 10 %",
-        "mofo-0.05": "`momentum`, 5 %",
-        "migu-0.5": "`magnitude`, 50 %",
-        "migu-0.3": "`magnitude`, 30 %",
-        "migu-0.1": "`magnitude`, 10 %",
+        "mofo-0.3": "`mofo`, 30 %",
+        "mofo-0.1": "`mofo`, 10 %",
+        "mofo-0.05": "`mofo`, 5 %",
+        "migu-0.5": "`migu`, 50 %",
+        "migu-0.3": "`migu`, 30 %",
+        "migu-0.1": "`migu`, 10 %",
         "finch-0.7": "`loss_adaptive`, start 70 %",
         "finch-0.5": "`loss_adaptive`, start 50 %",
         "finch-0.25": "`loss_adaptive`, start 25 %",
@@ -110,11 +110,11 @@ def by_a_lower_peak(found: dict[str, Found], run: Found) -> float | None:
 def of_updates() -> list[str]:
     rows = []
     arms = {arm["arm"]: arm for arm in read("update_speed")["arms"]}
-    for kind in ("momentum 10 %", "magnitude 30 %"):
+    for kind, word in (("momentum 10 %", "mofo"), ("magnitude 30 %", "migu")):
         for tuning in ("", "lora, "):
             arm, plain = arms[f"{tuning}{kind}"], arms["lora" if tuning else "plain"]
             middle, low, high = arm["ratio"]
-            said = f"`{kind.split()[0]}`, {kind.split(' ', 1)[1]}" + (", on `lora`" if tuning else "")
+            said = f"`{word}`, {kind.split(' ', 1)[1]}" + (", on `lora`" if tuning else "")
             plain_ms, ms = (round(each["update_ms"][0]) for each in (plain, arm))
             rows.append(f"| {said} | {middle:.3f} ({low:.3f} to {high:.3f}) | {plain_ms} ms | {ms} ms |")
     return rows

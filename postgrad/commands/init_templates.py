@@ -340,11 +340,13 @@ def _sets_yaml(sets: Mapping[str, Sequence[str]]) -> str:
 
 def _test_sets(request: TemplateRequest) -> dict[str, list[str]]:
     """The user's test rows."""
-    return {"test": [f"{{name: final, path: {_quote_path(request.test)}, like: rows}}"]} if request.test else {}
+    return (
+        {"test": [f"{{name: final, path: {_quote_path(request.test)}, same_format_as: rows}}"]} if request.test else {}
+    )
 
 
 def _set_entry(name: str, rows: str, part: str, source: str) -> str:
-    return f"{{name: {name}, path: {rows}.{part}.jsonl, like: {source}}}"
+    return f"{{name: {name}, path: {rows}.{part}.jsonl, same_format_as: {source}}}"
 
 
 def _comment(measurements: str) -> str:
@@ -389,9 +391,9 @@ def _text2text_values(request: TemplateRequest, folder: str) -> dict[str, str]:
         f"    - {{name: choice, path: {folder}/choices.train.jsonl, max_passes: 20}}",
     ]
     sets = {
-        "retained": [f"{{name: english, path: {folder}/old-heldout.jsonl, like: replay}}"],
+        "retained": [f"{{name: english, path: {folder}/old-heldout.jsonl, same_format_as: replay}}"],
         "learned": [
-            f"{{name: {name}-valid, path: {folder}/{rows}.valid.jsonl, like: {name}}}"
+            f"{{name: {name}-valid, path: {folder}/{rows}.valid.jsonl, same_format_as: {name}}}"
             for name, rows in (("summary", "pairs"), ("part", "labelled"), ("choice", "choices"))
         ],
     }

@@ -122,13 +122,17 @@ def metric_verdict(name: MetricName, low: float, high: float) -> Verdict:
 
 def _seed_values(metric: Metric, predictions: TaskPredictions) -> np.ndarray:
     """The metric of each prompt seed, of shape (K,)."""
-    parts = [metric.statistics(seed_predictions, predictions.references_I) for seed_predictions in predictions.predictions_KI]
+    parts = [
+        metric.statistics(seed_predictions, predictions.references_I) for seed_predictions in predictions.predictions_KI
+    ]
     return np.array([metric.value(np.ones((1, len(predictions))) @ part_IS)[0] for part_IS in parts])
 
 
 def _resampled_means(metric: Metric, predictions: TaskPredictions, seed: int = 0) -> np.ndarray:
     """The mean over the prompt seeds for each draw of items, of shape (D,); all prompt seeds have the same draws."""
-    parts = [metric.statistics(seed_predictions, predictions.references_I) for seed_predictions in predictions.predictions_KI]
+    parts = [
+        metric.statistics(seed_predictions, predictions.references_I) for seed_predictions in predictions.predictions_KI
+    ]
     return np.mean([metric.value(resample_sums(part_IS, seed)) for part_IS in parts], axis=0)
 
 
@@ -274,7 +278,8 @@ METRICS: Mapping[MetricName, Metric] = MappingProxyType(
             lambda predictions, references: correlation_moments(*_number_pairs(predictions, references).T), correlation
         ),
         "Spearman": Metric(
-            lambda predictions, references: correlation_moments(*_ranks(_number_pairs(predictions, references)).T), correlation
+            lambda predictions, references: correlation_moments(*_ranks(_number_pairs(predictions, references)).T),
+            correlation,
         ),
     }
 )

@@ -82,8 +82,8 @@ CURVES: list[tuple[list[float], dict[str, Any], tuple[int, int | None]]] = [
         {"patience": 2, "min_delta": 0.2},
         (4, None),
     ),  # two together surpass the mark by more than the gain
-    ([1, 5, 4, 3, 2], {"first": 3}, (5, None)),  # the first two are no candidates
-    ([1, 5, 6, 7, 8, 4], {"first": 2, "patience": 4}, (6, None)),
+    ([1, 5, 4, 3, 2], {"first_step": 3}, (5, None)),  # the first two are no candidates
+    ([1, 5, 6, 7, 8, 4], {"first_step": 2, "patience": 4}, (6, None)),
     ([0.5, 0.7, 0.6, 0.6], {"metric": "accuracy", "patience": 2}, (2, 4)),  # more is better
     ([0.5, 0.4, 0.6], {"metric": "MSE", "patience": 1}, (2, 3)),
     ([5, math.nan, 4, math.nan], {"patience": 2}, (3, None)),
@@ -103,7 +103,7 @@ def test_nothing_ends_inside_the_stability_gap() -> None:
     curve = [3.0, 3.2, 3.5, 3.4, 3.2, 2.9, 2.5, 2.2]
     guarded = SelectionRule("dev", "loss", 2, 0.0, 5)
     assert best_and_end(curve, guarded) == (8, None)
-    assert best_and_end(curve, replace(guarded, first=1)) == (1, 3)
+    assert best_and_end(curve, replace(guarded, first_step=1)) == (1, 3)
 
 
 def test_what_forgets_too_much_is_passed_over_and_without_any_other_it_is_what_forgets_least() -> None:
@@ -229,9 +229,11 @@ def test_the_published_model_is_the_best_checkpoint_and_training_ends_without_ga
     assert record.totals.tokens > found.trained_tokens
     said = summary_text(outcome)
     assert f"Published: step {found.step} of {found.last_step}, the best of" in said
-    assert f"Training ended at step {found.last_step} of {record.plan.steps}: 2 looks without a gain." in said
+    assert (
+        f"Training ended at step {found.last_step} of {record.plan.steps}: 2 evaluations without improvement." in said
+    )
     shown = run_page.run_page(record, read_metrics(home / "metrics.jsonl"))
-    assert "Which step was published" in shown and ">published<" in shown
+    assert "Published checkpoint" in shown and ">published<" in shown
     stages = read_lineage(home)
     assert lineage_matrix(stages, lambda *_: 1.0).stages[1].tokens == found.trained_tokens
 
@@ -241,7 +243,7 @@ def test_without_a_choice_the_last_step_is_published_and_nothing_is_said(shelf: 
     outcome = shelf.run(raw)
     assert outcome.record.published_checkpoint is None and "Published" not in summary_text(outcome)
     assert not values_of(Path(raw["output"]))
-    assert "Which step was published" not in (Path(raw["output"]) / "report.html").read_text()
+    assert "Published checkpoint" not in (Path(raw["output"]) / "report.html").read_text()
 
 
 TUNINGS = [
@@ -326,8 +328,11 @@ def test_what_was_forgotten_limits_the_choice(shelf: Workspace) -> None:
     raw = chosen(shelf, "bound", {"max_forgetting": "0.1%"})
     outcome = shelf.run(raw)
     bound = outcome.record.published_checkpoint
-    rises = {row.step: row.checkpoint_selection.relative_high for row in read_metrics(Path(raw["output"]) / "metrics.jsonl")
-             if row.checkpoint_selection is not None}  # fmt: skip
+    rises = {
+        row.step: row.checkpoint_selection.relative_high
+        for row in read_metrics(Path(raw["output"]) / "metrics.jsonl")
+        if row.kind == "evaluation" and row.checkpoint_selection is not None
+    }
     values = values_of(Path(raw["output"]))
     candidates = [step for step in values if step >= bound.first_step]
     within = [step for step in candidates if rises[step] <= 0.001]
@@ -338,7 +343,7 @@ def test_what_was_forgotten_limits_the_choice(shelf: Workspace) -> None:
     before = before_after.read_scores(Path(raw["output"]) / "scores" / "start.npz")["old-heldout"]
     assert len(before.bytes_N) == 12
     said = summary_text(outcome)
-    assert ("No look kept" in said) == (not within)
+    assert ("No evaluation kept" in said) == (not within)
 
 
 def test_a_metric_decides_where_more_is_better(shelf: Workspace) -> None:
@@ -438,9 +443,9 @@ def test_a_test_set_is_looked_at_once_after_training(secret: Workspace, monkeypa
     assert "secret" not in {sample.set for sample in record.samples}
     assert "secret" not in before_after.read_scores(home / "scores" / "before.npz")
     text = summary_text(last)
-    assert "secret (test)" in text and "looked at once" in text
+    assert "secret (test)" in text and "test set is scored once" in text
     shown = (home / "report.html").read_text()
-    assert "test (looked at once)" in shown and "a test set, looked at once" in shown
+    assert "test (scored once)" in shown and "a test set, scored once" in shown
     # What a lineage scores other models on are the other sets.
     assert "secret" not in [found.name for found in lineage_matrix(read_lineage(home), lambda *_: 1.0).sets]
 
@@ -451,7 +456,7 @@ def test_the_gate_is_not_about_test_sets(secret: Workspace) -> None:
     only = {**raw, "name": "only", "output": str(secret.folder / "runs" / "only"), "max_forgetting": "2%"}
     only["evaluation"] = {"learned": [secret.file("new", held_out=True)], "test": raw["evaluation"]["test"]}
     only["data"] = {**raw["data"], "sources": [secret.source("new")]}
-    with pytest.raises(StageError, match="no retained set"):
+    with pytest.raises(StageError, match="retention gate needs a retained set"):
         secret.plan(only)
 
 
@@ -477,7 +482,7 @@ def test_copies_of_test_rows_are_neither_trained_on_nor_chosen_by(secret: Worksp
     plan = secret.plan(raw)
     without = {**raw, "evaluation": {"learned": [secret.file("new", held_out=True)]}}
     assert plan.data.rows[0].ledger.dropped > 0 and secret.plan(without).data.rows[0].ledger.dropped == 0
-    assert any("dev: 3 documents are copies of test documents" in note for note in plan.notes)
+    assert any("dev: 3 copies of test documents are removed" in note for note in plan.notes)
     assert [len(h) for h in plan.evaluation.sets] == [12, 30]
     assert plan.data.overlaps["secret"].duplicates == 7
     raw["evaluation"]["learned"] = [{"name": "all", "path": secret.file("secret")}]
@@ -524,9 +529,7 @@ def test_a_label_of_which_every_row_is_a_copy_of_a_test_row_is_told(shelf: Works
     rare = made(["yes no yes", "no yes no"], "rare")
     train = write_rows(tmp_path / "train.jsonl", [*made(numbers, "low"), *rare])
     test = write_rows(tmp_path / "test.jsonl", [*made(["yes yes"], "low"), *rare])
-    with pytest.raises(
-        PostgradError, match=r"test\.jsonl:2: 'test' has the label 'rare', which no row that is trained"
-    ):
+    with pytest.raises(PostgradError, match=r"test\.jsonl:2: 'test' has the label 'rare', which no training row has"):
         shelf.plan(classified(shelf, train, test))
     assert shelf.plan(classified(shelf, train, test, labels=["low", "rare"])).model.task_layer is not None
 

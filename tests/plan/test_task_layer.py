@@ -24,6 +24,7 @@ from postgrad.errors import DataError, ModelError, StageError
 from postgrad.evaluation.before_after import read_scores
 from postgrad.lineage.record import SetScore
 from postgrad.models.location import locate_model
+from postgrad.models.task import Task
 from postgrad.models.task_head import TaskHeadConfig, load_task_head_config
 from postgrad.objectives.classification_loss import ClassificationLoss
 from postgrad.plan.task_layer import resolve_representation
@@ -68,7 +69,7 @@ def stage_of(
 
 def form_of(shelf: Workspace, model: str, task: Any, **said: Any) -> TaskHeadConfig | None:
     spec = ClassifyObjective.model_validate({"kind": "classify", **said})
-    return resolve_representation([spec], locate_model(model, shelf.folder), task)
+    return resolve_representation([spec], locate_model(model, shelf.folder), Task(task))
 
 
 # -- what a choice comes to ------------------------------------------------------------------------------------------------
@@ -157,7 +158,7 @@ def test_a_choice_without_meaning_is_told(shelf: Workspace, model: str, file: st
     ("said", "message"),
     [
         ({"layers": "lust"}, "objectives\\[0\\].layers: .*'auto', 'last', 'embeddings' or 'mix', not 'lust'"),
-        ({"layers": {"sum": 2, "mix": 2}}, "layers are joined in exactly one way"),
+        ({"layers": {"sum": 2, "mix": 2}}, "layers are combined in exactly one way"),
         ({"layers": {"average": 2}}, "there is no key 'average'"),
         ({"head": "transformer"}, "objectives\\[0\\].head"),
         ({"head": {"kind": "linear", "width": 3}}, "a head of the kind `linear` has no `width`"),

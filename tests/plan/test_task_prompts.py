@@ -217,7 +217,7 @@ def few(shelf: Workspace, tmp_path: Path, **changes: Any) -> PromptedTask:
     test = [{"text": f"test {i}", "label": "yes" if i % 3 else "no"} for i in range(6)]
     pool = [{"text": f"train {i}", "label": "yes" if i % 5 else "no"} for i in range(30)]
     path, train = write_rows(tmp_path / "test.jsonl", test), write_rows(tmp_path / "train.jsonl", pool)
-    shown = {"path": str(train), "sampler": changes.pop("by", "seed")}
+    shown = {"path": str(train), "sampler": changes.pop("by", "random")}
     return asked(shelf, path, **{"shots": 4, "few_shot": shown, **changes})
 
 
@@ -276,7 +276,7 @@ def test_no_row_that_is_tested_is_ever_shown(shelf: Workspace, tmp_path: Path) -
     assert "quiz: 40 copies of test rows are not used as demonstrations" in found.notes
     assert "quiz: 7 of 40 rows are evaluated (items: 7)" in found.notes
     with pytest.raises(
-        DataError, match=r"shown: 5 shots need as many rows, and there are 4 \(40 more are copies of test rows"
+        DataError, match=r"few_shot: 5 shots need as many rows, and there are 4 \(40 more are copies of test rows"
     ):
         asked(shelf, path, shots=5, few_shot={"path": str(train)})
     with pytest.raises(
@@ -430,7 +430,7 @@ def test_only_the_rows_that_are_asked_for(shelf: Workspace, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("written_", "said"),
     [
-        ("- {name: a, path: x, shots: 2}", "2 shots need `shown`"),
+        ("- {name: a, path: x, shots: 2}", "2 shots require `few_shot`"),
         ("- {name: a, path: x, seeds: 2, shots: 1, few_shot: {path: y, sampler: bm25}}", "`bm25` is deterministic"),
         ("- {name: a, path: x, calibrate: true, normalization: answer-only}", "use one"),
         ("- {name: a, path: x, shot: 2}", r"tasks\[0\]\.shot: there is no key 'shot'[\s\S]*did you mean 'shots'"),
@@ -460,7 +460,7 @@ def test_shots_can_be_said_for_all(tmp_path: Path) -> None:
     file = tmp_path / "tasks.yaml"
     file.write_text("- {name: a, path: x, shots: 5, few_shot: {path: y}}\n- {name: b, path: x}")
     assert [t.shots for t in load_tasks(file)] == [5, 0] and [t.shots for t in load_tasks(file, 0)] == [0, 0]
-    with pytest.raises(StageError, match="3 shots need `shown`"):
+    with pytest.raises(StageError, match="3 shots require `few_shot`"):
         load_tasks(file, 3)
 
 

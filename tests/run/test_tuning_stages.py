@@ -177,14 +177,14 @@ def texts_by_hand(model: PreTrainedModel, file: str, behind: str = "") -> tuple[
     return nats, tokens
 
 
-def agrees(shelf: Workspace, summaries: dict[str, Any], folder: Path, behind: str = "") -> None:
+def agrees(shelf: Workspace, summaries: dict[str, SetScore], folder: Path, behind: str = "") -> None:
     """The scores are those of the plain model in a folder, by hand."""
     plain = AutoModelForCausalLM.from_pretrained(folder)
     for name in ("old", "new"):
         nats, tokens = texts_by_hand(plain, shelf.file(name, held_out=True), behind)
         found = summaries[f"{name}-heldout"]
-        assert found["tokens"] == tokens
-        assert found["nats"] == pytest.approx(nats / tokens, rel=1e-5)
+        assert found.tokens == tokens
+        assert found.nats == pytest.approx(nats / tokens, rel=1e-5)
 
 
 def evaluated(shelf: Workspace, model: Path) -> dict[str, SetScore]:
@@ -415,7 +415,7 @@ def test_a_checkpoint_is_a_start(shelf: Workspace, name: str) -> None:
     earlier, last = sorted((home / "checkpoints").iterdir())
     found = evaluated(shelf, last)
     for s in SETS:
-        assert found[s]["nats"] == pytest.approx(after[s].nats, rel=1e-5)
+        assert found[s].nats == pytest.approx(after[s].nats, rel=1e-5)
     done = shelf.run(shelf.stage(f"from-{name}", {"kind": "lora", "rank": 1}, model=str(earlier)))
     assert done.record.scores.before == evaluated(shelf, earlier) != after
     assert done.record.parents[0].step == read_progress(earlier).step
@@ -451,7 +451,7 @@ def test_export_gives_a_plain_folder_with_equal_logits(shelf: Workspace, name: s
 def test_export_refuses_what_cannot_become_weights(shelf: Workspace, name: str, tmp_path: Path) -> None:
     with pytest.raises(TuningError, match=r"no weight|weights") as met:
         export_model(str(home_of(shelf, name)), tmp_path / "plain", "auto")
-    assert met.value.way_out
+    assert met.value.hint
     assert not (tmp_path / "plain").exists()
 
 
