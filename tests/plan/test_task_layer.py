@@ -392,7 +392,7 @@ def test_a_word_without_a_token_has_no_tag(shelf: Workspace) -> None:
 
 
 def test_what_cannot_be_classified_is_told(shelf: Workspace) -> None:
-    with pytest.raises(ModelError, match="decides nothing: it is no classifier"):
+    with pytest.raises(ModelError, match="is not a classifier"):
         postgrad.load_classifier(str(shelf.folder / "llama"))
     file, tuning, said = RUNS["bilstm on frozen layers"]
     run = shelf.run(stage_of(shelf, "bilstm-on-frozen-layers", file, tuning, **dict(said))).run_folder
