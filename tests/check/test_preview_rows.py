@@ -345,7 +345,7 @@ def test_what_was_found_is_told(shelf: Workspace, name: str) -> None:
 def test_what_was_found_of_words_and_files(shelf: Workspace) -> None:
     labelled = shelf.source("labelled", "labelled", prompt="{text}\nis", label_words={"words": "good", "sums": "bad"})
     (shelf.folder / "book.txt").write_text("one and two.\n\nsix and nine.\n" * 20)
-    book = {"name": "book", "path": str(shelf.folder / "book.txt"), "documents": "paragraphs", "max_passes": 100}
+    book = {"name": "book", "path": str(shelf.folder / "book.txt"), "document_unit": "paragraphs", "max_passes": 100}
     sources = [{**labelled, "share": 0.3}, {**book, "share": 0.3}, shelf.source("chat", share=0.4)]
     plan = shelf.plan(shelf.stage("found", sources=sources, evaluation=QUICK_EVALUATION))
     first, second, third = source_lines(plan.data.sources, shelf.cache)

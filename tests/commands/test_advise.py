@@ -217,7 +217,7 @@ def test_replay_text_that_is_short_limits_the_share(shelf: Workspace) -> None:
     plenty = plan_advice(wish(place), shelf.cache)
     assert plenty.max_share == 0.75
     raw = yaml.safe_load(place.read_text())
-    raw["data"]["when_short"] = "renormalise"
+    raw["data"]["on_exhausted"] = "renormalise"
     place.write_text(yaml.safe_dump(raw))
     asked = plan_advice(wish(place), shelf.cache)
     available = asked.plan.as_record().sources[1].available_tokens

@@ -236,7 +236,7 @@ def test_a_lineage_measures_what_no_run_did(runs: LineageRuns, tmp_path: Path) -
     assert summary.BWT < 0  # the naive stage forgot
     assert pytest.approx(new[0] - new[1]) == summary.FWT
     assert summary.forgetting == pytest.approx(-summary.BWT)
-    json.dumps(found.as_dict(), allow_nan=False)
+    json.dumps(found.model_dump(mode="json"), allow_nan=False)
     assert (tmp_path / "page.html").exists()
 
 

@@ -20,7 +20,7 @@ from postgrad.commands.restore import (
     plan_restoration,
 )
 from postgrad.errors import PostgradError, StageError
-from postgrad.lineage.record import read_record
+from postgrad.lineage.record import ScoresRecord, SetScore, read_record
 from postgrad.plan.checkpoint_selection import CheckpointEvaluation, SelectionRule, compute_selection_state
 from postgrad.run.events import RunFinished
 from postgrad.run.run import run_stage
@@ -162,8 +162,8 @@ def test_it_is_enough_when_enough_is_won_back_at_no_more_than_was_allowed(
         ),
         request=SimpleNamespace(min_recovered=0.5, max_cost=0.1),
     )
-    after = {"old": {"nats": old}, "new": {"nats": new}, "even": {"nats": 3.1}}
-    done = SimpleNamespace(record={"scores": {"after": after}}, run_folder=Path("run"))
+    after = {"old": SetScore(nats=old), "new": SetScore(nats=new), "even": SetScore(nats=3.1)}
+    done = SimpleNamespace(record=SimpleNamespace(scores=ScoresRecord(after=after)), run_folder=Path("run"))
     found = measure_restoration(asked, done)  # type: ignore[arg-type]
     assert found.recovered == pytest.approx(recovered) and found.costs == {"new": pytest.approx(cost)}
     assert found.enough is enough

@@ -56,7 +56,7 @@ def test_several_files_are_one_text(base: Path, cache: Path, tmp_path: Path) -> 
 def test_the_same_text_and_too_little_text_are_refused(base: Path, cache: Path, tmp_path: Path) -> None:
     old = write_jsonl(tmp_path / "old.jsonl", old_text(300, 30))
     few = write_jsonl(tmp_path / "few.jsonl", old_text(3, 60))
-    with pytest.raises(DataError, match="in the old and in the new text alike"):
+    with pytest.raises(DataError, match="are in both the old and the new text"):
         measured(base, cache, [old], [old])
     with pytest.raises(DataError, match=r"--new.*too few to measure"):
         measured(base, cache, [old], [few])

@@ -348,7 +348,7 @@ def test_a_task_layer_of_ours_where_transformers_has_none(shelf: Workspace, tmp_
     lm.resize_token_embeddings(len(tokenizer))
     save_model(lm, tokenizer, tmp_path / "bart")
     form = resolve_representation(
-        [ClassifyObjective(kind="classify")], locate_model(str(tmp_path / "bart"), tmp_path), "tag"
+        [ClassifyObjective(kind="classify")], locate_model(str(tmp_path / "bart"), tmp_path), Task.TAG
     )
     assert form == TaskHeadConfig((2,), stack="encoder")
     done = shelf.run(stage_of(shelf, "bart-tags", "tagged", model=str(tmp_path / "bart")))
