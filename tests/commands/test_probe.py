@@ -145,13 +145,13 @@ def test_copies_of_the_test_are_not_learnt_from(shelf: Workspace) -> None:
         shelf.file("labelled", held_out=True),
         cache=shelf.cache,
     )
-    assert any(note.startswith("train: 24 documents are left out") for note in found.notes)
+    assert any(note.startswith("train: 24 documents are skipped") for note in found.notes)
     assert sum(found.documents[part] for part in ("train", "dev")) <= 60
 
 
 def test_words_that_no_row_has_room_for_are_counted(shelf: Workspace) -> None:
     found = found_by(shelf, "bert", "tagged", context=8)
-    assert any("words stand behind 8 tokens and are not read" in note for note in found.notes)
+    assert any("words lie beyond 8 tokens and are skipped" in note for note in found.notes)
 
 
 def test_a_run_is_probed_with_what_stands_in_it(shelf: Workspace) -> None:
