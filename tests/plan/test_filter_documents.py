@@ -157,7 +157,7 @@ def test_what_cannot_be_judged_is_counted(stage_of: StageOf, plan_of: PlanOf, tm
 def test_a_judgement_goes_on_where_it_was_stopped(
     stage_of: StageOf, plan_of: PlanOf, mixed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(filter_documents, "_SCORING_BATCH_TOKENS", 400)
+    monkeypatch.setattr(perplexity_filter, "_SCORING_BATCH_TOKENS", 400)
     raw = selected(stage_of, {"kind": "perplexity", "quantiles": ["10%", "90%"]})
     whole = make_plan(parse_stage(raw, "t"), tmp_path, tmp_path / "whole")
     asked: list[int] = []
@@ -264,11 +264,11 @@ def test_rows_with_parts_are_selected_by_their_words(stage_of: StageOf, plan_of:
     ("way", "said"),
     [
         ({**DSIR, "keep": "0%"}, "keep"),
-        ({**DSIR, "target": []}, "like"),
+        ({**DSIR, "target": []}, "at least 1 item"),
         ({**DSIR, "target": "gone.jsonl"}, "gone.jsonl"),
         ({**DSIR, "target": "short.jsonl"}, "too few for target text"),
         ({**DSIR, "keep": "0.1%"}, "is none"),
-        ({"kind": "perplexity", "quantiles": ["90%", "10%"]}, "from a smaller share to a larger"),
+        ({"kind": "perplexity", "quantiles": ["90%", "10%"]}, "from a smaller to a larger share"),
         ({"kind": "perplexity", "model": "nobody/here/there"}, "nobody"),
         ({"kind": "perplexity", "max_tokens": 1}, "tokens"),
         ({"kind": "perplexity", "quantiles": [0.5, 0.5001]}, r"none of the 150 documents .* 50 % and 50\.01 %"),

@@ -69,7 +69,7 @@ def test_a_new_model_is_trained_from_a_uniform_guess(task: str, shelf: Workspace
     assert after[learned].nats < before[learned].nats - 0.05
     assert record.model.start_model == name
     made = record.model.new_model
-    assert made.requested["fresh"] == name and made.config["model_type"] == name.split("-")[0]
+    assert made.requested["from_scratch"] == name and made.config["model_type"] == name.split("-")[0]
     assert made.weights == pytest.approx(float(name.split("-")[1][:-1]) * 1000, rel=0.05)
     home = Path(raw["output"])
     assert json.loads((home / "model" / "config.json").read_text())["architectures"] == [architecture]
@@ -188,10 +188,10 @@ def test_a_configuration_with_a_new_tokenizer_or_one_that_is_there(shelf: Worksp
         (
             {"from_scratch": "t5-1M", "tokenizer": {"vocab_size": 340}},
             StageError,
-            r"tokenizer\.vocabulary: 340 tokens have no room",
+            r"tokenizer\.vocab_size: 340 tokens are too few",
         ),
-        ({"config": "nowhere/config.json"}, ModelError, r"model\.config: there is no nowhere/config\.json"),
-        ({"config": "old.jsonl"}, ModelError, r"model\.config: no configuration could be read from old\.jsonl"),
+        ({"config": "nowhere/config.json"}, ModelError, r"model\.config: nowhere/config\.json does not exist"),
+        ({"config": "old.jsonl"}, ModelError, r"model\.config: old\.jsonl has no readable configuration"),
         ({"config": "llama", "tokenizer": "bert-large"}, ModelError, "no tokenizer could be loaded"),
         (
             {"config": "narrow.json", "tokenizer": "llama"},

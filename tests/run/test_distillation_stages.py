@@ -304,7 +304,9 @@ def test_a_teacher_is_asked_in_eval_mode_and_the_model_goes_on_as_it_was() -> No
 
 def test_a_teacher_of_other_tokens_is_refused_by_name(shelf: Workspace) -> None:
     save_pretrained(make_llama(1, vocab_size=300), make_tokenizer(300), shelf.folder / "fewer", dtype=torch.float32)
-    with pytest.raises(StageError, match=r"llama.*fewer do not read the same tokens: 320 tokens on 320 .* 300 on 300"):
+    with pytest.raises(
+        StageError, match=r"llama and its teacher fewer have different vocabularies: 320 tokens on 320 .* 300 on 300"
+    ):
         shelf.plan(shelf.stage("fewer", objectives=[NEXT, {**DISTILL, "teacher": "fewer"}]))
     swapped = t5_tokenizer()
     save_pretrained(make_llama(1, vocab_size=len(swapped)), swapped, shelf.folder / "swapped", dtype=torch.float32)
@@ -495,10 +497,10 @@ def test_what_was_said_of_other_rows_is_refused_and_both_are_named(shelf: Worksp
     (item,) = find_cache_jobs(plan)
     told, rows = item.teacher_cache, plan.data.rows[item.source_number]
     key = int(told.keys[0])
-    assert len(told.lookup(key, rows.at(key, 0)).counts_N) == rows.at(key, 0).counted
-    row = rows.at(key, 0)
+    assert len(told.lookup(key, rows.get_row(key, 0)).counts_N) == rows.get_row(key, 0).label_count
+    row = rows.get_row(key, 0)
     other = row._replace(labels=row.labels[::-1].copy())
-    for wrong in (other, rows.at(int(told.keys[1]), 0)):
+    for wrong in (other, rows.get_row(int(told.keys[1]), 0)):
         with pytest.raises(DataError, match=r"has the digest [0-9a-f]{16}, and the teacher read [0-9a-f]{16}"):
             told.lookup(key, wrong)
     with pytest.raises(DataError, match="no teacher prediction for row 999"):

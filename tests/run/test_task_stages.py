@@ -601,7 +601,7 @@ def test_shares_are_counted_in_what_is_trained(shelf: Workspace, model: str) -> 
     counted = {"a": 0, "old": 0}
     for step in range(plan.steps):
         for i, (source, row) in enumerate(zip(*plan.data.mixture.rows(step), strict=True)):
-            made = plan.data.rows[source].at(int(row), step * plan.data.mixture.block_size + i)
+            made = plan.data.rows[source].get_row(int(row), step * plan.data.mixture.block_size + i)
             assert made.counted == int((made.labels != IGNORED).sum())
             counted[plan.data.source_names[source]] += made.counted
     assert counted == {"a": a.trained_tokens, "old": old.trained_tokens}
@@ -692,7 +692,7 @@ def test_objectives_of_two_task_layers_are_refused(shelf: Workspace) -> None:
     two = [{"kind": "next-token", "on": ["old"]}, {"kind": "classify", "on": ["labelled"]}]
     with pytest.raises(StageError, match="next-token and classify need different models") as met:
         shelf.plan(shelf.stage("two-layers", sources=sources, objectives=two))
-    assert "as text" in met.value.way_out
+    assert "as text" in met.value.hint
     # The hint is one.
     learned = {"name": "old-heldout", "path": shelf.file("old", held_out=True), "same_format_as": "old"}
     plan = shelf.plan(shelf.stage("one-layer", sources=sources, evaluation={**QUICK_EVALUATION, "learned": [learned]}))
@@ -700,7 +700,7 @@ def test_objectives_of_two_task_layers_are_refused(shelf: Workspace) -> None:
 
 
 def test_running_text_has_nothing_for_a_classifier(shelf: Workspace) -> None:
-    with pytest.raises(StageError, match="'new' has rows of kind text, which classify cannot be taken on") as met:
+    with pytest.raises(StageError, match="'new' has rows of kind text, which classify does not support") as met:
         shelf.plan(shelf.stage("texts", model="bert", objectives=CLASSIFY))
     assert "masked" in met.value.expected and met.value.where == "data.sources[0]"
 
@@ -715,7 +715,7 @@ def test_a_source_that_two_objectives_name_is_refused(shelf: Workspace) -> None:
 
 
 def test_labels_that_nobody_listed_are_refused(shelf: Workspace) -> None:
-    with pytest.raises(StageError, match="a label 'words', which is not listed") as met:
+    with pytest.raises(StageError, match="the label 'words', which is not listed") as met:
         shelf.plan(stage_of(shelf, "bert class", objectives=[{"kind": "classify", "labels": ["sums", "other"]}]))
     assert met.value.where == "objectives.labels"
     # Listed ones keep their order, and may be more than there are.
@@ -726,7 +726,7 @@ def test_labels_that_nobody_listed_are_refused(shelf: Workspace) -> None:
 
 def test_a_label_that_only_the_held_out_rows_have_is_met(shelf: Workspace) -> None:
     file = write_rows(shelf.folder / "strange.jsonl", [{"text": "six and one.", "label": "verse"}])
-    with pytest.raises(DataError, match="label 'verse', which no row that is trained on has") as met:
+    with pytest.raises(DataError, match="label 'verse', which no training row has") as met:
         shelf.plan(stage_of(shelf, "bert class", evaluation={**QUICK_EVALUATION, "learned": [str(file)]}))
     assert "strange.jsonl" in str(met.value)
 
@@ -781,7 +781,7 @@ def test_demonstrations_are_of_the_questions_own_kind(shelf: Workspace) -> None:
 def test_biases_that_are_not_there_are_refused(shelf: Workspace) -> None:
     with pytest.raises(TuningError, match="has no biases") as met:
         shelf.run(shelf.stage("no-bias", {"kind": "bias"}))
-    assert "norm" in met.value.way_out
+    assert "norm" in met.value.hint
 
 
 def test_a_classifier_has_no_words_to_go_on_with(shelf: Workspace) -> None:
