@@ -93,10 +93,10 @@ def test_planted_copies_are_left_out_and_shown(stage_of: StageOf, plan_of: PlanO
     write_jsonl(tmp_path / "mixed.jsonl", [*own, *near, own[7]])
     plan = plan_of(selected(stage_of, {"kind": "duplicates"}))
     assert kept(plan, [*own, *near]) == own
-    (step,) = plan.data.sources[0].selection
+    step = plan.data.sources[0].selection[0].model_dump()
     assert {row["text"] for row in step["dropped"]} <= {text[:200] for text in (*near, own[7])}
     assert len(step["dropped"]) == 3
-    assert all(row["like"] in {text[:200] for text in own} for row in step["dropped"])
+    assert all(row["duplicate_of"] in {text[:200] for text in own} for row in step["dropped"])
     assert "copy of: " in "\n".join(plan_lines(plan))
 
 
@@ -120,8 +120,8 @@ def test_bits_per_byte_are_those_of_evaluation(
     own = np.array([bits[digest(document.encode())] for document in mixed])
     low, high = np.quantile(own, [0.2, 0.7])
     assert kept(plan, mixed) == [d for d, b in zip(mixed, own, strict=True) if low <= b <= high]
-    (step,) = plan.data.sources[0].selection
-    assert step["edges"] == pytest.approx([low, high], rel=1e-5)
+    step = plan.data.sources[0].selection[0].model_dump()
+    assert step["score_bounds"] == pytest.approx([low, high], rel=1e-5)
     for row in step["kept"] + step["dropped"]:
         near = [b for d, b in zip(mixed, own, strict=True) if " ".join(d.split())[:200] == row["text"]]
         assert row["value"] == pytest.approx(near[0], rel=1e-5)
@@ -132,7 +132,7 @@ def test_only_the_beginning_is_judged_when_asked(
 ) -> None:
     plan = plan_of(selected(stage_of, {"kind": "perplexity", "max_tokens": 8, "quantiles": [0, 1]}))
     tokenizer, model = make_tokenizer(), make_llama()
-    (step,) = plan.data.sources[0].selection
+    step = plan.data.sources[0].selection[0].model_dump()
     for row in step["kept"]:
         document = next(d for d in mixed if " ".join(d.split())[:200] == row["text"])
         ids = torch.tensor(tokenizer(document)["input_ids"][:8])[None]
@@ -144,11 +144,11 @@ def test_only_the_beginning_is_judged_when_asked(
 def test_what_cannot_be_judged_is_counted(stage_of: StageOf, plan_of: PlanOf, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "mixed.jsonl", [*"abcdefghijkl", *OLD])
     plan = plan_of(selected(stage_of, {"kind": "perplexity", "quantiles": [0, 1]}))
-    (step,) = plan.data.sources[0].selection
-    assert step["unjudged"] == 12 and step["after"]["documents"] == len(OLD)
+    step = plan.data.sources[0].selection[0].model_dump()
+    assert step["unscored"] == 12 and step["after"]["documents"] == len(OLD)
     assert "; 12 too short to be scored are dropped" in "\n".join(plan_lines(plan))
     whole = plan_of(selected(stage_of, {"kind": "duplicates"}))
-    assert whole.data.sources[0].selection[0]["unjudged"] == 0
+    assert whole.data.sources[0].selection[0].unscored == 0
     write_jsonl(tmp_path / "mixed.jsonl", [*"abcdefghijkl", *OLD[:3]])
     with pytest.raises(DataError, match="only 3 of 15 documents are long enough for a score"):
         plan_of(selected(stage_of, {"kind": "perplexity"}))
@@ -185,9 +185,9 @@ def test_a_selection_is_found_once(
 ) -> None:
     ways = [{"kind": "duplicates"}, DSIR, {"kind": "perplexity"}]
     plan = plan_of(selected(stage_of, *ways))
-    assert [step["kind"] for step in plan.data.sources[0].selection] == ["duplicates", "dsir", "perplexity"]
-    counts = [step["before"]["documents"] for step in plan.data.sources[0].selection]
-    assert counts[0] == 150 and counts[1] == plan.data.sources[0].selection[0]["after"]["documents"] > counts[2]
+    assert [step["kind"] for step in (item.model_dump() for item in plan.data.sources[0].selection)] == ["duplicates", "dsir", "perplexity"]
+    counts = [step["before"]["documents"] for step in (item.model_dump() for item in plan.data.sources[0].selection)]
+    assert counts[0] == 150 and counts[1] == plan.data.sources[0].selection[0].after.documents > counts[2]
     did: list[str] = []
     apply = filter_documents._DocumentFilter.apply
     monkeypatch.setattr(
@@ -256,7 +256,7 @@ def test_rows_with_parts_are_selected_by_their_words(stage_of: StageOf, plan_of:
     chats = tiny_stages.chat_examples(30)
     tiny_stages.write_rows(tmp_path / "mixed.jsonl", [*chats, *chats[:7]])
     plan = plan_of(selected(stage_of, {"kind": "duplicates"}, {"kind": "perplexity"}))
-    assert plan.data.sources[0].selection[0]["after"]["documents"] <= 30
+    assert plan.data.sources[0].selection[0].after.documents <= 30
     assert plan.data.rows[0].ledger.trained
 
 
