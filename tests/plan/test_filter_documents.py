@@ -75,7 +75,7 @@ def test_importance_resampling_keeps_what_is_like(stage_of: StageOf, plan_of: Pl
     assert all(row.value > 0 for row in step.kept) and all(row.value < 0 for row in step.dropped)
     assert sum(step.score_histogram.kept) == 60 and sum(step.score_histogram.dropped) == 90
     text = "\n".join(plan_lines(plan))
-    assert "60 of 150 documents are kept (40.0%)" in text and "note: mixed: 60 of 150 documents are read" in text
+    assert "60 of 150 documents are kept (40.0%)" in text and "note: mixed: 60 of 150 documents and " in text
 
 
 def test_the_seed_decides_the_noise(stage_of: StageOf, plan_of: PlanOf, mixed: list[str]) -> None:
@@ -172,12 +172,12 @@ def test_a_judgement_goes_on_where_it_was_stopped(
     monkeypatch.setattr(perplexity_filter, "score_held_out", stopping)
     with pytest.raises(KeyboardInterrupt):
         plan_of(raw)
-    assert list((tmp_path / "cache" / "selections").glob("*.part.npy"))
+    assert list((tmp_path / "cache" / "selection").glob("*.part.npy"))
     plan = plan_of(raw)
     assert sum(asked) == len(mixed)  # none was judged twice
     assert kept(plan, mixed) == kept(whole, mixed)
     assert plan.data.sources[0].selection == whole.data.sources[0].selection
-    assert not list((tmp_path / "cache" / "selections").glob("*.part.npy"))
+    assert not list((tmp_path / "cache" / "selection").glob("*.part.npy"))
 
 
 def test_a_selection_is_found_once(
@@ -185,7 +185,11 @@ def test_a_selection_is_found_once(
 ) -> None:
     ways = [{"kind": "duplicates"}, DSIR, {"kind": "perplexity"}]
     plan = plan_of(selected(stage_of, *ways))
-    assert [step["kind"] for step in (item.model_dump() for item in plan.data.sources[0].selection)] == ["duplicates", "dsir", "perplexity"]
+    assert [step["kind"] for step in (item.model_dump() for item in plan.data.sources[0].selection)] == [
+        "duplicates",
+        "dsir",
+        "perplexity",
+    ]
     counts = [step["before"]["documents"] for step in (item.model_dump() for item in plan.data.sources[0].selection)]
     assert counts[0] == 150 and counts[1] == plan.data.sources[0].selection[0].after.documents > counts[2]
     did: list[str] = []
@@ -267,7 +271,7 @@ def test_rows_with_parts_are_selected_by_their_words(stage_of: StageOf, plan_of:
         ({**DSIR, "target": []}, "at least 1 item"),
         ({**DSIR, "target": "gone.jsonl"}, "gone.jsonl"),
         ({**DSIR, "target": "short.jsonl"}, "too few for target text"),
-        ({**DSIR, "keep": "0.1%"}, "is none"),
+        ({**DSIR, "keep": "0.1%"}, "is less than one"),
         ({"kind": "perplexity", "quantiles": ["90%", "10%"]}, "from a smaller to a larger share"),
         ({"kind": "perplexity", "model": "nobody/here/there"}, "nobody"),
         ({"kind": "perplexity", "max_tokens": 1}, "tokens"),
