@@ -73,7 +73,7 @@ def test_a_new_model_is_trained_from_a_uniform_guess(task: str, shelf: Workspace
     assert made.weights == pytest.approx(float(name.split("-")[1][:-1]) * 1000, rel=0.05)
     home = Path(raw["output"])
     assert json.loads((home / "model" / "config.json").read_text())["architectures"] == [architecture]
-    assert "Made anew" in (home / "report.html").read_text()
+    assert "New model" in (home / "report.html").read_text()
     assert "is new:" in record.notes[0] and "retained set" not in " ".join(record.notes)
     if kind:
         assert set(after[learned].metrics) >= {"accuracy", "macro F1"}
@@ -104,7 +104,9 @@ def test_no_held_out_document_is_looked_at(shelf: Workspace, monkeypatch: pytest
     new = shelf.source("new", share=0.5)
     raw = begun(shelf, "spied", {"from_scratch": "llama-100k", "tokenizer": {"vocab_size": 390}}, sources=[own, new],
                 evaluation={"learned": [shelf.file("new")]})  # fmt: skip
-    with pytest.raises(DataError, match="nothing of 'new' is left"):  # its every document is a copy of a held-out one
+    with pytest.raises(
+        DataError, match="'new' has no tokens to train on"
+    ):  # its every document is a copy of a held-out one
         shelf.plan(raw)
     digests, _ = _digests_and_sizes(
         start_model.make_text_files("own", {**own, "hub": None, "columns": {}, "documents": "auto"}, tmp_path, "x")

@@ -232,7 +232,7 @@ def test_a_source_may_be_taught_alone(shelf: Workspace) -> None:
     assert all(value > 0 for value in reports[0].losses.values())
     everywhere = shelf.plan(shelf.stage("everywhere", objectives=[NEXT, DISTILL]))
     assert everywhere.data.objective_indices == ((0, 1), (0, 1))
-    with pytest.raises(StageError, match="no objective is taken on 'old'"):
+    with pytest.raises(StageError, match="no objective trains on 'old'"):
         shelf.plan(shelf.stage("nobody", objectives=[{**NEXT, "on": ["new"]}, {**DISTILL, "on": ["new"]}]))
 
 
