@@ -74,7 +74,7 @@ def test_a_new_model_is_trained_from_a_uniform_guess(task: str, shelf: Workspace
     home = Path(raw["output"])
     assert json.loads((home / "model" / "config.json").read_text())["architectures"] == [architecture]
     assert "New model" in (home / "report.html").read_text()
-    assert "is new:" in record.notes[0] and "retained set" not in " ".join(record.notes)
+    assert "is randomly initialized:" in record.notes[0] and "retained set" not in " ".join(record.notes)
     if kind:
         assert set(after[learned].metrics) >= {"accuracy", "macro F1"}
 

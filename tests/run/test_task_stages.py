@@ -602,8 +602,8 @@ def test_shares_are_counted_in_what_is_trained(shelf: Workspace, model: str) -> 
     for step in range(plan.steps):
         for i, (source, row) in enumerate(zip(*plan.data.mixture.rows(step), strict=True)):
             made = plan.data.rows[source].get_row(int(row), step * plan.data.mixture.block_size + i)
-            assert made.counted == int((made.labels != IGNORED).sum())
-            counted[plan.data.source_names[source]] += made.counted
+            assert made.label_count == int((made.labels != IGNORED).sum())
+            counted[plan.data.source_names[source]] += made.label_count
     assert counted == {"a": a.trained_tokens, "old": old.trained_tokens}
     for row in read_metrics(done.run_folder / "metrics.jsonl"):
         if row.kind == "step":
