@@ -109,7 +109,7 @@ def test_no_held_out_document_is_looked_at(shelf: Workspace, monkeypatch: pytest
     ):  # its every document is a copy of a held-out one
         shelf.plan(raw)
     digests, _ = _digests_and_sizes(
-        start_model.make_text_files("own", {**own, "hub": None, "columns": {}, "documents": "auto"}, tmp_path, "x")
+        start_model.make_text_files("own", {**own, "hub": None, "columns": {}, "document_unit": "auto"}, tmp_path, "x")
     )
     every = [json.loads(line)["text"] for line in (tmp_path / "own.jsonl").read_text().splitlines()]
     out = held_out_mask(digests, 0.2)

@@ -800,7 +800,7 @@ def test_a_standing_tuning_keeps_to_its_task(shelf: Workspace) -> None:
 # -- demonstrations ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("by", ["bm25", "embedding", "seed"])
+@pytest.mark.parametrize("by", ["bm25", "embedding", "random"])
 def test_only_training_rows_are_shown_before_a_question(
     shelf: Workspace, by: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
