@@ -1,4 +1,7 @@
-"""Write docs/stage.md and the JSON Schemas of stages, studies and records from their types: `python docs/make_stage_reference.py`."""
+"""Write docs/stage.md and the JSON Schemas of stages, studies and records from their types.
+
+Run it as `python docs/make_stage_reference.py`.
+"""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ References = Sequence[Sequence[str]]
 
 @dataclass(frozen=True)
 class Metric:
-    """`statistics`: `(predictions, references)` to numbers of shape (I, S); `value`: their sums (D, S) to values of shape (D,)."""
+    """`statistics` maps `(predictions, references)` to shape (I, S), `value` their sums (D, S) to values of shape (D,)."""
 
     statistics: Callable[[Predictions, References], np.ndarray]
     value: Callable[[np.ndarray], np.ndarray]

@@ -52,7 +52,7 @@ def update_lines(plan: Plan, summary: SparseUpdateRecord | None) -> list[str]:
     if adaptive:
         share = adaptive.initial_share
         lines.append(
-            f"learning rate: the schedule times min(1, {adaptive.initial_share:.3g} sqrt(first loss / mean loss)), reduced until "
-            f"the mean loss is {100 * adaptive.initial_share**2:.3g} % of the first"
+            f"learning rate: the schedule times min(1, {share:.3g} sqrt(first loss / mean loss)), reduced until "
+            f"the mean loss is {100 * share**2:.3g} % of the first"
         )
     return lines

@@ -307,7 +307,7 @@ class Study(ConfigModel):
             self.predecessors(name)
             if arm.blend and self.arms[arm.blend.arm].blend:
                 raise ValueError(
-                    f"arms.{name}.blend.arm: {arm.blend.arm!r} is a blend itself, and what lies between the base and a blend is "
+                    f"arms.{name}.blend.arm: {arm.blend.arm!r} is a blend itself; a blend of a blend is "
                     f"a blend of the same arm with another weight"
                 )
 
