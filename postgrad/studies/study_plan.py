@@ -300,7 +300,8 @@ def forecast_text(prepared: PreparedStudy, record: Mapping[str, Any], device_cou
     how = record["machine"]
     lines = [
         table,
-        f"{began}; {record['runs']} runs of {format_compact(record['tokens'])} tokens in all, {record['shared']} shared between arms; "
+        f"{began}; {record['runs']} runs of {format_compact(record['tokens'])} tokens in all, "
+        f"{record['shared']} shared between arms; "
         f"{record['left']} unfinished",
         f"time: about {format_duration(each)}{beside}, from timed micro-batches and scored text"
         + (f"; all runs in {how['dtype']} with {how['threads']} thread{'s' * (how['threads'] > 1)}" if how else "")

@@ -450,7 +450,7 @@ def test_a_gate_needs_something_retained(stage_of: StageOf, plan_of: PlanOf, bas
 def test_a_gate_beside_files_that_are_only_learned(
     stage_of: StageOf, plan_of: PlanOf, base: Path, held_out: float | None
 ) -> None:
-    """A named learned set leaves the replay source's automatic split alone; without that split the retention gate needs a retained set."""
+    """A named learned set keeps the replay source's automatic split; without it the retention gate needs a retained set."""
     raw = stage_of(max_forgetting="2%", evaluation={"learned": [str(base / "new-heldout.jsonl")], "every": "50%"})
     if held_out is None:
         assert {h.name: h.role for h in plan_of(raw).evaluation.sets} == {"new-heldout": "learned", "old": "retained"}
