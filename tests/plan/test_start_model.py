@@ -236,7 +236,7 @@ def test_a_suggestion_is_a_model_of_a_stage(shelf: Workspace) -> None:
         "llama-100k", 1000
     )
     assert LENGTH < 512
-    with pytest.raises(ModelError, match="family"):
+    with pytest.raises(ModelError, match="unknown family 'llma'"):
         start_model.suggest_new_model("llma-15M", 10**6)
 
 
