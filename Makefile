@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 .PHONY: demo test check test-all clean help
 
 help:
-	@echo "make demo      see a model learn, forget and be cured (about two minutes after set-up)"
+	@echo "make demo      train a small model, measure forgetting without and with replay (about three minutes)"
 	@echo "make test      the tests"
 	@echo "make check     what every change must pass: ruff, types, floors, tests"
 	@echo "make test-all  the tests and the slow sweeps"

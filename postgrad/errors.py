@@ -4,13 +4,13 @@
     ├── StageError           the stage file: unknown key, impossible value
     ├── DataError            a source: missing, empty, broken, in the wrong shape
     ├── ModelError           a model or tokenizer that cannot be used here
-    ├── TuningError          a way of tuning that this model, or what was asked of it, does not allow
+    ├── TuningError          a tuning that the model or the request does not support
     ├── ResumeError          a run folder that does not belong to this stage
     ├── BusyError            a run folder that another process is using
     ├── MissingExtra         an optional package that is not installed
-    ├── Interrupted          the user stopped what was going on
+    ├── InterruptError       the user interrupted the command
     ├── CheckpointError      a checkpoint that is incomplete or was changed
-    ├── DiskError            no room, or not writable
+    ├── DiskError            a full disk, or a folder that cannot be written
     └── NonFiniteError       a loss or gradient that is not a number
 
 Each error states the problem, its place, what was expected, and a hint.
@@ -38,7 +38,7 @@ class PostgradError(Exception):
 
 
 class StageError(PostgradError):
-    """The stage file asks for something that cannot be."""
+    """An invalid stage file or command-line option."""
 
 
 class DataError(PostgradError):
@@ -46,11 +46,11 @@ class DataError(PostgradError):
 
 
 class ModelError(PostgradError):
-    """A model or tokenizer that cannot be used for what was asked."""
+    """A model or tokenizer that does not support the request."""
 
 
 class TuningError(PostgradError):
-    """A way of tuning that does not fit this model, or cannot do what was asked of it."""
+    """A tuning that the model or the request does not support."""
 
 
 class ResumeError(PostgradError):
@@ -66,25 +66,25 @@ class MissingExtra(PostgradError):
 
 
 class InterruptError(PostgradError):
-    """The user stopped what was going on."""
+    """The user interrupted the command."""
 
     exit_code = 3
 
 
 class CheckpointError(PostgradError):
-    """A checkpoint that is incomplete, or not what its manifest says."""
+    """A checkpoint that is incomplete or does not match its manifest."""
 
     exit_code = 1
 
 
 class DiskError(PostgradError):
-    """No room on the disk, or a folder that cannot be written."""
+    """A full disk, or a folder that cannot be written."""
 
     exit_code = 1
 
 
 class NonFiniteError(PostgradError):
-    """A loss or a gradient that is not a finite number; the weights were not touched."""
+    """A loss or gradient that is not finite; the weights were not changed."""
 
     exit_code = 1
 

@@ -176,7 +176,10 @@ def synthesize(
         typer.Option(help="With --chat and --prompts: example questions before each. Default: 3.", show_default=False),
     ] = None,
     answer: Annotated[
-        str | None, typer.Option(help="With --chat: another model that answers, the latest one.", show_default=False)
+        str | None,
+        typer.Option(
+            help="With --chat: a different model that writes the answers, such as the latest one.", show_default=False
+        ),
     ] = None,
     diverse_share: Annotated[
         str, typer.Option(help="With --chat: fraction of the conversations to keep, the most diverse.")

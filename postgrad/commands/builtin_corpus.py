@@ -1,4 +1,4 @@
-"""What can be learnt from what every Python installation carries? Texts and rows of every kind, made here, offline.
+"""Built-in corpora: texts and rows of every kind, made offline from the running Python installation.
 
 Old text: English documentation (the language reference that `help()` shows, and docstrings). New text: the standard library's
 source code with its docstrings and comments taken out; whole modules are held out, so that no document's neighbour is trained
@@ -28,11 +28,11 @@ from postgrad.storage.atomic import write_atomically
 _DOCUMENT_CHARACTERS = 2000
 _HELD_OUT_EVERY = 15
 _LISTING_CHARACTERS = 16_000
-"""Characters of a module's listing, the whole of which is several times as long as the module."""
+"""Maximum characters of a module's bytecode listing, which is several times as long as its source."""
 
 
 def write_texts(folder: Path) -> dict[str, int]:
-    """Write old and new text, each parted into training and held-out documents; returns their characters."""
+    """Write old and new text, each split into training and held-out documents; returns their characters."""
     done = folder / "sizes.json"
     if done.exists():
         return json.loads(done.read_text())
@@ -59,7 +59,7 @@ def write_texts(folder: Path) -> dict[str, int]:
 
 
 def write_corpus(folder: Path) -> dict[str, int]:
-    """Write four kinds of text, each parted into training and held-out documents; returns their characters.
+    """Write four kinds of text, each split into training and held-out documents; returns their characters.
 
     `old`: documentation. `comments`: what is said beside code, prose of another kind. `code`: code without prose, also as three
     parts. `listing`: what the interpreter makes of it. Whole modules are held out of all kinds alike.
@@ -97,24 +97,24 @@ def write_corpus(folder: Path) -> dict[str, int]:
 
 
 def is_builtin_corpus(folder: Path) -> bool:
-    """Whether a folder holds what `write_kinds` made, whole, and so nothing of the user's that would be written over."""
+    """Whether a folder is a complete output of `write_corpus`, so that overwriting it loses nothing of the user's."""
     return (folder / "kinds.json").exists()
 
 
 def _subsample(documents: list[str], limit: int) -> list[str]:
-    """At most so many of the documents, evenly from all of them."""
+    """At most so many documents, evenly spaced."""
     stride = max(1, -(-len(documents) // limit))
     return documents[::stride]
 
 
 def extract_comments(source: str) -> str:
-    """The comments of a module, those that stand on lines of their own in a block one after the other."""
+    """The comments of a module that have lines of their own, block by block."""
     found = [line.strip().lstrip("#").strip() for line in source.splitlines() if line.strip().startswith("#")]
     return "\n".join(line for line in found if re.search(r"[A-Za-z]{3}.* [a-z]{2}", line))
 
 
 def disassemble(source: str) -> str:
-    """The beginning of a module as the interpreter's instructions, a line each, without addresses."""
+    """The beginning of a module's bytecode, one instruction per line, without addresses."""
     lines: list[str] = []
     inside = [compile(source, "module", "exec")]
     size = 0
@@ -151,7 +151,7 @@ def standard_library_files() -> list[Path]:
 
 
 def language_reference() -> list[str]:
-    """The language reference that `help('if')` and the like show."""
+    """The language reference shown by `help('if')`."""
     try:
         from pydoc_data.topics import topics as known
     except ImportError:  # some distributions leave it out
@@ -167,7 +167,7 @@ def extract_docstrings(module: ast.Module) -> list[str]:
 
 
 def strip_prose(source: str) -> str:
-    """Source code without comments and without strings that stand alone (docstrings)."""
+    """Source code without comments and docstrings."""
     kept: list[tokenize.TokenInfo] = []
     try:
         tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
@@ -279,7 +279,7 @@ _MIN_SUMMARY, _MAX_SUMMARY = 20, 200
 
 @dataclass(frozen=True)
 class DocumentedFunction:
-    """A documented function: where it is, how it is called, and the first sentence of what it says of itself."""
+    """A documented function: its module, signature, and the first sentence of its docstring."""
 
     module: str
     name: str
@@ -292,7 +292,7 @@ class DocumentedFunction:
 
 @cache
 def documented_functions() -> tuple[DocumentedFunction, ...]:
-    """The documented functions of the standard library, those that say the same once; a fifth of them is held out."""
+    """The documented functions of the standard library, without duplicates; a fifth of them is held out."""
     return tuple({function.summary: function for function in _iter_functions()}.values())
 
 
@@ -317,7 +317,7 @@ def _iter_functions() -> Iterator[DocumentedFunction]:
 
 
 def _qualified_functions(module: ast.Module) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
-    """The functions of a module with their names inside of it, those of classes too; of one name the first."""
+    """The functions and methods of a module by qualified name; the first of each name."""
     seen: set[str] = set()
     inside: list[tuple[str, ast.AST]] = [("", module)]
     while inside:
@@ -388,11 +388,11 @@ ROW_GENERATORS = {
     "pairs": _pair_rows,
     "choices": _choice_rows,
 }
-"""What can be made of functions, by the name of the files: NAME.train.jsonl, NAME.valid.jsonl, NAME.test.jsonl."""
+"""Row makers by the name of their files: NAME.train.jsonl, NAME.valid.jsonl, NAME.test.jsonl."""
 
 
 def write_rows(folder: Path, name: str) -> None:
-    """Write the rows `name`, in three files: functions that are held out are for validation and test, turn by turn."""
+    """Write the rows `name` in three files; held-out functions alternate between validation and test."""
     places = {part: folder / f"{name}.{part}.jsonl" for part in ("train", "valid", "test")}
     if all(place.exists() for place in places.values()):
         return

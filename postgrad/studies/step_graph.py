@@ -1,7 +1,7 @@
-"""Which runs does a study need? Each arm with each seed as a chain of steps; a step that several of them need is there once.
+"""The step graph of a study: each arm with each seed as a chain of steps; steps that several chains need are shared.
 
-A step is known by a fingerprint of all that decides it: its stage, what it goes on from, and the texts themselves. What it
-makes is written elsewhere as `@KEY`, and becomes a place when the study has a folder (`resolved`).
+A step's key is a fingerprint of its stage, its predecessors and the contents of its texts. Other steps refer to its output
+as `@KEY`, which `resolve_step_references` turns into a path.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from postgrad.storage.fingerprint import fingerprint
 from postgrad.studies.study import Arm, Pretraining, Study, merge_patch
 
 KEY_LENGTH = 12
-"""Characters of a fingerprint that name a step."""
+"""Length of a step's key."""
 
 _STEP_REFERENCE = re.compile(rf"@([0-9a-f]{{{KEY_LENGTH}}})(/.*)?")
 
 _STAGE_DEFAULTS: dict[str, Any] = {
-    # What a study does not read costs time: each can be asked for in `stage`.
+    # Studies do not use these, and they take time; `stage` can enable each.
     "evaluation": {"samples": 0, "drift_tokens": 0},
     "save": {"keep": 1},
 }
@@ -37,22 +37,22 @@ StepKind = Literal["train", "write", "measure", "blend"]
 
 @dataclass(frozen=True)
 class Step:
-    """Something that is made once: a trained model, the base's own text, importance, a blend."""
+    """A unit of work: a trained model, generated replay, importance, or a blend."""
 
     key: str
     kind: StepKind
     slug: str
     spec: dict[str, Any]
-    """Of `train` the stage; of the others what their maker is asked for."""
+    """The stage of a `train` step; the arguments of other steps."""
     depends_on: tuple[str, ...]
-    """The steps that must be there before."""
+    """Keys of the steps that must finish first."""
     tokens: int = 0
-    """That are trained on."""
+    """Trained tokens."""
 
 
 @dataclass(frozen=True)
 class Chain:
-    """One arm with one seed: its steps, the last of which has its model."""
+    """One arm with one seed: its steps, the last of which produces the arm's model."""
 
     arm: str
     seed: int
@@ -60,22 +60,22 @@ class Chain:
 
     @property
     def last_step(self) -> str:
-        """The step whose model is the arm's."""
+        """The step that produces the arm's model."""
         return self.steps[-1]
 
 
 @dataclass
 class StepGraph:
-    """All steps by key, in an order in which they can be made, and the chains of the arms."""
+    """All steps by key in a topological order, and the chains of the arms."""
 
     study: Study
     steps: dict[str, Step] = field(default_factory=dict)
     chains: list[Chain] = field(default_factory=list)
     base_step: str | None = None
-    """The step that makes the base; None: it is given."""
+    """The step that trains the base; None for an existing model."""
 
     def add(self, step: Step) -> str:
-        """Add a step that is not there yet; its key."""
+        """Add a step unless it exists; returns its key."""
         self.steps.setdefault(step.key, step)
         return step.key
 
@@ -85,17 +85,17 @@ class StepGraph:
 
     @property
     def training_steps(self) -> list[str]:
-        """The steps that train something."""
+        """Keys of the steps that train."""
         return [key for key, step in self.steps.items() if step.kind == "train"]
 
     @property
     def unshared_run_count(self) -> int:
-        """How many runs there would be if each arm with each seed made all of its own, the base too."""
+        """Number of runs without sharing, the base included."""
         own = sum(self.steps[key].kind == "train" for chain in self.chains for key in chain.steps)
         return own + (len(self.chains) if self.base_step is not None else 0)
 
     def required_steps(self, key: str) -> set[str]:
-        """A step and all that it waits for."""
+        """A step and everything that it depends on."""
         found = {key}
         for before in self.steps[key].depends_on:
             found |= self.required_steps(before)
@@ -107,9 +107,9 @@ class StepGraph:
 
 
 def build_step_graph(study: Study, fingerprint_text: Callable[[Mapping[str, Any]], object], where: str) -> StepGraph:
-    """The steps of a study. `print_of` tells a text (a source as plain data) by its contents.
+    """Build the step graph of a study. `fingerprint_text` identifies a text (a source as plain data) by its contents.
 
-    Raises `StageError` for an arm that is no stage and for two arms that are the same.
+    Raises `StageError` for an arm that is not a valid stage, and for two identical arms.
     """
     made = _GraphBuilder(study, fingerprint_text, where)
     for name in sorted(study.arms, key=lambda n: len(study.predecessors(n))):
@@ -122,7 +122,7 @@ def build_step_graph(study: Study, fingerprint_text: Callable[[Mapping[str, Any]
 
 
 def resolve_step_references(value: Any, get_path: Callable[[str], str]) -> Any:
-    """Plain data in which `@KEY` has become the place of what that step made."""
+    """Plain data with every `@KEY` replaced by the path of that step's output."""
     if isinstance(value, Mapping):
         return {key: resolve_step_references(item, get_path) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -133,12 +133,12 @@ def resolve_step_references(value: Any, get_path: Callable[[str], str]) -> Any:
 
 
 def is_step_output(path: object) -> bool:
-    """Whether a text is one that a step of the study makes."""
+    """Whether a path refers to the output of a step."""
     return isinstance(path, str) and _STEP_REFERENCE.fullmatch(path) is not None
 
 
 def parse_token_count(value: Any, where: str) -> int:
-    """A number of tokens as it is written in a stage. Raises `StageError`."""
+    """Parse a number of tokens as in a stage. Raises `StageError`."""
     try:
         return TypeAdapter(TokenCount).validate_python(value)
     except ValidationError as error:
@@ -146,7 +146,7 @@ def parse_token_count(value: Any, where: str) -> int:
 
 
 class _GraphBuilder:
-    """Makes the steps; what is asked for twice is made once, as it has the same key."""
+    """Builds the graph; identical steps have the same key and are added once."""
 
     def __init__(self, study: Study, fingerprint_text: Callable[[Mapping[str, Any]], object], where: str) -> None:
         self.study, self.fingerprint_text, self.where = study, fingerprint_text, where
@@ -162,11 +162,11 @@ class _GraphBuilder:
         if isinstance(study.base, Pretraining):
             self.graph.base_step = self._add_pretraining(study.base)
 
-    # -- what arms are made of -------------------------------------------------------------------------------------
+    # -- arms -------------------------------------------------------------------------------------
 
     @property
     def base_model(self) -> str:
-        """The base as a stage names it."""
+        """The base as the `model` of a stage."""
         if self.graph.base_step is not None:
             return f"@{self.graph.base_step}"
         assert isinstance(self.study.base, str)
@@ -181,7 +181,7 @@ class _GraphBuilder:
         return self.study.old.model_dump(mode="json", exclude_defaults=True)
 
     def _fingerprint(self, text: Mapping[str, Any], key_path: str) -> object:
-        """What a text is told by. Raises `DataError` with the place in the study of one that cannot be read."""
+        """Fingerprint of a text. Raises `DataError` with the key path of one that cannot be read."""
         try:
             return self.fingerprint_text(text)
         except DataError as error:
@@ -217,21 +217,21 @@ class _GraphBuilder:
         self.graph.chains.append(Chain(name, seed, tuple(steps)))
 
     def _arm_steps(self, arm: str, seed: int) -> tuple[str, ...]:
-        """The steps of another arm with this seed, or with its first one where it has not got this."""
+        """The steps of another arm with this seed, or with its first one."""
         chains = {chain.seed: chain for chain in self.graph.arm_chains(arm)}
         return chains.get(seed, next(iter(chains.values()))).steps
 
     def _model_reference(self, key: str) -> str:
-        """The model of a step as a stage names it: a run, or the folder that a blend leaves."""
+        """The output of a step as the `model` of a stage: a run, or the folder of a blend."""
         return f"@{key}/model" if self.graph.steps[key].kind == "blend" else f"@{key}"
 
     def _fresh_model(self) -> dict[str, Any]:
-        """A model like the base with random weights, and its tokenizer."""
+        """A model with the base's configuration and tokenizer, and random weights."""
         named = f"{self.base_model}/model" if self.has_pretraining else self.base_model
         return {"config": named, "tokenizer": named}
 
     def _arm_stages(self, name: str, arm: Arm, scratch: bool) -> list[dict[str, Any]]:
-        """The stages of an arm, in their order, without model and name."""
+        """The stages of an arm in order, without model and name."""
         below = self.common_stage
         if scratch and isinstance(self.study.base, Pretraining):  # trained as the base was
             pretrain = {k: v for k, v in self.study.base.pretrain.items() if k not in ("model", "tokens", "new_tokens")}
@@ -254,7 +254,7 @@ class _GraphBuilder:
         return [self._with_sources(whole, shares)]
 
     def _token_budgets(self, name: str) -> list[int]:
-        """The tokens of the old text and of each new one, by which a union is mixed. Raises `StageError`."""
+        """Tokens of the old text and of each new one, which set the shares of a union. Raises `StageError`."""
         place = f"{self.where}: arms.{name}"
         if not isinstance(self.study.base, Pretraining):
             old = self.study.old.prior_tokens if self.study.old else None
@@ -274,7 +274,7 @@ class _GraphBuilder:
         return [old, *([each] * len(self.study.new))]
 
     def _new_sources(self, text: Source, arm: Arm, number: int, scratch: bool) -> list[dict[str, Any]]:
-        """What is read of a new text, and replayed beside it."""
+        """The sources of a stage on new text: the text itself, and replay."""
         new = text.model_dump(mode="json", exclude_defaults=True)
         if not arm.replay:
             return [new]
@@ -291,10 +291,10 @@ class _GraphBuilder:
         data = stage.get("data") or {}
         return {**stage, "data": {**data, "sources": data.get("sources") or sources}}
 
-    # -- what is made beside ---------------------------------------------------------------------------------------
+    # -- auxiliary steps ---------------------------------------------------------------------------------------
 
     def _add_generated_text(self) -> str:
-        """The base's own text."""
+        """Add the step that generates replay with the base."""
         wish = self.study.generated_replay
         tokens = wish.tokens
         if tokens is None:
@@ -305,7 +305,7 @@ class _GraphBuilder:
         return self._add_auxiliary_step("write", "self-made", what)
 
     def _add_importance(self) -> str:
-        """What each weight of the base matters to the old text."""
+        """Add the step that measures the importance of the base's weights."""
         if self.study.old is None or self.study.old.path is None:
             raise StageError(
                 "importance is measured on a file of old text", where=f"{self.where}: old", expected="a `path`"
@@ -317,7 +317,7 @@ class _GraphBuilder:
         )
 
     def _with_dependencies(self, stage: dict[str, Any], depends_on: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-        """The stage with what has to be made for it, and the steps that it waits for."""
+        """The stage with references to auxiliary steps, and the steps that it depends on."""
         needs = list(depends_on)
         penalties = []
         for penalty in stage.get("penalties") or []:
@@ -346,7 +346,7 @@ class _GraphBuilder:
         self.graph.chains.append(Chain(name, seed, (*steps, key)))
 
     def _add_pretraining(self, base: Pretraining) -> str:
-        """The base's own stage. It is measured on old text alone, so that studies with other new texts can share it."""
+        """The base's stage. It is scored on old text alone, so that studies with other new texts can share it."""
         below = {
             key: value for key, value in self.common_stage.items() if key not in ("tokens", "new_tokens", "penalties")
         }
@@ -367,7 +367,7 @@ class _GraphBuilder:
         where: str,
         sets: Mapping[str, list[dict[str, Any]]] | None = None,
     ) -> str:
-        """Add a stage, which is read once to see that it is one."""
+        """Add a training step; its stage is parsed once, to validate it."""
         sets = sets or self.held_out_sets
         judged = [
             self._fingerprint(item, self.held_out_key_paths[item["name"]]) for items in sets.values() for item in items
@@ -395,7 +395,7 @@ class _GraphBuilder:
 
 
 def _text_key_paths(texts: Mapping[str, Sequence[Source | HeldOutFile]]) -> dict[str, str]:
-    """Where in the study each text stands, by its name."""
+    """The key path of each text in the study file, by name."""
     return {
         item.name: key if len(items) == 1 else f"{key}[{number}]"
         for key, items in texts.items()
@@ -404,12 +404,12 @@ def _text_key_paths(texts: Mapping[str, Sequence[Source | HeldOutFile]]) -> dict
 
 
 def _slug(text: str) -> str:
-    """A name as a folder can have it."""
+    """A name that is valid as a folder name."""
     return re.sub(r"[^\w.\-]+", "-", text.replace("%", "pc")).strip("-.") or "arm"
 
 
 def _check_duplicate_arms(graph: StepGraph, where: str) -> None:
-    """Raise `StageError` where two arms would be the same run."""
+    """Raise `StageError` for two arms that are the same run."""
     owners: dict[str, str] = {}
     for chain in graph.chains:
         other = owners.setdefault(chain.last_step, chain.arm)
