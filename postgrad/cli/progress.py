@@ -188,7 +188,6 @@ class _PlainScreen:
     def __init__(self) -> None:
         self.steps = 0
         self._last_line_time = 0.0
-        self._forgetting = ""
 
     def show_tokenizing(self, name: str, done: int, total: int) -> None:
         now = time.monotonic()

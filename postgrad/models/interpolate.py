@@ -7,8 +7,7 @@ phase is an anneal without steps (Hägele et al. 2024, arXiv 2405.18392).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -73,18 +72,6 @@ def interpolate_weights(
             end[name] if w == 1 else start[name] if w == 0 else torch.lerp(start[name].float(), end[name].float(), w)
         )
         parameter.copy_(value)
-
-
-@contextmanager
-def preserve_weights(model: nn.Module) -> Iterator[None]:
-    """Inside, weights may change; afterwards they are restored."""
-    before = copy_weights(model)
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(before[name])
 
 
 def average_weights(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -34,9 +34,6 @@ from postgrad.models.task_head_model import make_model_class
 
 transformers_logging.disable_progress_bar()
 
-WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json")
-
-
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 
 

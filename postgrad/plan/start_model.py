@@ -212,10 +212,3 @@ def new_model_note(start_model: ModelLocation, stage: s.Stage) -> str:
         f"{start_model.name} is randomly initialized: {recipe['weights']:,} weights (seed {recipe['seed']}), "
         f"a vocabulary of {recipe['vocab_size']:,} tokens ({recipe['tokenizer']}){short}"
     )
-
-
-def suggest_new_model(name: str, size: int) -> s.FreshModel:
-    """A new model for `size` bytes of text, with one token of vocabulary per 500 bytes, up to 32,000."""
-    parse_model_name(name)
-    vocabulary = min(32_000, max(1000, round(size / 500 / 500) * 500))
-    return s.FreshModel(from_scratch=name, tokenizer=s.NewTokenizer(vocab_size=vocabulary))

@@ -12,14 +12,13 @@ import pytest
 from transformers import AutoTokenizer
 
 from postgrad.commands.lineage import trace_lineage
-from postgrad.config.stage_file import parse_stage
 from postgrad.data.tokens.held_out_split import held_out_mask
 from postgrad.data.tokens.train_vocabulary import _digests_and_sizes
 from postgrad.errors import DataError, ModelError, PostgradError, StageError, TuningError
 from postgrad.plan import start_model
 from postgrad.run.events import CheckpointSaved, StepCompleted
 from postgrad.run.run import run_stage
-from tests.tiny_stages import LENGTH, Workspace, make_workspace, run_trace
+from tests.tiny_stages import Workspace, make_workspace, run_trace
 
 LLAMA = {"from_scratch": "llama-100k", "tokenizer": {"vocab_size": 400}}
 
@@ -226,18 +225,6 @@ def test_nothing_was_seen_that_could_be_replayed(shelf: Workspace) -> None:
     seen = {"name": "seen", "seen_so_far": True, "share": 0.5}
     with pytest.raises(StageError, match=r"data\.sources\[1\]: a new model has no training data"):
         shelf.plan(begun(shelf, "seen", LLAMA, sources=[shelf.source("new", share=0.5), seen]))
-
-
-def test_a_suggestion_is_a_model_of_a_stage(shelf: Workspace) -> None:
-    assert start_model.suggest_new_model("llama-15M", 20_000_000).tokenizer.vocab_size == 32_000  # type: ignore[union-attr]
-    assert start_model.suggest_new_model("llama-15M", 10**6).tokenizer.vocab_size == 2000  # type: ignore[union-attr]
-    found = start_model.suggest_new_model("llama-100k", 1000).model_dump(mode="json")
-    assert parse_stage(begun(shelf, "suggested", found), "test").model == start_model.suggest_new_model(
-        "llama-100k", 1000
-    )
-    assert LENGTH < 512
-    with pytest.raises(ModelError, match="unknown family 'llma'"):
-        start_model.suggest_new_model("llma-15M", 10**6)
 
 
 def test_shares_by_a_mixing_rule_are_those_of_the_documents_that_may_be_trained_on(
