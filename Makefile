@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# One process per core; the tests of a file share its fixtures, so they stay together.
+PARALLEL := -n auto --dist loadfile
 
 .PHONY: demo test check test-all clean help
 
@@ -25,17 +27,17 @@ demo: $(READY)
 	$(BIN)/postgrad demo postgrad-demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 check: $(READY)
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/pyrefly check
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-all: $(READY)
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(BIN)/python -m pytest $(PARALLEL) -m "slow or not slow"
 
 clean:
 	rm -rf $(VENV) postgrad-demo build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -244,7 +244,7 @@ def fit_pilots(
     if len(results) < MIN_PILOTS - 1:
         raise DataError(
             f"{len(results)} pilots are too few to fit",
-            where="pilots",
+            where="advise",
             expected=f"at least {MIN_PILOTS - 1}, and one more that tries what they propose",
         )
     longest = max(item.pilot.tokens for item in results) / step

@@ -97,7 +97,7 @@ class ChatTemplate:
                 )
             )
         except Exception as error:  # a template is a program: it may raise anything
-            raise ModelError(f"the chat template fails: {error}", where="tokenizer") from None
+            raise ModelError(f"the chat template fails: {error}", where="MODEL") from None
 
     def encode(self, text: str) -> np.ndarray:
         """A rendered text as ids, after the BOS if the tokenizer adds one."""
@@ -119,7 +119,7 @@ class ChatTemplate:
         if not marker or not before:
             raise ModelError(
                 "the chat template does not render the user's content",
-                where="tokenizer",
+                where="MODEL",
                 expected="a template with a header before the user's content",
                 hint="give example questions with --prompts",
             )

@@ -112,7 +112,7 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepReport:
         run.weights.zero_gradients()
         raise NonFiniteError(
             f"loss {loss} and gradient norm {gradient_norm} at step {step}; the weights are unchanged",
-            where="training",
+            where="train",
             hint="lower schedule.peak, or inspect the rows of this step; the same command resumes from the last checkpoint",
         )
     if gradient_norm > run.max_grad_norm:

@@ -302,7 +302,7 @@ def _add_tokens(tokenizer: PreTrainedTokenizerBase, first: int, count: int) -> N
     if next_id > first:
         raise TuningError(
             f"the tokenizer has tokens up to {next_id - 1}, but the model rows up to {first - 1}",
-            where="tokenizer",
+            where="model",
             expected="a row for every token",
         )
     reserved = _unused_tokens("reserved", first - next_id, vocabulary)

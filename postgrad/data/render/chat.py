@@ -84,7 +84,7 @@ class ChatRenderer:
         if self.template is None and not self.special_tokens.get("eos_token"):
             raise ModelError(
                 "there is no chat template, and no EOS token to end an answer with",
-                where="tokenizer",
+                where="model",
                 expected="`eos_token` among the special tokens",
             )
         _ = self._compiled_template

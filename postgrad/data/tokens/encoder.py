@@ -30,7 +30,7 @@ class Encoder:
             if token is not None and not 0 <= token < self.vocabulary:
                 raise ModelError(
                     f"the {name} id is {token:,}",
-                    where="tokenizer",
+                    where="model",
                     expected=f"an id below the vocabulary size, {self.vocabulary:,}",
                 )
 
@@ -59,4 +59,4 @@ class Encoder:
 
 
 def _invalid_tokenizer_error(error: Exception) -> ModelError:
-    return ModelError(f"not a tokenizer ({error})", where="tokenizer", expected="the contents of a tokenizer.json")
+    return ModelError(f"not a tokenizer ({error})", where="model", expected="the contents of a tokenizer.json")

@@ -56,7 +56,7 @@ def normalize_scores(
             known = get_args(Normalization)
             raise StageError(
                 f"unknown normalization '{normalization}'",
-                where="normalization",
+                where="evaluation.tasks.normalization",
                 expected=", ".join(known),
                 hint=suggest_nearest(normalization, known),
             )
