@@ -237,7 +237,7 @@ def _expand_cache(value: Any) -> Any:
 
 
 def _union_tag(value: Any) -> str:
-    """Whether a plain value or a mapping is meant, so that an error is about that one alone."""
+    """Tag of a plain value or a mapping, so that errors concern that alternative alone."""
     return "mapping" if isinstance(value, dict | ConfigModel) else "plain"
 
 

@@ -11,7 +11,7 @@ from postgrad.config.quantities import Method, reject_bool
 
 
 def _strength_tag(value: Any) -> str:
-    """Whether a word or a number is meant, so that an error is about that one alone."""
+    """Tag of a word or a number, so that errors concern that alternative alone."""
     return "word" if isinstance(value, str) and not re.fullmatch(r"[\d.eE+-]+", value) else "number"
 
 

@@ -31,7 +31,7 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: list[Any] = []
         for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *other`, whose keys may be said anew
+            if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *other`, whose keys may be overridden
                 continue
             if key_node.tag == "tag:yaml.org,2002:bool":
                 key_node.tag = "tag:yaml.org,2002:str"
@@ -60,8 +60,8 @@ def load_stage(path: Path, overrides: list[str] | None = None) -> Stage:
 def read_stage(path: Path, overrides: list[str] | None = None) -> dict[str, Any]:
     """A stage file as plain data, with `key.sub=value` overrides applied, before its keys are looked at."""
     raw = read_mapping(path, "the stage file", "a stage is a mapping of keys to values")
-    for said in overrides or []:
-        apply_override(raw, said)
+    for override in overrides or []:
+        apply_override(raw, override)
     return raw
 
 
@@ -97,7 +97,7 @@ def load_tasks(path: Path, shots: int | None = None) -> list[TaskConfig]:
 
 
 def read_mapping(path: Path, description: str, expected: str) -> dict[str, Any]:
-    """A YAML file that says a mapping; `expected` is told of one that does not. Raises `StageError`."""
+    """Read a mapping from a YAML file; `expected` describes it in errors. Raises `StageError`."""
     raw = _read_yaml_file(path, description)
     if not isinstance(raw, dict):
         raise StageError(expected, where=str(path))
@@ -164,7 +164,7 @@ def _find_item(items: list[Any], name: str, key: str) -> Any:
 def make_stage_error(
     error: ValidationError, where: str, raw: dict[str, Any], root: type[BaseModel] = Stage
 ) -> PostgradError:
-    """Pydantic's first finding, told with the key's path and the way out (the others are counted)."""
+    """Pydantic's first error, with the key's path and a hint; further errors are counted."""
     findings = error.errors()
     first = findings[0]
     path = _key_path(first["loc"], raw, missing=first["type"] == "missing")
@@ -235,7 +235,7 @@ def _find_known_kinds(location: tuple[int | str, ...], root: type[BaseModel]) ->
 
 
 def _find_schema_node(location: tuple[int | str, ...], schema: dict[str, Any]) -> dict[str, Any]:
-    """What the schema says of a place, as it stands there."""
+    """The annotation of a key path in the schema."""
     node: dict[str, Any] = schema
     for part in location:
         members = [
@@ -264,7 +264,7 @@ def _resolve_references(schema: dict[str, Any], node: dict[str, Any]) -> dict[st
 
 
 def _union_members(node: dict[str, Any]) -> list[dict[str, Any]]:
-    """The members of a union that is told by no `kind`."""
+    """The members of a union without a `kind` discriminator."""
     return [] if "discriminator" in node else node.get("anyOf", node.get("oneOf", []))
 
 

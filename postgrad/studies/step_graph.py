@@ -384,12 +384,12 @@ class _GraphBuilder:
             )
             for number, source in enumerate(parsed.data.sources)
         ]
-        # What decides is the stage as it is understood: `900k` and 900000 are the same, and so is what is said by default. A
-        # key that stages have from a later version on leaves the runs of an earlier one what they are.
-        said = parsed.model_dump(
+        # The parsed stage decides: `900k` equals 900000, and defaults do not count, so keys that a later version adds
+        # leave existing runs valid.
+        identity = parsed.model_dump(
             mode="json", exclude_defaults=True, exclude={"name": True, "output": True, "save": {"every", "keep"}}
         )
-        key = fingerprint(["train", with_fingerprint_names(said), sources, judged])[:KEY_LENGTH]
+        key = fingerprint(["train", with_fingerprint_names(identity), sources, judged])[:KEY_LENGTH]
         tokens = parsed.tokens or parsed.new_tokens or 0
         return self.graph.add(Step(key, "train", _slug(slug), named, tuple(dict.fromkeys(depends_on)), tokens))
 

@@ -210,8 +210,8 @@ class Arm(ConfigModel):
             _check_unique_seeds(self.seeds)
         if self.blend and (self.patch or self.stages or self.replay or self.start != "base" or self.reads != "new"):
             raise ValueError("a blend trains nothing, so nothing else can be said of it")
-        for key, said in (("replay", self.replay), ("stages", self.stages), ("data.sources", self._has_own_sources)):
-            if said and self.reads != "new":
+        for key, is_set in (("replay", self.replay), ("stages", self.stages), ("data.sources", self._has_own_sources)):
+            if is_set and self.reads != "new":
                 raise ValueError(f"`{key}` goes with the new text, and this arm reads `{self.reads}`")
         if self.replay and self._has_own_sources:
             raise ValueError("an arm that names its own `data.sources` says there what is replayed")
@@ -297,11 +297,11 @@ class Study(ConfigModel):
                 raise ValueError(
                     f"the arm {name!r} has {len(arm.stages)} `stages`, and there are {len(self.new)} new texts"
                 )
-        for where, said, besides in self._arm_references():
-            known = (*besides, *self.arms)
-            if said not in known:
+        for where, name, other_values in self._arm_references():
+            known = (*other_values, *self.arms)
+            if name not in known:
                 raise ValueError(
-                    f"{where} names an arm {said!r} that is not there; {suggest_nearest_or_all(said, known)}"
+                    f"{where} names an arm {name!r} that is not there; {suggest_nearest_or_all(name, known)}"
                 )
         for name, arm in self.arms.items():
             self.predecessors(name)
@@ -325,16 +325,16 @@ class Study(ConfigModel):
     def _arm_references(self) -> list[tuple[str, str, tuple[str, ...]]]:
         """Each reference to an arm: its key, the name, and other values that the key accepts."""
         found: list[tuple[str, str, tuple[str, ...]]] = []
-        for key, said in (("baseline", self.baseline), ("union", self.union)):
-            if said is not None:
-                found.append((key, said, ()))
+        for key, name in (("baseline", self.baseline), ("union", self.union)):
+            if name is not None:
+                found.append((key, name, ()))
         for name, arm in self.arms.items():
             found.append((f"arms.{name}.start", arm.start, _RESERVED_STARTS))
             if arm.blend:
                 found.append((f"arms.{name}.blend.arm", arm.blend.arm, ()))
         for claim in self.claims:
             named = [claim.arm] if claim.compared_with is None else [claim.arm, claim.compared_with]
-            found += [(f"the claim {claim.statement!r}", said, ("base",)) for said in named]
+            found += [(f"the claim {claim.statement!r}", name, ("base",)) for name in named]
         return found
 
     def predecessors(self, name: str) -> list[str]:
@@ -375,8 +375,8 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     Raises `StageError` with `file: key.path`, what was met and what was expected.
     """
     raw = read_mapping(path, "the study file", "a study is a mapping of keys to values")
-    for said in overrides:
-        apply_override(raw, said)
+    for override in overrides:
+        apply_override(raw, override)
     return parse_study(raw, str(path))
 
 
@@ -398,8 +398,8 @@ def study_schema() -> str:
     source["required"].remove("name")  # which follows from the path
     for key in ("new", "retained", "learned", "seeds"):
         listed = schema["properties"][key]
-        told = {word: listed.pop(word) for word in ("description", "title", "default") if word in listed}
-        schema["properties"][key] = {"anyOf": [listed, listed["items"]], **told}
+        annotations = {word: listed.pop(word) for word in ("description", "title", "default") if word in listed}
+        schema["properties"][key] = {"anyOf": [listed, listed["items"]], **annotations}
     arms = schema["properties"]["arms"]
     arms["additionalProperties"] = {"anyOf": [arms["additionalProperties"], {"type": "null"}]}
     return json.dumps(schema, indent=2)

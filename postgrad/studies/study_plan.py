@@ -109,11 +109,11 @@ def forecast_study(
             paces[sort] = _time_run(prepared, plan, world, took)
         found.seconds[key] = _run_seconds(plan, paces[sort])
     if found.errors:
-        told = "\n".join(f"  {', '.join(arms)}: {error}" for error, arms in found.errors.items())
+        listed = "\n".join(f"  {', '.join(arms)}: {error}" for error, arms in found.errors.items())
         named = {arm for arms in found.errors.values() for arm in arms}
         what = f"{len(named)} arm{'s' * (len(named) > 1)}" if "the base" not in named else "the base"
         raise StageError(
-            f"{what} cannot run; nothing was trained\n{told}",
+            f"{what} cannot run; nothing was trained\n{listed}",
             where=str(prepared.file),
             hint="fix or remove these arms",
         )
@@ -157,9 +157,9 @@ def _placeholder_stage(prepared: PreparedStudy, step: Step, get_untrained_base: 
     for source in stage["data"]["sources"]:
         missing = source.get("seen_so_far") or str(source.get("path", "")).startswith(str(folder.runs_folder))
         if missing and not Path(str(source.get("path", ""))).is_file():
-            stands = old or prepared.study.new[0].model_dump(mode="json", exclude_defaults=True)
+            stand_in = old or prepared.study.new[0].model_dump(mode="json", exclude_defaults=True)
             kept = {key: source[key] for key in ("name", "share", "role") if key in source}
-            source = {**stands, **kept, "max_passes": 1e9}
+            source = {**stand_in, **kept, "max_passes": 1e9}
         sources.append(source)
     penalties = [
         p for p in stage.get("penalties", []) if not str(p.get("importance") or "").startswith(str(folder.runs_folder))

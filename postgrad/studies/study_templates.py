@@ -96,13 +96,13 @@ def write_study_template(study_file: Path, template: str, size: str, *, force: b
     Raises `StageError` for an unknown template or size, an invalid name, and existing files.
     """
     check_name(study_file)
-    for option, said, known in (("--template", template, ("levers", "paper")), ("--size", size, tuple(_SIZE_VALUES))):
-        if said not in known:
+    for option, value, known in (("--template", template, ("levers", "paper")), ("--size", size, tuple(_SIZE_VALUES))):
+        if value not in known:
             raise StageError(
-                f"there is no {option.removeprefix('--')} {said!r}",
+                f"there is no {option.removeprefix('--')} {value!r}",
                 where=option,
                 expected=", ".join(known),
-                hint=suggest_nearest(said, known),
+                hint=suggest_nearest(value, known),
             )
     if template == "levers" and size != "laptop":
         raise StageError(
@@ -117,16 +117,16 @@ def write_study_template(study_file: Path, template: str, size: str, *, force: b
         raise StageError(f"{there[0]} exists already", where="init", hint="choose another name, or pass --force")
     for path, text in wanted.texts.items():
         parse_study(read_yaml(text), path.name)  # what is written can be read
-    said = []
+    lines = []
     if wanted.needs_corpus:
         write_corpus(folder)
-        said.append(f"wrote {folder}/ from this Python installation's documentation and library")
+        lines.append(f"wrote {folder}/ from this Python installation's documentation and library")
     for path, text in wanted.texts.items():
         write_atomically(path, text)
-        said.append(f"wrote {path}")
+        lines.append(f"wrote {path}")
     names = " ".join(path.name for path in wanted.texts)
-    said += [f"preview: postgrad study {names} --dry-run", f"next: postgrad study {names}"]
-    return {"text": "\n".join(said), "files": [str(path) for path in wanted.texts]}
+    lines += [f"preview: postgrad study {names} --dry-run", f"next: postgrad study {names}"]
+    return {"text": "\n".join(lines), "files": [str(path) for path in wanted.texts]}
 
 
 def _lever_files(study_file: Path) -> _StudyFiles:
