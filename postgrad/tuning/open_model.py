@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from postgrad.data.render.frame import EMPTY_FRAME, Frame
 from postgrad.errors import TuningError
+from postgrad.models.auto_classes import load_config
 from postgrad.models.location import PEFT_FILE, TUNING_FILE, ModelLocation
+from postgrad.models.model_sizes import load_model_sizes
 from postgrad.models.prefix_lm_attention import is_prefix_lm, mark_prefix_lm
 from postgrad.models.pretrained import ClassifierSpec, detect_task, load_pretrained, load_tokenizer
 from postgrad.models.task import Task
@@ -123,7 +125,7 @@ def _read_peft_reference(start: ModelLocation, base: ModelLocation, config: dict
     task = _PEFT_TASKS.get(config.get("task_type") or "") or get_task(base)
     prompt_ids: tuple[int, ...] = ()
     if config.get("peft_type") in ("PROMPT_TUNING", "P_TUNING"):
-        first = int(AutoConfig.from_pretrained(start.name_or_path).vocab_size)
+        first = load_model_sizes(start).vocab_size
         prompt_ids = tuple(range(first, first + int(config["num_virtual_tokens"])))
     return BaseReference(config.get("base_model_name_or_path") or "", None, None, task, frame=Frame(prompt_ids))
 
@@ -164,7 +166,7 @@ def get_task(start: ModelLocation) -> Task:
 def starts_as_prefix_lm(start: ModelLocation) -> bool:
     """Whether the model of a start was trained with bidirectional attention in the prompt."""
     reference = BaseReference.read_folder(start)
-    return reference.is_prefix_lm if reference else is_prefix_lm(AutoConfig.from_pretrained(start.name_or_path))
+    return reference.is_prefix_lm if reference else is_prefix_lm(load_config(start.name_or_path))
 
 
 def open_model(
