@@ -13,7 +13,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
@@ -46,6 +54,10 @@ def load_config(name_or_path: str, where: str = "model") -> PreTrainedConfig:
         _refuse_foreign_code(raw, name_or_path, where)
         check_config_numbers(raw, name_or_path, where)
         config: Any = AutoConfig.from_pretrained(name_or_path, **_NO_CODE)
+        if not all(isinstance(each, str) for each in config.architectures or []):
+            raise ModelError(
+                f"{name_or_path} has the architectures {config.architectures}", where=where, expected="names"
+            )
         for name in _IMPLEMENTATIONS:
             setattr(config, f"_{name}", None)
         return config
@@ -96,6 +108,15 @@ def load_model_files(
 def make_model(auto_class: Any, config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
     """A model of a configuration, with random weights."""
     return auto_class.from_config(config, **options, **_NO_CODE)
+
+
+def make_meta_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The backbone of a configuration, without memory for its weights. Raises `ModelError` where there is none."""
+    with (
+        _as_model_error(f"no {config.model_type} can be made", "model", "a complete configuration"),
+        torch.device("meta"),
+    ):
+        return make_model(AutoModel, config)
 
 
 @contextmanager

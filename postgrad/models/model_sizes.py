@@ -11,12 +11,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import AutoModel, PreTrainedConfig
 
 from postgrad.errors import ModelError
-from postgrad.models.auto_classes import load_config, make_model
+from postgrad.models.auto_classes import load_config, make_meta_model
 from postgrad.models.location import ModelLocation
 
 _POSITION_KEYS = (
@@ -71,9 +70,7 @@ def _count_usable_positions(config: PreTrainedConfig) -> Iterator[int]:
     """Rows behind the padding row of each position table that has one: positions are numbered from there."""
     if type(config) not in AutoModel._model_mapping:
         return
-    with torch.device("meta"):  # allocates nothing
-        model = make_model(AutoModel, config)
-    for name, module in model.named_modules():
+    for name, module in make_meta_model(config).named_modules():
         padding, table = getattr(module, "padding_idx", None), getattr(module, "weight", None)
         if "pos" in name and isinstance(padding, int) and isinstance(table, Tensor):
             yield table.shape[0] - padding - 1

@@ -25,7 +25,16 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from postgrad.errors import ModelError
-from postgrad.models.auto_classes import first_line, load_config, load_model_files, load_tokenizer_files, make_model
+from postgrad.models.auto_classes import (
+    first_line,
+    load_config,
+    load_model_files,
+    load_tokenizer_files,
+    make_meta_model,
+    make_model,
+)
+from postgrad.models.config_limits import check_weight_file
+from postgrad.models.layers import count_parameters
 from postgrad.models.location import ModelLocation
 from postgrad.models.task import Task
 from postgrad.models.task_head import TaskHeadConfig, load_task_head_config
@@ -160,7 +169,11 @@ def load_pretrained(
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), _suppress_load_report():
             warnings.simplefilter("ignore")
             config = load_config(start.name_or_path)
-            own = load_task_head_config(start.full_model.folder)
+            folder = start.full_model.folder
+            if folder and state is None:
+                layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+                check_weight_file(folder, layers, lambda: count_parameters(make_meta_model(config)), start.name)
+            own = load_task_head_config(folder)
             form = layer.form if layer else own if task.is_classifier else None
             where, make = (start.name_or_path, _CLASSES[task]) if state is None else (None, _model_class(config, task))
             make = make_model_class(config, form) if form else make
