@@ -60,6 +60,10 @@ def load_config(name_or_path: str, where: str = "model") -> PreTrainedConfig:
             )
         for name in _IMPLEMENTATIONS:
             setattr(config, f"_{name}", None)
+        for part in {id(part): part for part in (config, config.get_text_config())}.values():
+            pad, vocab_size = getattr(part, "pad_token_id", None), getattr(part, "vocab_size", None)
+            if isinstance(pad, int) and isinstance(vocab_size, int) and pad >= vocab_size:
+                part.pad_token_id = None  # of a token that was added to the tokenizer alone: no model could be made
         return config
 
 

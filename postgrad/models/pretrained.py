@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
@@ -39,6 +40,7 @@ from postgrad.models.location import ModelLocation
 from postgrad.models.task import Task
 from postgrad.models.task_head import TaskHeadConfig, load_task_head_config
 from postgrad.models.task_head_model import make_model_class
+from postgrad.models.tied_weights import match_ties_to_weights
 
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 
@@ -175,7 +177,8 @@ def load_pretrained(
                 check_weight_file(folder, layers, lambda: count_parameters(make_meta_model(config)), start.name)
             own = load_task_head_config(folder)
             form = layer.form if layer else own if task.is_classifier else None
-            where, make = (start.name_or_path, _CLASSES[task]) if state is None else (None, _model_class(config, task))
+            auto = _auto_class(config, task)
+            where, make = (start.name_or_path, auto) if state is None else (None, auto._model_mapping[type(config)])
             make = make_model_class(config, form) if form else make
             options = {}
             if layer:
@@ -192,6 +195,7 @@ def load_pretrained(
         raise ModelError(
             f"{start.name} could not be loaded as {task.description}: {first_line(error)}", where="model"
         ) from error
+    match_ties_to_weights(model)
     # Some architectures have a pooler in the backbone, which only a task layer uses.
     new = sorted({*loading["missing_keys"], *(key for key, *_ in loading.get("mismatched_keys", ()))})
     missing = [key for key in new if not (layer and _is_task_layer_weight(model, key))]
@@ -212,7 +216,7 @@ def make_random_model(config: PreTrainedConfig, task: Task) -> PreTrainedModel:
     try:
         with warnings.catch_warnings(), _suppress_load_report():
             warnings.simplefilter("ignore")
-            return make_model(_CLASSES[task], config, dtype=torch.float32).eval()
+            return make_model(_auto_class(config, task), config, dtype=torch.float32).eval()
     except ModelError:
         raise
     except Exception as error:
@@ -221,8 +225,12 @@ def make_random_model(config: PreTrainedConfig, task: Task) -> PreTrainedModel:
         ) from error
 
 
-def _model_class(config: PreTrainedConfig, task: Task) -> Any:
-    return _CLASSES[task]._model_mapping[type(config)]
+def _auto_class(config: PreTrainedConfig, task: Task) -> Any:
+    """The Auto class of a task; composite decoders (Mistral 3, Qwen 2.5 VL) have no other class than that with images."""
+    is_composite = type(config) in AutoModelForImageTextToText._model_mapping
+    if task == Task.CAUSAL and is_composite and type(config) not in AutoModelForCausalLM._model_mapping:
+        return AutoModelForImageTextToText
+    return _CLASSES[task]
 
 
 @contextmanager
