@@ -412,7 +412,7 @@ class SetRelearning(RecordPart):
     remaining: Interval
     """Trained copy minus start copy, both after the relearning steps."""
     recovered: Interval
-    start_model_gain: Interval
+    start_model_change: Interval
     """Change of the start model in the same steps."""
     recovered_share: Interval | None = None
 
