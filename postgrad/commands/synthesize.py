@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from postgrad.commands.results import Result
 from postgrad.config.document_filters import MIN_THRESHOLD
@@ -35,6 +35,7 @@ from postgrad.evaluation.held_out import insert_after_bos
 from postgrad.hardware import machine
 from postgrad.models.location import locate_model
 from postgrad.models.model import CausalModel, wrap_model
+from postgrad.models.model_sizes import load_model_sizes
 from postgrad.models.pretrained import load_tokenizer
 from postgrad.models.task import Task
 from postgrad.plan.model_inputs import make_encoder
@@ -148,9 +149,9 @@ def load_generator(
             expected="a causal language model",
         )
     tokenizer = load_tokenizer(start)
-    config: Any = AutoConfig.from_pretrained(start.name_or_path)
-    encoder = make_encoder(tokenizer, int(config.vocab_size))
-    limit = getattr(config, "max_position_embeddings", None)
+    sizes = load_model_sizes(start)
+    encoder = make_encoder(tokenizer, sizes.vocab_size)
+    limit = sizes.positions
     if limit and max_document_tokens > limit:
         raise StageError(
             f"documents of {max_document_tokens:,} tokens do not fit {model}, which has {limit:,} positions",
