@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+from postgrad.distributed.peers import Peers
+from postgrad.errors import DistributedError, PostgradError
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -20,19 +26,36 @@ class World:
     device: torch.device
     rank: int = 0
     size: int = 1
+    peers: Peers | None = None
 
     @classmethod
     @contextmanager
     def init_process_group(cls, device: torch.device, timeout: timedelta = timedelta(minutes=10)) -> Iterator[World]:
-        """Join the process group that the environment of `torchrun` names; without one, run as a single process."""
+        """Join the process group that the environment of `torchrun` names; without one, run as a single process.
+
+        `timeout`: how long a collective call waits for the other ranks. Inside, an error of one rank ends all of them, with a
+        `DistributedError` on those that did not cause it.
+        """
         if "RANK" not in os.environ:
             yield cls(device)
             return
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        store, rank, size = next(iter(dist.rendezvous("env://", timeout=timeout)))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         try:
-            yield cls(device, dist.get_rank(), dist.get_world_size())
+            if size == 1:
+                yield cls(device)
+                return
+            with Peers(store, rank, size) as peers:
+                try:
+                    yield cls(device, rank, size, peers)
+                except BaseException as error:
+                    cause = peers.explain(error)
+                    if cause is error:
+                        raise
+                    raise cause from error
         finally:
             gc.collect()  # sharded modules in reference cycles would keep the group alive
             dist.destroy_process_group()
@@ -69,7 +92,65 @@ class World:
         dist.all_gather_object(out, value)
         return out
 
+    def from_first(self, work: Callable[[], Result]) -> Result:
+        """The result of `work` on the first rank, told to all ranks, as is its error. Collective."""
+        if self.size == 1:
+            return work()
+        outcome: list[tuple[Result | None, PostgradError | None] | None] = [None]
+        if self.is_main:
+            try:
+                outcome[0] = work(), None
+            except PostgradError as error:
+                outcome[0] = None, error
+        dist.broadcast_object_list(outcome, src=0)
+        assert outcome[0] is not None
+        result, error = outcome[0]
+        if error is not None:
+            error.reported_by = 0
+            raise error
+        return result  # type: ignore[return-value]
+
+    def require_same(self, work: Callable[[], Mapping[str, str]]) -> None:
+        """Raise on all ranks when `work` fails on one of them or gives other fingerprints there. Collective.
+
+        The keys of the fingerprints name what a rank has read.
+        """
+        if self.size == 1:
+            work()
+            return
+        try:
+            own: tuple[dict[str, str], PostgradError | None] = dict(work()), None
+        except PostgradError as error:
+            own = {}, error
+        ranks: list[tuple[dict[str, str], PostgradError | None]] = self.all_gather(own)  # type: ignore[assignment]
+        for rank, (_, error) in enumerate(ranks):
+            if error is not None:
+                told = own[1] or DistributedError(f"rank {rank}: {error.problem}", where=error.where, hint=error.hint)
+                told.reported_by = rank
+                raise told
+        first = ranks[0][0]
+        for rank, (values, _) in enumerate(ranks):
+            for name in first | values:
+                if values.get(name) != first.get(name):
+                    raise _difference(rank, name, values.get(name, "nothing"), first.get(name, "nothing"))
+
+    def note(self, activity: str) -> None:
+        """Tell the other ranks what this one does, for their errors."""
+        if self.peers:
+            self.peers.activity = activity
+
     def barrier(self) -> None:
         """Wait until all ranks are here."""
         if self.size > 1:
             dist.barrier()
+
+
+def _difference(rank: int, name: str, value: str, first: str) -> DistributedError:
+    error = DistributedError(
+        f"rank {rank} reads {value[:12]}, and rank 0 reads {first[:12]}",
+        where=name,
+        expected="the same files and the same cache on all processes",
+        hint="put the files, `output` and POSTGRAD_CACHE on a file system that all processes share",
+    )
+    error.reported_by = 0
+    return error
