@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,13 @@ from postgrad.distributed.peers import Peers
 from postgrad.errors import DistributedError, PostgradError
 
 Result = TypeVar("Result")
+
+
+class InputFile(NamedTuple):
+    """What a rank has read: where, and the fingerprint of its content."""
+
+    path: str
+    fingerprint: str
 
 
 @dataclass(frozen=True)
@@ -110,29 +117,28 @@ class World:
             raise error
         return result  # type: ignore[return-value]
 
-    def require_same(self, work: Callable[[], Mapping[str, str]]) -> None:
-        """Raise on all ranks when `work` fails on one of them or gives other fingerprints there. Collective.
-
-        The keys of the fingerprints name what a rank has read.
-        """
+    def require_same(self, work: Callable[[], Mapping[str, InputFile]]) -> None:
+        """Raise on all ranks when `work` fails on one of them or returns other fingerprints there. Collective."""
         if self.size == 1:
             work()
             return
+        files, error = dict[str, InputFile](), None
         try:
-            own: tuple[dict[str, str], PostgradError | None] = dict(work()), None
-        except PostgradError as error:
-            own = {}, error
-        ranks: list[tuple[dict[str, str], PostgradError | None]] = self.all_gather(own)  # type: ignore[assignment]
-        for rank, (_, error) in enumerate(ranks):
-            if error is not None:
-                told = own[1] or DistributedError(f"rank {rank}: {error.problem}", where=error.where, hint=error.hint)
+            files = dict(work())
+        except PostgradError as own_error:
+            error = own_error
+        ranks: list[tuple[dict[str, InputFile], PostgradError | None]] = self.all_gather((files, error))  # type: ignore[assignment]
+        for rank, (_, rank_error) in enumerate(ranks):
+            if rank_error is not None:
+                told = error or DistributedError(
+                    f"rank {rank}: {rank_error.problem}", where=rank_error.where, hint=rank_error.hint
+                )
                 told.reported_by = rank
                 raise told
-        first = ranks[0][0]
-        for rank, (values, _) in enumerate(ranks):
-            for name in first | values:
-                if values.get(name) != first.get(name):
-                    raise _difference(rank, name, values.get(name, "nothing"), first.get(name, "nothing"))
+        for rank, (files, _) in enumerate(ranks):
+            for name, file in files.items():
+                if file.fingerprint != ranks[0][0][name].fingerprint:
+                    raise _difference(rank, name, file, ranks[0][0][name])
 
     def note(self, activity: str) -> None:
         """Tell the other ranks what this one does, for their errors."""
@@ -145,10 +151,10 @@ class World:
             dist.barrier()
 
 
-def _difference(rank: int, name: str, value: str, first: str) -> DistributedError:
+def _difference(rank: int, name: str, file: InputFile, first: InputFile) -> DistributedError:
     error = DistributedError(
-        f"rank {rank} reads {value[:12]}, and rank 0 reads {first[:12]}",
-        where=name,
+        f"{name}: rank {rank} reads {file.fingerprint[:12]}, and rank 0 reads {first.fingerprint[:12]}",
+        where=file.path or name,
         expected="the same files and the same cache on all processes",
         hint="put the files, `output` and POSTGRAD_CACHE on a file system that all processes share",
     )

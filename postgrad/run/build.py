@@ -19,7 +19,7 @@ from postgrad.data.loading.batch import collate
 from postgrad.data.loading.loader import Loader
 from postgrad.data.loading.teacher_cache import TeacherCache
 from postgrad.distributed import fsdp
-from postgrad.distributed.world import World
+from postgrad.distributed.world import InputFile, World
 from postgrad.errors import ResumeError, StageError
 from postgrad.hardware.execution import Execution, ExecutionRequest, select_execution
 from postgrad.lineage.tree import read_lineage
@@ -163,7 +163,7 @@ def build_run(plan: Plan, tuned_model: TunedModel, execution: Execution, world: 
         )
     if spec.moments != "reset":
         checkpoint = world.from_first(lambda: _find_moments(plan.model.start))
-        world.require_same(lambda: {str(checkpoint / STATE): file_fingerprint(checkpoint / STATE)})
+        world.require_same(lambda: {"moments": InputFile(str(checkpoint), file_fingerprint(checkpoint / STATE))})
         keep = ("exp_avg", "exp_avg_sq") if spec.moments == "keep" else ("exp_avg_sq",)
         optimizer.restore(read_moments(checkpoint), read_progress(checkpoint).updates, keep=keep)
         if not optimizer.update_counts():

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from postgrad.distributed.world import World
+from postgrad.distributed.world import InputFile, World
 from postgrad.errors import ResumeError
 from postgrad.hardware.execution import Execution
 from postgrad.lineage.record import PLAN, RECORD, STAGE, ExecutionSummary, Record, read_record
@@ -34,7 +34,7 @@ def claim_run(plan: Plan, world: World, interrupt: Interrupt, *, command: str, c
     fingerprints = {**plan.fingerprints(), "start_model": start_identity}
     if plan.stage.penalties:
         fingerprints["penalties"] = penalty_fingerprints(plan)
-    world.require_same(lambda: _fingerprints_by_file(plan, fingerprints))
+    world.require_same(lambda: _input_files(plan, fingerprints))
     saved_plan = world.from_first(lambda: claim_run_folder(plan.output, plan, fingerprints))
     finished = world.from_first(lambda: _read_finished(plan.output, saved_plan))
     if finished:
@@ -52,7 +52,7 @@ def claim_run(plan: Plan, world: World, interrupt: Interrupt, *, command: str, c
         write_plan(plan.output, _make_saved_plan(plan, fingerprints, execution, saved_plan))
         remove_staging(plan.output)
     world.barrier()
-    world.require_same(lambda: {str(plan.output / PLAN): file_fingerprint(plan.output / PLAN)})
+    world.require_same(lambda: {PLAN: InputFile(str(plan.output / PLAN), file_fingerprint(plan.output / PLAN))})
     return RunContext(
         plan,
         world,
@@ -69,8 +69,8 @@ def claim_run(plan: Plan, world: World, interrupt: Interrupt, *, command: str, c
     )
 
 
-def _fingerprints_by_file(plan: Plan, fingerprints: Mapping[str, Any]) -> dict[str, str]:
-    """The fingerprints of all that a rank has read, by key and path."""
+def _input_files(plan: Plan, fingerprints: Mapping[str, Any]) -> dict[str, InputFile]:
+    """The fingerprints of all that a rank has read, by key."""
     sources = {f"data.{source.name}": source.spec.files.path for source in plan.data.sources}
     sets = {f"sets.{item.name}": item.path for _, item in plan.stage.evaluation.held_out_files()}
     paths = {"start_model": str(plan.model.start.folder or plan.model.start.name), **sources, **sets}
@@ -79,7 +79,7 @@ def _fingerprints_by_file(plan: Plan, fingerprints: Mapping[str, Any]) -> dict[s
         for key, value in {**fingerprints, "plan": plan.as_record().as_json()}.items()
         for name, part in (value.items() if key in ("data", "sets", "tasks") else [("", value)])
     }
-    return {f"{key} ({paths[key]})" if paths.get(key) else key: fingerprint(value) for key, value in flat.items()}
+    return {key: InputFile(paths.get(key) or "", fingerprint(value)) for key, value in flat.items()}
 
 
 def _read_finished(run_folder: Path, saved_plan: SavedPlan | None) -> Record | None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
-from postgrad.distributed.world import World
+from postgrad.distributed.world import InputFile, World
 from postgrad.hardware import machine
 from postgrad.plan.plan import Plan
 from postgrad.run.baseline import score_baseline
@@ -82,7 +82,8 @@ def _cache_teachers(context: RunContext) -> Phase[bool]:
             return False
     context.world.require_same(
         lambda: {
-            str(j.teacher_cache.folder): str(j.teacher_cache.missing_parts()) for j in find_cache_jobs(context.plan)
+            f"teacher predictions {i}": InputFile(str(job.teacher_cache.folder), str(job.teacher_cache.missing_parts()))
+            for i, job in enumerate(find_cache_jobs(context.plan))
         }
     )
     return True

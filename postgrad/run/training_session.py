@@ -9,7 +9,7 @@ from pathlib import Path
 
 from postgrad.data.loading.loader import Loader
 from postgrad.distributed.fsdp import reshard
-from postgrad.distributed.world import World
+from postgrad.distributed.world import InputFile, World
 from postgrad.errors import ResumeError
 from postgrad.evaluation import before_after
 from postgrad.evaluation.before_after import AllScores
@@ -149,9 +149,9 @@ def _find_checkpoint(checkpoints: Checkpoints, world: World) -> Path | None:
         return None
     folder = checkpoints.folder / newest.name
 
-    def verify_here() -> dict[str, str]:
+    def verify_here() -> dict[str, InputFile]:
         checkpoints.check(folder)
-        return {str(folder / MANIFEST): file_fingerprint(folder / MANIFEST)}
+        return {folder.name: InputFile(str(folder), file_fingerprint(folder / MANIFEST))}
 
     world.require_same(verify_here)
     return folder

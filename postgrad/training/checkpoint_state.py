@@ -49,6 +49,9 @@ class TrainingProgress:
     """Kind of the tuning."""
 
 
+_PROGRESS = TypeAdapter(TrainingProgress)
+
+
 @dataclass(frozen=True)
 class CheckpointOwner:
     """The run that writes checkpoints, as each of them records it."""
@@ -115,7 +118,7 @@ def checkpoint_bytes(run: Run) -> int:
 def read_progress(folder: Path) -> TrainingProgress:
     """The progress stored in a checkpoint. Raises `CheckpointError` when it cannot be read."""
     try:
-        return TypeAdapter(TrainingProgress).validate_json((folder / STATE).read_bytes())
+        return _PROGRESS.validate_json((folder / STATE).read_bytes())
     except (OSError, ValidationError) as error:
         raise CheckpointError(
             f"{STATE} is missing or unreadable", where=str(folder), expected="a checkpoint that a run has saved"
