@@ -87,7 +87,7 @@ def test_the_rate_follows_the_loss(shelf: Workspace) -> None:
         mean = 0.5 * mean + 0.5 * row.loss
         assert row.learning_rate == pytest.approx(1e-2 * min(1.0, 0.4 * (first / mean) ** 0.5), rel=1e-6)
     assert told(place)[0].learning_rate == pytest.approx(4e-3)
-    newest = Checkpoints(place / "checkpoints", None).find_newest(print)
+    newest = Checkpoints(place / "checkpoints", warn=print).find_newest()
     assert newest and read_progress(newest).rate == told(place)[-1].learning_rate
 
 
