@@ -7,7 +7,7 @@ from collections.abc import Container, Sequence
 from typing import TYPE_CHECKING
 
 from postgrad.reports.html.charts import ScatterPoint, Series, line_chart, scatter
-from postgrad.reports.html.document import FOOTER, figure, intro_paragraph, render_page, side_by_side
+from postgrad.reports.html.document import figure, intro_paragraph, render_page, side_by_side
 from postgrad.reports.html.notation import escape_html
 from postgrad.reports.html.table import Column, Table, difference_cell, text_cell
 
@@ -19,18 +19,13 @@ def blend_page(result: Blend) -> str:
     """The page of a sweep."""
     end = f"the mean of its last {result.average} checkpoints" if result.average else str(result.run)
     chosen = f" Selected: <b>{escape_html(result.chosen.name)}</b>." if result.chosen else ""
-    header = (
-        '<p class="over">postgrad · blend</p>'
-        f"<h1><bdi>{escape_html(result.run, 160)}</bdi></h1>"
-        f'<p class="lead">Between {escape_html(result.start, 120)} (weight 0) and {escape_html(end, 120)} (weight 1).'
-        f"{chosen}</p>"
-    )
+    between = f"Between {escape_html(result.start, 120)} (weight 0) and {escape_html(end, 120)} (weight 1)."
     labelled = {"0", "0.5", "1", *([result.chosen.name] if result.chosen else [])}
     sections = [
         ("frontier", "Frontier", "Recovered forgetting against lost gain", _frontier_section(result.points, labelled)),
         ("numbers", "Numbers", "Every point", _points_table(result.points)),
     ]
-    return render_page("Blend – postgrad", header, sections, FOOTER)
+    return render_page("Blend", "blend", str(result.run), f'<p class="lead">{between}{chosen}</p>', sections)
 
 
 def _frontier_section(points: Sequence[BlendedModel], labelled_points: Container[str]) -> str:

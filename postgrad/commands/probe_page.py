@@ -9,7 +9,6 @@ from postgrad.data.problem_type import ProblemType
 from postgrad.lineage.record import Interval
 from postgrad.reports.html.charts import LimitLine, Series, line_chart
 from postgrad.reports.html.document import (
-    FOOTER,
     escaped_passage,
     facts,
     figure,
@@ -90,17 +89,17 @@ def probe_page(result: LayerProbe) -> str:
         ("numbers", "Numbers", "In numbers", probe_table(result).html()),
         ("how", "Method", "Method", _method_section(result)),
     ]
-    title = f"Layers of {plain_text(mask_secrets(result.model))} \u2013 postgrad"
-    return render_page(title, _header(result), sections, FOOTER)
+    title = f"Layers of {plain_text(mask_secrets(result.model))}"
+    return render_page(title, "probe", "Layer by layer", _lead(result), sections)
 
 
-def _header(result: LayerProbe) -> str:
+def _lead(result: LayerProbe) -> str:
     best, guess = result.best, result.guess.get(result.metric)
     lead = f"Best on dev: <b>{escape_html(best.name)}</b>, {escape_html(result.metric)}"
     lead += f" {format_fixed(best.metrics[result.metric].value)}"
     if guess is not None:
         lead += f" on the test part (baseline: {format_fixed(guess.value)})"
-    return f'<p class="over">postgrad \u00b7 probe</p><h1>Layer by layer</h1><p class="lead">{lead}.</p>'
+    return f'<p class="lead">{lead}.</p>'
 
 
 def _method_section(result: LayerProbe) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from postgrad.reports.html.charts import ForestRow, LimitLine, forest_plot
-from postgrad.reports.html.document import FOOTER, facts, figure, intro_paragraph, render_page, side_by_side
+from postgrad.reports.html.document import facts, figure, intro_paragraph, render_page, side_by_side
 from postgrad.reports.html.notation import escape_html, format_percent, format_signed
 from postgrad.reports.html.table import Cell, Column, Table, text_cell, value_cell
 
@@ -35,14 +35,12 @@ def shift_page(result: MeasuredShift) -> str:
     ]
     surprise = result.surprise
     value = surprise.value
-    header = (
-        '<p class="over">postgrad · shift</p>'
-        f"<h1><bdi>{escape_html(result.model, 160)}</bdi></h1>"
+    lead = (
         f'<p class="lead">{_LEADS[result.strength]} The model needs {abs(value):.3f} bits {"fewer" if value < 0 else "more"}'
         f" per byte of the new text than of the old (new minus old {format_signed(surprise.low)} to"
         f" {format_signed(surprise.high)}).</p>"
     )
-    return render_page("Shift – postgrad", header, sections, FOOTER)
+    return render_page("Shift", "shift", result.model, lead, sections)
 
 
 def _advice_section(result: MeasuredShift) -> str:

@@ -32,8 +32,15 @@ _STYLE = (
 )
 
 
-def render_page(title: str, header: str, sections: Sequence[tuple[str, str, str, str]], footer: str) -> str:
-    """A page. Sections are (id, short name, heading, body); one with an empty body is omitted."""
+_FOOTER = "Made by postgrad from the run\u2019s own records. This page is self-contained: it runs no scripts and loads nothing."
+
+
+def render_page(title: str, kind: str, heading: str, lead: str, sections: Sequence[tuple[str, str, str, str]]) -> str:
+    """A page of a `kind`: its heading, the `lead` below it as HTML, and its sections.
+
+    Sections are (id, short name, heading, body); one with an empty body is omitted.
+    """
+    full_title = f"{title} \u2013 postgrad"
     present = [section for section in sections if section[-1]]
     links = "".join(f'<li><a href="#{i}">{n}</a></li>' for i, n, _, _ in present)
     body = "".join(
@@ -46,14 +53,12 @@ def render_page(title: str, header: str, sections: Sequence[tuple[str, str, str,
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         '<meta name="referrer" content="no-referrer"><meta name="color-scheme" content="light dark">'
-        f"<title>{escape_html(title, 200)}</title><style>{_STYLE}</style></head><body>"
-        f'<a class="skip" href="#content">Skip to the content</a><header class="top">{header}'
+        f"<title>{escape_html(full_title, 200)}</title><style>{_STYLE}</style></head><body>"
+        '<a class="skip" href="#content">Skip to the content</a><header class="top">'
+        f'<p class="over">postgrad \u00b7 {kind}</p><h1><bdi>{escape_html(heading, 160)}</bdi></h1>{lead}'
         f'<nav aria-label="Sections"><ul>{links}</ul></nav></header>'
-        f'<main id="content">{body}</main><footer><p>{footer}</p></footer></body></html>\n'
+        f'<main id="content">{body}</main><footer><p>{_FOOTER}</p></footer></body></html>\n'
     )
-
-
-FOOTER = "Made by postgrad from the run\u2019s own records. This page is self-contained: it runs no scripts and loads nothing."
 
 
 def figure(caption: str, draw: Callable[[float], str], *, note: str = "", numbers: Table | None = None) -> str:
