@@ -20,7 +20,7 @@ Each error states the problem, its place, what was expected, and a hint.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import partial
 from typing import Any
 
@@ -114,3 +114,10 @@ def suggest_nearest_or_all(word: str, known: Iterable[str]) -> str:
     """The same hint, or, when no known word is near, all of them."""
     known = list(known)
     return suggest_nearest(word, known) or f"known: {', '.join(known)}"
+
+
+def require_choice(what: str, value: str, choices: Collection[str], *, where: str) -> None:
+    """Raise `StageError` when a value is none of the choices, naming them and the nearest; `what` names the value."""
+    if value not in choices:
+        hint = suggest_nearest(value, choices)
+        raise StageError(f"there is no {what} {value!r}", where=where, expected=", ".join(choices), hint=hint)
