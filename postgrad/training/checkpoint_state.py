@@ -36,6 +36,8 @@ class TrainingProgress:
     """Fingerprint of the stage."""
     pacing: dict[str, float] = field(default_factory=dict)
     """State of a loss-adaptive learning rate."""
+    skipped_steps: int = 0
+    """Steps so far whose loss or gradient was not finite."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ def write_checkpoint(folder: Path, run: Run, tokenizer: PreTrainedTokenizerBase,
         run.rate,
         metadata.stage,
         run.lr_scale.state(),
+        run.skipped_steps,
     )
     (folder / STATE).write_text(json.dumps(asdict(progress), indent=1))
 
@@ -105,5 +108,6 @@ def restore_run(run: Run, folder: Path) -> None:
     run.optimizer.restore(read_moments(folder), progress.updates)
     run.lr_scale.load(progress.pacing)
     run.step, run.trained_tokens, run.rate = progress.step, progress.trained, progress.rate
+    run.skipped_steps = progress.skipped_steps
     for k, name in enumerate(run.sources):
         run.trained_tokens_by_source[k] = progress.trained_by_source[name]
