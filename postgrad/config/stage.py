@@ -289,7 +289,7 @@ class ComputeConfig(ConfigModel):
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass instead of storing them."""
     threads: Positive | None = None
-    """CPU threads. Default: the cores that this process may use."""
+    """CPU threads. Default: OMP_NUM_THREADS, or the cores that this process may use."""
 
 
 def _union_tag(value: Any) -> str:
