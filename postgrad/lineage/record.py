@@ -21,6 +21,7 @@ from postgrad.storage.atomic import write_atomically
 RECORD = "record.json"
 STAGE = "stage.yaml"
 PLAN = "plan.json"
+LOCK = "lock"
 FORMAT = 2
 
 Status = Literal["running", "stopped", "finished", "gate-failed"]

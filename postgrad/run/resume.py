@@ -11,6 +11,7 @@ from postgrad.distributed.world import World
 from postgrad.hardware.execution import Execution
 from postgrad.lineage.record import RECORD, STAGE, ExecutionSummary, read_record
 from postgrad.lineage.saved_plan import SavedPlan, read_plan, write_plan
+from postgrad.optim.lr_schedules import sample_schedule
 from postgrad.plan.plan import Plan
 from postgrad.plan.seen_sources import make_source_records
 from postgrad.run.anchors import penalty_fingerprints
@@ -89,5 +90,6 @@ def _make_saved_plan(
         plan=plan.as_record(),
         consumed_before=plan.data.seen_sources,
         resolved_sources=make_source_records(plan.data.sources, plan.model.start, plan.stage.seed),
+        schedule_curve=sample_schedule(plan.schedule, plan.steps),
         penalty_strengths=earlier.penalty_strengths if earlier else {},
     )

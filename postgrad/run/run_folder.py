@@ -16,7 +16,7 @@ from typing import Any
 from postgrad.config.renamed_keys import upgrade_stage
 from postgrad.distributed.world import World
 from postgrad.errors import BusyError, ResumeError
-from postgrad.lineage.record import PLAN, STAGE
+from postgrad.lineage.record import LOCK, PLAN, STAGE
 from postgrad.lineage.saved_plan import SavedPlan, read_plan
 from postgrad.plan.plan import Plan
 from postgrad.storage.atomic import disk_error
@@ -35,7 +35,7 @@ def lock_run_folder(run_folder: Path, world: World) -> Iterator[None]:
         return
     try:
         run_folder.mkdir(parents=True, exist_ok=True)
-        lock = (run_folder / "lock").open("a+")
+        lock = (run_folder / LOCK).open("a+")
     except OSError as error:
         raise disk_error(error, run_folder) from error
     with lock as file:
@@ -58,7 +58,7 @@ def claim_run_folder(run_folder: Path, plan: Plan, fingerprints: dict[str, Any])
     """The plan.json of this run, or None for a new folder. Raises `ResumeError` when the folder belongs to another run."""
     if not (run_folder / PLAN).exists():
         foreign = [
-            p.name for p in run_folder.iterdir() if p.name not in ("lock", STAGE) and not p.name.startswith(".staging-")
+            p.name for p in run_folder.iterdir() if p.name not in (LOCK, STAGE) and not p.name.startswith(".staging-")
         ]
         if foreign:
             raise ResumeError(
