@@ -154,7 +154,12 @@ def _encode_prompt(text_model: TextModel, prompt: str) -> np.ndarray:
 def _encode_chat(text_model: TextModel, messages: list[dict[str, str]]) -> np.ndarray:
     """The ids of a conversation up to where the next answer begins, of shape (T,), as training rows encode them."""
     tokenizer = text_model.tokenizer
-    text = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    try:
+        text = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    except Exception as error:  # a template is a program: it may raise anything
+        raise ModelError(
+            f"the chat template fails: {error}", where="MODEL", expected="one that renders a question"
+        ) from None
     if text_model.task.is_encoder_decoder:
         return _encode_prompt(text_model, text)
     ids = np.array(tokenizer(text, add_special_tokens=False)["input_ids"], np.int64)

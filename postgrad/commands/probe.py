@@ -26,7 +26,7 @@ from postgrad.data.tokens.held_out_split import held_out_mask
 from postgrad.data.tokens.source_files import read_all_labels
 from postgrad.data.tokens.store import TokenStore
 from postgrad.data.tokens.tokenize import build_store
-from postgrad.errors import DataError, ModelError, StageError, suggest_nearest
+from postgrad.errors import DataError, ModelError, StageError, require_choice
 from postgrad.evaluation.classification_metrics import compare_metrics, compute_metrics, main_metric
 from postgrad.evaluation.held_out import HeldOutRows
 from postgrad.evaluation.layer_features import ComputeStates, layer_features
@@ -319,14 +319,7 @@ def _use_threads(product: tuple[int, int, int], device: torch.device) -> Iterato
 
 def _source(part: str, path: str, kind: str) -> RawSource:
     """A file of labelled texts or tagged words."""
-    kinds = ("auto", "labelled", "tagged")
-    if kind not in kinds:
-        raise StageError(
-            f"there is no kind {kind!r}",
-            where="--kind",
-            expected=", ".join(kinds),
-            hint=suggest_nearest(kind, kinds),
-        )
+    require_choice("kind", kind, ("auto", "labelled", "tagged"), where="--kind")
     item = s.HeldOutFile.model_validate(s.expand_held_out_file(path))
     row_format = {**item.model_dump(), "hub": None}
     if kind == "auto":  # texts with labels look like text
@@ -337,17 +330,8 @@ def _source(part: str, path: str, kind: str) -> RawSource:
 
 def _resolve_pooling(config: Any, task: Task, pooling: str, stack: str) -> tuple[Stack, Pooling | None]:
     """The stack of the model that is probed, and how the tokens of a text become one vector."""
-    for value, option, known in (
-        (pooling, "--pooling", ("auto", *get_args(Pooling))),
-        (stack, "--stack", ("auto", "encoder", "decoder")),
-    ):
-        if value not in known:
-            raise StageError(
-                f"there is no {option[2:]} {value!r}",
-                where=option,
-                expected=", ".join(known),
-                hint=suggest_nearest(value, known),
-            )
+    require_choice("pooling", pooling, ("auto", *get_args(Pooling)), where="--pooling")
+    require_choice("stack", stack, ("auto", "encoder", "decoder"), where="--stack")
     if stack != "auto" and not config.is_encoder_decoder:
         raise StageError(
             f"a {config.model_type} model has a single stack, so no {stack} can be chosen",

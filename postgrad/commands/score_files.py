@@ -17,7 +17,7 @@ from postgrad.data.read.files import RawSource
 from postgrad.data.read.labels import Labels
 from postgrad.data.tokens.tokenize import build_store
 from postgrad.distributed.world import World
-from postgrad.errors import ModelError, StageError, suggest_nearest
+from postgrad.errors import ModelError, require_choice
 from postgrad.evaluation import before_after
 from postgrad.evaluation.held_out import HeldOutSet
 from postgrad.evaluation.perplexity import Scores, score_held_out
@@ -81,13 +81,7 @@ def load_documents(
 
     Raises `StageError` for an unknown `document_unit`.
     """
-    if document_unit not in _DOCUMENT_UNITS:
-        raise StageError(
-            f"there is no document unit {document_unit!r}",
-            where="--document-unit",
-            expected=", ".join(_DOCUMENT_UNITS),
-            hint=suggest_nearest(document_unit, _DOCUMENT_UNITS),
-        )
+    require_choice("document unit", document_unit, _DOCUMENT_UNITS, where="--document-unit")
     objectives = resolve_objectives([], start)
     if model_inputs.task.is_encoder_decoder:  # which also scores rows with answers
         objectives += (TextToTextObjective(kind="text-to-text"),)

@@ -28,6 +28,7 @@ from postgrad.data.read.documents import read_documents
 from postgrad.data.read.files import RawSource as Files
 from postgrad.data.read.generated_text import GENERATED_COLUMN
 from postgrad.data.tokens.encoder import Encoder
+from postgrad.data.words import split_spaces
 from postgrad.errors import DataError, ModelError, StageError
 from postgrad.evaluation.continuations import decode_ids
 from postgrad.evaluation.generate_documents import generate_documents
@@ -211,7 +212,7 @@ def _generate_documents(
     for (ids, origin), new in zip(batch_prompts, documents, strict=True):
         prompt = ids[1:] if bos is not None or not request.prompt_tokens else ids
         text = decode_ids(generator.tokenizer, np.concatenate([prompt, new.ids])).strip()
-        short = "too short" if len(text.split()) < _MIN_WORDS else None
+        short = "too short" if len(split_spaces(text)) < _MIN_WORDS else None
         repeats = "repetitive" if repetition_share(new.ids.tolist()) > request.max_repetition else None
         yield Candidate({"text": text}, {"from": origin}, len(prompt) + len(new.ids), new.ended, short or repeats)
 
