@@ -35,6 +35,7 @@ from postgrad.data.filter.near_duplicates import repetition_share
 from postgrad.data.random_streams import RandomStreams
 from postgrad.data.read.documents import Document, read_documents
 from postgrad.data.read.files import RawSource as Files
+from postgrad.data.render.chat import apply_chat_template
 from postgrad.data.render.renderers import PlainRenderer
 from postgrad.data.words import split_spaces, split_words_and_signs
 from postgrad.errors import DataError, ModelError, StageError
@@ -91,14 +92,11 @@ class ChatTemplate:
             )
 
     def _render(self, messages: Sequence[dict[str, str]], *, prompt: bool) -> str:
-        try:
-            return str(
-                self.generator.tokenizer.apply_chat_template(
-                    list(messages), add_generation_prompt=prompt, tokenize=False
-                )
-            )
-        except Exception as error:  # a template is a program: it may raise anything
-            raise ModelError(f"the chat template fails: {error}", where="MODEL") from None
+        tokenizer = self.generator.tokenizer
+        assert tokenizer.chat_template is not None
+        return apply_chat_template(
+            tokenizer.chat_template, tokenizer.special_tokens_map, messages, add_generation_prompt=prompt
+        )
 
     def encode(self, text: str) -> np.ndarray:
         """A rendered text as ids, after the BOS if the tokenizer adds one."""
