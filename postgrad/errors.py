@@ -11,7 +11,8 @@
     ├── InterruptError       the user interrupted the command
     ├── CheckpointError      a checkpoint that is incomplete or was changed
     ├── DiskError            a full disk, or a folder that cannot be written
-    └── NonFiniteError       a loss or gradient that is not a number
+    ├── NonFiniteError       a loss or gradient that is not a number
+    └── DistributedError     another process of the run that failed, hangs, was killed or reads other files
 
 Each error states the problem, its place, what was expected, and a hint.
 """
@@ -20,12 +21,16 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Iterable
+from functools import partial
+from typing import Any
 
 
 class PostgradError(Exception):
     """A problem with its place (`file:line` or `key.path`), what was expected, and a hint."""
 
     exit_code = 2
+    reported_by: int | None = None
+    """Of several processes, the rank that prints an error which all of them raise; None: each that raises it."""
 
     def __init__(self, problem: str, *, where: str = "", expected: str = "", hint: str = "") -> None:
         self.problem, self.where, self.expected, self.hint = problem, where, expected, hint
@@ -35,6 +40,10 @@ class PostgradError(Exception):
         if hint:
             lines.append(f"  hint:     {hint}")
         super().__init__("\n".join(lines))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        parts = {"where": self.where, "expected": self.expected, "hint": self.hint}
+        return partial(type(self), self.problem, **parts), (), {"reported_by": self.reported_by}
 
 
 class StageError(PostgradError):
@@ -85,6 +94,12 @@ class DiskError(PostgradError):
 
 class NonFiniteError(PostgradError):
     """A loss or gradient that is not finite; the weights were not changed."""
+
+    exit_code = 1
+
+
+class DistributedError(PostgradError):
+    """Another process of the run failed, hangs, was killed or reads other files."""
 
     exit_code = 1
 

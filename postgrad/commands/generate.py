@@ -17,6 +17,7 @@ from postgrad.evaluation.continuations import decode_ids
 from postgrad.evaluation.held_out import insert_after_bos
 from postgrad.hardware import machine
 from postgrad.models.location import ModelLocation, locate_model
+from postgrad.models.model_sizes import get_model_sizes
 from postgrad.models.prefix_lm_attention import is_prefix_lm, prefill_prompt
 from postgrad.models.pretrained import load_tokenizer
 from postgrad.models.task import Task
@@ -153,7 +154,12 @@ def _encode_prompt(text_model: TextModel, prompt: str) -> np.ndarray:
 def _encode_chat(text_model: TextModel, messages: list[dict[str, str]]) -> np.ndarray:
     """The ids of a conversation up to where the next answer begins, of shape (T,), as training rows encode them."""
     tokenizer = text_model.tokenizer
-    text = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    try:
+        text = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    except Exception as error:  # a template is a program: it may raise anything
+        raise ModelError(
+            f"the chat template fails: {error}", where="MODEL", expected="one that renders a question"
+        ) from None
     if text_model.task.is_encoder_decoder:
         return _encode_prompt(text_model, text)
     ids = np.array(tokenizer(text, add_special_tokens=False)["input_ids"], np.int64)
@@ -164,7 +170,7 @@ def _encode_chat(text_model: TextModel, messages: list[dict[str, str]]) -> np.nd
 
 def _remaining_positions(text_model: TextModel, length: int) -> float:
     """How many tokens can follow `length` tokens."""
-    limit = getattr(text_model.model.config, "max_position_embeddings", None)
+    limit = get_model_sizes(text_model.model.config).positions
     return math.inf if not limit or text_model.task.is_encoder_decoder else limit - length
 
 

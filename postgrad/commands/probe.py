@@ -12,7 +12,6 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig
 
 from postgrad.commands.cache import cache_folder
 from postgrad.commands.results import Result
@@ -43,7 +42,9 @@ from postgrad.evaluation.linear_probe import (
 from postgrad.hardware import machine
 from postgrad.hardware.execution import choose_threads
 from postgrad.lineage.record import Interval
+from postgrad.models.auto_classes import load_config
 from postgrad.models.location import ModelLocation, locate_model
+from postgrad.models.model_sizes import get_model_sizes
 from postgrad.models.pretrained import ClassifierSpec, load_pretrained, load_tokenizer
 from postgrad.models.task import Task
 from postgrad.models.task_head import Pooling, TaskHeadConfig
@@ -196,7 +197,7 @@ def compute_frozen_features(
     """
     cache = cache or cache_folder()
     start = locate_model(model, Path.cwd(), base)
-    config: Any = AutoConfig.from_pretrained(start.name_or_path)
+    config: Any = load_config(start.name_or_path)
     files = {"train": _source("train", train, kind), "test": _source("test", test, kind)}
     files |= {"dev": _source("dev", dev, kind)} if dev else {}
     task = Task.TAG if files["train"].kind == "tagged" else Task.CLASSIFY
@@ -358,7 +359,8 @@ def _resolve_pooling(config: Any, task: Task, pooling: str, stack: str) -> tuple
 
 
 def _make_model_inputs(start: ModelLocation, config: Any, task: Task, context: int | None) -> ModelInputs:
-    limit = getattr(config, "max_position_embeddings", None)
+    sizes = get_model_sizes(config)
+    limit = sizes.positions
     if context is not None and (context < 2 or (limit and context > limit)):
         raise ModelError(
             f"a context of {context} does not fit {start.name}",
@@ -366,10 +368,8 @@ def _make_model_inputs(start: ModelLocation, config: Any, task: Task, context: i
             expected=f"2 to {limit}" if limit else "2 or more",
         )
     tokenizer = load_tokenizer(start.full_model)
-    length = context or min(limit or _DEFAULT_CONTEXT, _DEFAULT_CONTEXT)
-    return make_model_inputs(
-        task, start, tokenizer, make_encoder(tokenizer, int(config.vocab_size)), length=length, seed=0
-    )
+    length = context or sizes.limit_context(_DEFAULT_CONTEXT)
+    return make_model_inputs(task, start, tokenizer, make_encoder(tokenizer, sizes.vocab_size), length=length, seed=0)
 
 
 def _build_rows(

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-from transformers import AutoConfig
 
 from postgrad.config import stage as s
 from postgrad.config.objectives import TextToTextObjective
@@ -23,8 +22,10 @@ from postgrad.evaluation import before_after
 from postgrad.evaluation.held_out import HeldOutSet
 from postgrad.evaluation.perplexity import Scores, score_held_out
 from postgrad.hardware import machine
+from postgrad.models.auto_classes import load_config
 from postgrad.models.location import ModelLocation
 from postgrad.models.model import wrap_model
+from postgrad.models.model_sizes import load_model_sizes
 from postgrad.models.pretrained import load_tokenizer
 from postgrad.models.task import Task
 from postgrad.plan.held_out_documents import HeldOutDocuments
@@ -115,7 +116,7 @@ def _class_labels(start: ModelLocation, task: Task, files: RawSource) -> Labels:
     if reference and reference.layer:
         names, problem = reference.layer.labels, reference.layer.problem
     else:
-        config: Any = AutoConfig.from_pretrained(start.name_or_path)
+        config: Any = load_config(start.name_or_path)
         names = tuple(config.id2label[i] for i in range(config.num_labels))
         problem = config.problem_type
     decision = ProblemType.TAGS if task == Task.TAG else ProblemType.from_transformers(problem, len(names))
@@ -128,7 +129,7 @@ def _class_labels(start: ModelLocation, task: Task, files: RawSource) -> Labels:
 def load_model_inputs(start: ModelLocation, context: int) -> ModelInputs:
     """How the model of a start encodes text, outside of any stage."""
     tokenizer = load_tokenizer(start)
-    encoder = make_encoder(tokenizer, int(AutoConfig.from_pretrained(start.name_or_path).vocab_size))
+    encoder = make_encoder(tokenizer, load_model_sizes(start).vocab_size)
     return make_model_inputs(get_task(start), start, tokenizer, encoder, length=context, seed=0)
 
 
@@ -151,7 +152,7 @@ def score_model(
 
 def context_length(start: ModelLocation, requested: int | None) -> int:
     """Tokens that a model reads at once: those requested, or its own limit up to 1,024."""
-    limit = getattr(AutoConfig.from_pretrained(start.name_or_path), "max_position_embeddings", None) or DEFAULT_CONTEXT
+    limit = load_model_sizes(start).positions or DEFAULT_CONTEXT
     if requested is not None and not 2 <= requested <= limit:
         raise ModelError(
             f"a context of {requested} does not fit {start.name}", where="--context", expected=f"2 to {limit}"

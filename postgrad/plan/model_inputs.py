@@ -9,13 +9,14 @@ from itertools import takewhile
 from typing import Any
 
 import numpy as np
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from postgrad.config.tunings import AnyTuning, InstructionPromptTuning, PromptTuningConfig, PTuning
 from postgrad.data.render.frame import EMPTY_FRAME, Frame
 from postgrad.data.render.prompt_template import Template
 from postgrad.data.tokens.encoder import Encoder
 from postgrad.errors import ModelError, StageError
+from postgrad.models.auto_classes import load_config
 from postgrad.models.layers import get_embedding_weight
 from postgrad.models.location import ModelLocation
 from postgrad.models.pretrained import detect_task, load_pretrained
@@ -238,7 +239,7 @@ def make_model_inputs(
         task,
         start_model,
         tokenizer,
-        AutoConfig.from_pretrained(start_model.name_or_path),
+        load_config(start_model.name_or_path),
         encoder,
         length,
         seed,

@@ -48,7 +48,7 @@ def test_every_token_is_scored_once_whatever_stands_before(
     documents: list[list[int]], context: int, count: int, spare: int, bos: bool
 ) -> None:
     documents = [[BOS, *d] if bos else d for d in documents]
-    found = text(documents, before=VIRTUAL[:count], spare=spare, bos=BOS if bos else None)
+    found = text(documents, virtual_tokens=VIRTUAL[:count], reserved_positions=spare, bos=BOS if bos else None)
     met = scored(found, context)
     # All but a document's first, which nothing stands before; with a BOS that is the BOS.
     assert [(d, label) for d, label, _ in met] == [(i, t) for i, doc in enumerate(documents) for t in doc[1:]]
@@ -65,8 +65,8 @@ def test_a_prompt_and_as_much_room_left_free_cut_alike(documents: list[list[int]
     """The start model, which has no prompt, is scored on the same windows of the same documents."""
     documents = [[BOS, *d] if bos else d for d in documents]
     both = {"bos": BOS if bos else None}
-    prompted = list(text(documents, before=VIRTUAL, **both).iter_rows(context))
-    spared = list(text(documents, spare=len(VIRTUAL), **both).iter_rows(context))
+    prompted = list(text(documents, virtual_tokens=VIRTUAL, **both).iter_rows(context))
+    spared = list(text(documents, reserved_positions=len(VIRTUAL), **both).iter_rows(context))
     assert len(prompted) == len(spared)
     for (one, with_prompt), (other, without) in zip(prompted, spared, strict=True):
         assert one == other and with_prompt.label_count == without.label_count
@@ -81,12 +81,14 @@ def test_a_prompt_and_as_much_room_left_free_cut_alike(documents: list[list[int]
 def test_without_the_room_left_free_windows_would_differ() -> None:
     """The mutant of the law above."""
     long = [list(range(2, 60))]
-    counts = {spare: [p.row.label_count for p in text(long, spare=spare).iter_rows(16)] for spare in (0, 3)}
+    counts = {
+        spare: [p.row.label_count for p in text(long, reserved_positions=spare).iter_rows(16)] for spare in (0, 3)
+    }
     assert counts[0] != counts[3]
 
 
 def test_a_prompt_by_hand() -> None:
-    found = text([[BOS, 5, 6, 7, 8, 9, 10, 11]], before=VIRTUAL[:2], bos=BOS)
+    found = text([[BOS, 5, 6, 7, 8, 9, 10, 11]], virtual_tokens=VIRTUAL[:2], bos=BOS)
     rows = [(p.row.inputs["input_ids"].tolist(), p.row.labels.tolist()) for p in found.iter_rows(8)]
     x = IGNORED
     assert rows == [
