@@ -11,7 +11,7 @@
     ├── InterruptError       the user interrupted the command
     ├── CheckpointError      a checkpoint that is incomplete or was changed
     ├── DiskError            a full disk, or a folder that cannot be written
-    ├── NonFiniteError       a loss or gradient that is not a number
+    ├── NonFiniteError       too many steps whose loss or gradient is not finite
     └── DistributedError     another process of the run that failed, hangs, was killed or reads other files
 
 Each error states the problem, its place, what was expected, and a hint.
@@ -93,7 +93,7 @@ class DiskError(PostgradError):
 
 
 class NonFiniteError(PostgradError):
-    """A loss or gradient that is not finite; the weights were not changed."""
+    """Too many steps whose loss or gradient is not finite; these changed no weight."""
 
     exit_code = 1
 

@@ -11,6 +11,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import hypothesis
 import pytest
 import torch
 
@@ -23,6 +24,8 @@ from tests.tiny_models import new_text as new_text
 from tests.tiny_models import old_text as old_text
 
 torch.set_num_threads(1)
+hypothesis.settings.register_profile("tests", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("tests")
 
 
 def write_jsonl(path: Path, documents: list[str]) -> Path:

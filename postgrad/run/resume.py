@@ -13,6 +13,7 @@ from postgrad.errors import ResumeError
 from postgrad.hardware.execution import Execution
 from postgrad.lineage.record import PLAN, RECORD, STAGE, ExecutionSummary, Record, read_record
 from postgrad.lineage.saved_plan import SavedPlan, read_plan, write_plan
+from postgrad.optim.lr_schedules import sample_schedule
 from postgrad.plan.plan import Plan
 from postgrad.plan.seen_sources import make_source_records
 from postgrad.reports.pages.rewrite_report import rewrite_report
@@ -127,5 +128,6 @@ def _make_saved_plan(
         plan=plan.as_record(),
         consumed_before=plan.data.seen_sources,
         resolved_sources=make_source_records(plan.data.sources, plan.model.start, plan.stage.seed),
+        schedule_curve=sample_schedule(plan.schedule, plan.steps),
         penalty_strengths=earlier.penalty_strengths if earlier else {},
     )

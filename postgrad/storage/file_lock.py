@@ -8,6 +8,20 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def is_locked(lock: Path) -> bool:
+    """Whether a process holds the lock."""
+    try:
+        import fcntl
+
+        with open(lock, "rb") as handle:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except (ImportError, OSError):  # no locks here, or no file
+        return False
+    return False
+
+
 @contextmanager
 def file_lock(lock: Path) -> Iterator[bool]:
     """Hold the lock, waiting for any other process that has it; it is released when its process ends, in whatever way.

@@ -42,7 +42,7 @@ def scored(found: HeldOutText, context: int) -> list[tuple[int, int, int]]:
 texts = st.lists(st.lists(st.integers(2, 99), min_size=1, max_size=60), min_size=1, max_size=4)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(texts, st.integers(8, 40), st.integers(0, 3), st.integers(0, 3), st.booleans())
 def test_every_token_is_scored_once_whatever_stands_before(
     documents: list[list[int]], context: int, count: int, spare: int, bos: bool
@@ -59,7 +59,7 @@ def test_every_token_is_scored_once_whatever_stands_before(
         assert (before, label) in pairs or (bos and before in VIRTUAL and label == documents[document][1])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(texts, st.integers(8, 40), st.booleans())
 def test_a_prompt_and_as_much_room_left_free_cut_alike(documents: list[list[int]], context: int, bos: bool) -> None:
     """The start model, which has no prompt, is scored on the same windows of the same documents."""
@@ -158,7 +158,7 @@ def test_the_first_documents_are_whole_and_fit(tokens: int, documents: int) -> N
     ]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 3)), min_size=1, max_size=8), st.integers(0, 60))
 def test_the_first_of_the_first_are_the_first(sizes: list[tuple[int, int]], tokens: int) -> None:
     whole = made([d for d, (_, rows) in enumerate(sizes) for _ in range(rows)], [size for size, _ in sizes])

@@ -421,7 +421,7 @@ def sequences(batch: token_tree.TreeBatch, row: TreeRow) -> dict[int, tuple[tupl
     return out
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.lists(asked, min_size=1, max_size=25), st.integers(0, 12), st.integers(1, 80))
 def test_every_answer_is_asked_behind_its_own_sequence(made: list[Any], shown: int, most: int) -> None:
     before = list(np.random.default_rng(0).integers(1, 5, shown))
