@@ -258,13 +258,13 @@ def _detect_columns(records: list[RawRow], source: RawSource) -> Columns:
     columns = detect_columns(names, source.columns, source.kind)
     if columns is None:
         raise unknown_kind_error(names, source, records[0].location)
-    if columns.kind == RowKind.COMPLETION and isinstance(_first_value(records, columns.by_role["prompt"]), list):
-        columns = detect_columns(names, source.columns, RowKind.CHAT) or columns  # a prompt of messages
     # All records together can have the columns of a kind that the first record is not of.
     first = detect_columns(list(records[0].values), source.columns, source.kind)
     if first and first.kind != columns.kind:
         other = next(each for each in records if not all(has_column(each.values.keys(), c) for c in first.required))
         raise _deviating_record_error(other, first)
+    if columns.kind == RowKind.COMPLETION and isinstance(_first_value(records, columns.by_role["prompt"]), list):
+        return detect_columns(names, source.columns, RowKind.CHAT) or columns  # a prompt of messages
     return columns
 
 

@@ -172,22 +172,21 @@ class ChatRenderer:
 
     def _choose_form(self, messages: Messages, tools: Sequence[Any] | None) -> tuple[Messages, str]:
         """The messages in a form that the template renders whole, or else as they are, and their text."""
-        error, rendered = None, []
+        own: str | DataError | None = None
         for form in (messages, _decode_arguments(messages), _split_contents(messages)):
             if form is None:
                 continue
             try:
-                text = self._apply_template(form, tools)
-            except DataError as failure:
-                error = error or failure
-                continue
-            if _is_whole(messages, form, _remove_tags(text)):
+                text: str | DataError = self._apply_template(form, tools)
+            except DataError as error:
+                text = error
+            if isinstance(text, str) and _is_whole(messages, form, _remove_tags(text)):
                 return form, text
-            rendered.append((form, text))
-        if not rendered:
-            assert error is not None
-            raise error
-        return rendered[0]
+            own = text if own is None else own
+        if not isinstance(own, str):
+            assert own is not None
+            raise own
+        return messages, own
 
     def _apply_template(
         self, messages: Messages, tools: Sequence[Any] | None, *, add_generation_prompt: bool = False
