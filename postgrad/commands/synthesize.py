@@ -33,6 +33,7 @@ from postgrad.evaluation.continuations import decode_ids
 from postgrad.evaluation.generate_documents import generate_documents
 from postgrad.evaluation.held_out import insert_after_bos
 from postgrad.hardware import machine
+from postgrad.hardware.memory import memory_errors
 from postgrad.models.location import locate_model
 from postgrad.models.model import CausalModel, wrap_model
 from postgrad.models.pretrained import load_tokenizer
@@ -66,6 +67,10 @@ class SynthesisRequest:
     """Documents with a larger share of repeated runs of eight tokens are rejected."""
     dedup_threshold: float = 0.8
     """Documents that share so much of their five-word runs with an earlier one are rejected."""
+
+    def decisive_options(self) -> dict[str, Any]:
+        """The options that decide the text: not how many documents are generated in parallel."""
+        return {name: value for name, value in asdict(self).items() if name != "batch_size"}
 
 
 @dataclass(frozen=True)
@@ -188,7 +193,8 @@ def synthesize(
     machine.tune_allocator()
     generator = load_generator(str(model), request.max_document_tokens, base)
     prompt_ids = _read_prompts(prompts, request, generator.tokenizer, generator.encoder)
-    options = fingerprint([asdict(request), generator.fingerprint, [ids.tolist() for ids, _ in prompt_ids]])
+    prompt_lists = [ids.tolist() for ids, _ in prompt_ids]
+    options = fingerprint([request.decisive_options(), generator.fingerprint, prompt_lists])
     if is_complete(out, options):
         yield read_synthesized(model, out, already_complete=True)
         return
@@ -291,7 +297,9 @@ def generate_until_target(
         while state.tokens < request.tokens:
             accepted: list[bytes] = []
             numbers = range(state.next, state.next + request.batch_size)
-            for number, candidate in zip(numbers, draw(numbers), strict=True):
+            with memory_errors("synthesize", f"--batch-size {max(1, request.batch_size // 2)}: the command resumes"):
+                candidates = list(draw(numbers))
+            for number, candidate in zip(numbers, candidates, strict=True):
                 if state.tokens >= request.tokens:
                     break
                 reason = candidate.rejection_reason

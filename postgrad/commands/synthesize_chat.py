@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -164,7 +164,7 @@ def synthesize_chat(
     examples = _read_questions(rehearsal)
     budget = _token_budget(question_template, answer_template, request)
     options = [
-        asdict(request),
+        request.decisive_options(),
         question_template.generator.fingerprint,
         answer_template.generator.fingerprint,
         examples,

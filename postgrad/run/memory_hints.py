@@ -6,15 +6,17 @@ from postgrad.hardware.execution import Execution
 from postgrad.plan.plan import Plan
 
 
-def training_hint(plan: Plan, execution: Execution) -> str:
-    """The keys that make a step smaller."""
+def training_hint(plan: Plan, execution: Execution | None = None) -> str:
+    """The keys that make a step smaller; `execution` None: before it is chosen."""
+    compute = plan.stage.compute
+    micro = execution.micro if execution else plan.stage.batch.micro_batch_size or plan.stage.batch.global_batch_size
     resumed = [
-        *_smaller_micro_batch(execution),
-        *([] if execution.activation_checkpointing else ["compute.activation_checkpointing: true"]),
+        *_smaller_micro_batch(micro),
+        *([] if compute.activation_checkpointing else ["compute.activation_checkpointing: true"]),
     ]
     anew = [
         _shorter_rows(plan),
-        *([] if execution.dtype == "bfloat16" else ["compute.dtype: bfloat16"]),
+        *([] if (execution or compute).dtype == "bfloat16" else ["compute.dtype: bfloat16"]),
         *(["tuning: {kind: lora}, which trains fewer weights"] if plan.stage.tuning.kind == "full" else []),
     ]
     return _join([*resumed, "several processes (torchrun), which shard the state"], anew)
@@ -22,7 +24,7 @@ def training_hint(plan: Plan, execution: Execution) -> str:
 
 def teacher_hint(plan: Plan, execution: Execution) -> str:
     """The keys that make a teacher's forward pass smaller."""
-    return _join(_smaller_micro_batch(execution), [_shorter_rows(plan), "a smaller `teacher` in objectives"])
+    return _join(_smaller_micro_batch(execution.micro), [_shorter_rows(plan), "a smaller `teacher` in objectives"])
 
 
 def scoring_hint(plan: Plan) -> str:
@@ -36,8 +38,8 @@ def scoring_hint(plan: Plan) -> str:
     return _join(resumed, [*tasks, _shorter_rows(plan)])
 
 
-def _smaller_micro_batch(execution: Execution) -> list[str]:
-    return [f"batch.micro_batch_size: {execution.micro // 2}"] if execution.micro > 1 else []
+def _smaller_micro_batch(micro: int) -> list[str]:
+    return [f"batch.micro_batch_size: {micro // 2}"] if micro > 1 else []
 
 
 def _shorter_rows(plan: Plan) -> str:

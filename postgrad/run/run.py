@@ -44,7 +44,8 @@ def run_stage(plan: Plan, *, command: str, cache: Path) -> Iterator[RunEvent]:
 
 
 def _run_phases(plan: Plan, world: World, interrupt: Interrupt, *, command: str, cache: Path) -> Iterator[RunEvent]:
-    context = yield from claim_run(plan, world, interrupt, command=command, cache=cache)
+    with memory_errors("loading the model", training_hint(plan)):
+        context = yield from claim_run(plan, world, interrupt, command=command, cache=cache)
     if context is None:  # the run was complete already
         return
     execution = context.execution
