@@ -11,6 +11,7 @@
     ├── InterruptError       the user interrupted the command
     ├── CheckpointError      a checkpoint that is incomplete or was changed
     ├── DiskError            a full disk, or a folder that cannot be written
+    ├── OutOfMemoryError     more memory than this machine or accelerator has
     ├── NonFiniteError       too many steps whose loss or gradient is not finite
     └── DistributedError     another process of the run that failed, hangs, was killed or reads other files
 
@@ -88,6 +89,12 @@ class CheckpointError(PostgradError):
 
 class DiskError(PostgradError):
     """A full disk, or a folder that cannot be written."""
+
+    exit_code = 1
+
+
+class OutOfMemoryError(PostgradError):
+    """More memory than this machine or accelerator has."""
 
     exit_code = 1
 

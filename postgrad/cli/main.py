@@ -82,6 +82,16 @@ def _run_guarded(run: Callable[[], object]) -> None:
             print("stopped", file=sys.stderr)
             raise SystemExit(3) from None
         raise
+    except (MemoryError, RuntimeError) as error:
+        from postgrad.hardware.memory import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        detail = (str(error).strip().splitlines() or ["no detail"])[0]
+        print(
+            f"error: out of memory: {detail}\n  hint:     a smaller model or batch, or shorter texts", file=sys.stderr
+        )
+        raise SystemExit(1) from None
     except OSError as error:  # a file that vanished, or that may not be read
         print(f"error: {error.filename or 'the system'}: {error.strerror or error}", file=sys.stderr)
         raise SystemExit(1) from None

@@ -17,6 +17,7 @@ from postgrad.errors import ModelError, StageError
 from postgrad.evaluation.continuations import decode_ids
 from postgrad.evaluation.held_out import insert_after_bos
 from postgrad.hardware import machine
+from postgrad.hardware.memory import memory_errors
 from postgrad.models.location import ModelLocation, locate_model
 from postgrad.models.model_sizes import get_model_sizes
 from postgrad.models.prefix_lm_attention import is_prefix_lm, prefill_prompt
@@ -97,6 +98,7 @@ class Generation(Result):
     continuations: tuple[Continuation, ...]
 
 
+@memory_errors("generate", "a smaller --max-new-tokens or a shorter --prompt")
 def generate(
     models: str | Path | Sequence[str],
     prompt: str,

@@ -105,7 +105,7 @@ class Peers:
             problem = self._suspect(before.heartbeats, now.heartbeats)
         cause = DistributedError(
             f"{problem}; rank {self._rank} waited at {place}",
-            where="torchrun",
+            where="compute.collective_timeout_seconds",
             hint="the same command resumes from the last checkpoint; compute.collective_timeout_seconds is how long ranks wait",
         )
         if first := self._tell(str(cause)):

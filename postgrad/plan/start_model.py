@@ -76,7 +76,6 @@ def _make_new_model(
     identity = [_FORMAT, {k: v for k, v in config.to_dict().items() if k not in _IGNORED_CONFIG_KEYS}, stage.seed]
     key = fingerprint([*identity, tokenizer.backend_tokenizer.to_str()])
     folder = cache.resolve() / "fresh" / key
-    (cache / "locks").mkdir(parents=True, exist_ok=True)
     with file_lock(cache / "locks" / f"{key}.lock"):
         if not _is_intact(folder):
             model = init_model(config, stage.seed)

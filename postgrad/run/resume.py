@@ -103,15 +103,19 @@ def _read_finished(run_folder: Path, saved_plan: SavedPlan | None) -> Record | N
 
 
 def _resolve_execution(plan: Plan, tuned_model: TunedModel, saved_plan: SavedPlan | None, world: World) -> Execution:
-    """How to compute: measured once and saved, since a resumed run must give the same bits."""
+    """How to compute: measured once and saved, since a resumed run must give the same bits; what saves memory may change."""
     if saved_plan is None:
         # Ranks may time differently; all take the first rank's choice.
         return world.all_gather(choose_execution(plan, tuned_model, world))[0]  # type: ignore[return-value]
     execution = Execution(**saved_plan.execution.as_json())
     # With another number of ranks a rank has other rows. The micro-batch size does not change the result.
     rows_per_rank = plan.data.mixture.block_size // world.size
-    micro = max(m for m in range(1, min(execution.micro, rows_per_rank) + 1) if rows_per_rank % m == 0)
-    return dataclasses.replace(execution, micro=micro)
+    largest = min(plan.stage.batch.micro_batch_size or execution.micro, rows_per_rank)
+    return dataclasses.replace(
+        execution,
+        micro=max(m for m in range(1, largest + 1) if rows_per_rank % m == 0),
+        activation_checkpointing=plan.stage.compute.activation_checkpointing,
+    )
 
 
 def _make_saved_plan(

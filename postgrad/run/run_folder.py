@@ -25,6 +25,12 @@ from postgrad.storage.fingerprint import differences
 MODEL = "model"
 """Folder of the published model."""
 REPORT = "report.html"
+_CHANGEABLE = (
+    "output", "save.every", "save.keep", "optimizer.max_skipped_steps", "batch.micro_batch_size",
+    "compute.activation_checkpointing", "compute.collective_timeout_seconds", "evaluation.drift_tokens",
+    "evaluation.relearning_steps",
+)  # fmt: skip
+"""Keys that may differ on resume: they decide no weight, or (micro-batches, recomputed activations) its rounding only."""
 
 
 @contextmanager
@@ -81,7 +87,10 @@ def _remove_empty(paths: Sequence[Path]) -> None:
 
 
 def claim_run_folder(run_folder: Path, plan: Plan, fingerprints: dict[str, Any]) -> SavedPlan | None:
-    """The plan.json of this run, or None for a new folder. Raises `ResumeError` when the folder belongs to another run."""
+    """The plan.json of this run, or None for a new folder. Raises `ResumeError` when the folder belongs to another run.
+
+    A stage that differs in harmless keys takes the fingerprint of the first one: `fingerprints` is updated.
+    """
     if not (run_folder / PLAN).exists():
         foreign = [
             p.name for p in run_folder.iterdir() if p.name not in (LOCK, STAGE) and not p.name.startswith(".staging-")
@@ -99,19 +108,14 @@ def claim_run_folder(run_folder: Path, plan: Plan, fingerprints: dict[str, Any])
         changes = differences(upgrade_stage(saved_plan.stage), now) + [
             line for line in differences(saved_plan.fingerprints, fingerprints) if not line.startswith("stage:")
         ]
-        harmless = (
-            "save.every",
-            "save.keep",
-            "optimizer.max_skipped_steps",
-            "output",
-            "compute.collective_timeout_seconds",
-        )
-        listed = "\n    ".join(line for line in changes if not line.startswith(harmless))
-        raise ResumeError(
-            f"this folder contains a run of another stage; the differences are:\n    {listed}",
-            where=str(run_folder),
-            hint="undo the changes to resume, or give the new stage another `name` or `output`",
-        )
+        listed = "\n    ".join(line for line in changes if not line.startswith(_CHANGEABLE))
+        if listed or not changes:
+            raise ResumeError(
+                f"this folder contains a run of another stage; the differences are:\n    {listed}",
+                where=str(run_folder),
+                hint="undo the changes to resume, or give the new stage another `name` or `output`",
+            )
+        fingerprints["stage"] = saved_plan.fingerprints["stage"]  # it is still the same run
     return saved_plan
 
 
