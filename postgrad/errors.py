@@ -11,7 +11,8 @@
     ├── InterruptError       the user interrupted the command
     ├── CheckpointError      a checkpoint that is incomplete or was changed
     ├── DiskError            a full disk, or a folder that cannot be written
-    ├── NonFiniteError       a loss or gradient that is not a number
+    ├── OutOfMemoryError     more memory than this machine or accelerator has
+    ├── NonFiniteError       too many steps whose loss or gradient is not finite
     └── DistributedError     another process of the run that failed, hangs, was killed or reads other files
 
 Each error states the problem, its place, what was expected, and a hint.
@@ -20,7 +21,7 @@ Each error states the problem, its place, what was expected, and a hint.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import partial
 from typing import Any
 
@@ -92,8 +93,14 @@ class DiskError(PostgradError):
     exit_code = 1
 
 
+class OutOfMemoryError(PostgradError):
+    """More memory than this machine or accelerator has."""
+
+    exit_code = 1
+
+
 class NonFiniteError(PostgradError):
-    """A loss or gradient that is not finite; the weights were not changed."""
+    """Too many steps whose loss or gradient is not finite; these changed no weight."""
 
     exit_code = 1
 
@@ -114,3 +121,10 @@ def suggest_nearest_or_all(word: str, known: Iterable[str]) -> str:
     """The same hint, or, when no known word is near, all of them."""
     known = list(known)
     return suggest_nearest(word, known) or f"known: {', '.join(known)}"
+
+
+def require_choice(what: str, value: str, choices: Collection[str], *, where: str) -> None:
+    """Raise `StageError` when a value is none of the choices, naming them and the nearest; `what` names the value."""
+    if value not in choices:
+        hint = suggest_nearest(value, choices)
+        raise StageError(f"there is no {what} {value!r}", where=where, expected=", ".join(choices), hint=hint)

@@ -100,10 +100,7 @@ class Peers:
         frames = [(frame.f_code.co_filename, number) for frame, number in traceback.walk_tb(error.__traceback__)]
         place = f"{self.activity}, {_line(frames[::-1])}"
         if now is None or before is None:
-            rank, problem = (
-                0,
-                "the process that holds the store of the process group (torchrun, or rank 0) does not respond",
-            )
+            rank, problem = 0, "the process that holds the store of the group (torchrun, or rank 0) does not respond"
         else:
             rank, problem = self._suspect(before.heartbeats, now.heartbeats)
         cause = DistributedError(

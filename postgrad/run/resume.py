@@ -13,6 +13,7 @@ from postgrad.errors import ResumeError
 from postgrad.hardware.execution import Execution
 from postgrad.lineage.record import PLAN, RECORD, STAGE, ExecutionSummary, Record, read_record
 from postgrad.lineage.saved_plan import SavedPlan, read_plan, write_plan
+from postgrad.optim.lr_schedules import sample_schedule
 from postgrad.plan.plan import Plan
 from postgrad.plan.seen_sources import make_source_records
 from postgrad.reports.pages.rewrite_report import rewrite_report
@@ -36,6 +37,8 @@ def claim_run(plan: Plan, world: World, interrupt: Interrupt, *, command: str, c
         fingerprints["penalties"] = penalty_fingerprints(plan)
     world.require_same(lambda: _input_files(plan, fingerprints))
     saved_plan = world.from_first(lambda: claim_run_folder(plan.output, plan, fingerprints))
+    if saved_plan:  # a stage that differs in harmless keys is still the same run
+        fingerprints["stage"] = saved_plan.fingerprints["stage"]
     finished = world.from_first(lambda: _read_finished(plan.output, saved_plan))
     if finished:
         yield RunFinished(finished, plan.output, already_complete=True)
@@ -102,15 +105,19 @@ def _read_finished(run_folder: Path, saved_plan: SavedPlan | None) -> Record | N
 
 
 def _resolve_execution(plan: Plan, tuned_model: TunedModel, saved_plan: SavedPlan | None, world: World) -> Execution:
-    """How to compute: measured once and saved, since a resumed run must give the same bits."""
+    """How to compute: measured once and saved, since a resumed run must give the same bits; what saves memory may change."""
     if saved_plan is None:
         # Ranks may time differently; all take the first rank's choice.
         return world.all_gather(choose_execution(plan, tuned_model, world))[0]  # type: ignore[return-value]
     execution = Execution(**saved_plan.execution.as_json())
     # With another number of ranks a rank has other rows. The micro-batch size does not change the result.
     rows_per_rank = plan.data.mixture.block_size // world.size
-    micro = max(m for m in range(1, min(execution.micro, rows_per_rank) + 1) if rows_per_rank % m == 0)
-    return dataclasses.replace(execution, micro=micro)
+    largest = min(plan.stage.batch.micro_batch_size or execution.micro, rows_per_rank)
+    return dataclasses.replace(
+        execution,
+        micro=max(m for m in range(1, largest + 1) if rows_per_rank % m == 0),
+        activation_checkpointing=plan.stage.compute.activation_checkpointing,
+    )
 
 
 def _make_saved_plan(
@@ -127,5 +134,6 @@ def _make_saved_plan(
         plan=plan.as_record(),
         consumed_before=plan.data.seen_sources,
         resolved_sources=make_source_records(plan.data.sources, plan.model.start, plan.stage.seed),
+        schedule_curve=sample_schedule(plan.schedule, plan.steps),
         penalty_strengths=earlier.penalty_strengths if earlier else {},
     )

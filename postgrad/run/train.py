@@ -7,13 +7,20 @@ from pathlib import Path
 
 from postgrad.evaluation import before_after
 from postgrad.evaluation.before_after import AllScores
-from postgrad.lineage.metrics import EvaluationRow, StepRow
+from postgrad.lineage.metrics import EvaluationRow, SkippedStepRow, StepRow
 from postgrad.plan.checkpoint_selection import summarize_evaluation
 from postgrad.run import task_scores
 from postgrad.run.baseline import Baseline
 from postgrad.run.build import make_step
 from postgrad.run.context import RunContext
-from postgrad.run.events import CheckpointSaved, EvaluationCompleted, Phase, StepCompleted, WarningMessage
+from postgrad.run.events import (
+    CheckpointSaved,
+    EvaluationCompleted,
+    Phase,
+    StepCompleted,
+    StepSkipped,
+    WarningMessage,
+)
 from postgrad.run.milestones import checkpoint_steps, evaluation_steps
 from postgrad.run.penalty_strength import penalty_warning
 from postgrad.run.task_scores import AllAnswers
@@ -21,7 +28,7 @@ from postgrad.run.training_session import TrainingSession, score_subsets, take_w
 from postgrad.training.checkpoint_state import write_checkpoint
 from postgrad.training.loop import train_steps
 from postgrad.training.metrics_log import Throughput
-from postgrad.training.step import StepReport
+from postgrad.training.step import Run, StepReport
 
 
 def train(context: RunContext, session: TrainingSession, baseline: Baseline) -> Phase[bool]:
@@ -39,14 +46,17 @@ def train(context: RunContext, session: TrainingSession, baseline: Baseline) -> 
         seconds = throughput.step(report.tokens)
         if world.is_main:
             session.metrics.write(_step_row(report, seconds))
-        if not has_warned and (warning := penalty_warning(report)):
-            has_warned = True
-            yield WarningMessage(warning)
-        tokens_left = (plan.steps - report.step) * report.tokens
-        yield StepCompleted(report, seconds, throughput.tokens_per_second, throughput.remaining_seconds(tokens_left))
+        if isinstance(report, SkippedStepRow):
+            yield StepSkipped(_skip_text(report, run), report)
+        else:
+            if not has_warned and (warning := penalty_warning(report)):
+                has_warned = True
+                yield WarningMessage(warning)
+            left = throughput.remaining_seconds((plan.steps - report.step) * report.tokens)
+            yield StepCompleted(report, seconds, throughput.tokens_per_second, left)
         is_best = False
         if report.step in evaluation_at:
-            row = evaluator.evaluate(report)
+            row = evaluator.evaluate(report.step, report.trained_tokens)
             yield EvaluationCompleted(row)
             selection = row.checkpoint_selection
             is_best = selection is not None and selection.best_step == report.step
@@ -86,11 +96,11 @@ class _Evaluator:
         if self.run.step == 0 and context.world.is_main:
             session.metrics.write(self._with_tasks(self._row(0, 0, self.start_scores), baseline.answers))
 
-    def evaluate(self, report: StepReport) -> EvaluationRow:
+    def evaluate(self, step: int, trained_tokens: int) -> EvaluationRow:
         """Score the current weights, tell the selector, and log the row."""
         selector = self.session.selector
         scores = score_subsets(self.context, self.run, self.sets)
-        row = self._row(report.step, report.trained_tokens, scores)
+        row = self._row(step, trained_tokens, scores)
         if selector:
             row.checkpoint_selection = selector.add(summarize_evaluation(selector.rule, row, scores, self.start_scores))
         row = self._with_tasks(row)
@@ -114,8 +124,17 @@ class _Evaluator:
         return row.model_copy(update={"tasks": task_scores.task_headlines(self.tasks, answers)})
 
 
-def _step_row(report: StepReport, seconds: float) -> StepRow:
+def _skip_text(row: SkippedStepRow, run: Run) -> str:
+    return (
+        f"step {row.step} is skipped, since its loss or gradient is not finite ({row.list_rows()}): it changes no weight; "
+        f"{run.skipped_steps} of at most {run.max_skipped_steps} skipped steps (optimizer.max_skipped_steps)"
+    )
+
+
+def _step_row(report: StepReport | SkippedStepRow, seconds: float) -> StepRow | SkippedStepRow:
     """The line of metrics.jsonl for a step."""
+    if isinstance(report, SkippedStepRow):
+        return report.model_copy(update={"seconds": round(seconds, 4)})
     return StepRow(
         step=report.step,
         tokens=report.tokens,

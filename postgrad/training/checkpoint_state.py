@@ -42,6 +42,8 @@ class TrainingProgress:
     """Fingerprint of the stage."""
     pacing: dict[str, float] = field(default_factory=dict)
     """State of a loss-adaptive learning rate."""
+    skipped_steps: int = 0
+    """Steps so far whose loss or gradient was not finite."""
     run: str | None = None
     """Id of the run; None in checkpoints of earlier versions, as are the next two."""
     seed: int | None = None
@@ -102,6 +104,7 @@ def write_checkpoint(folder: Path, run: Run, tokenizer: PreTrainedTokenizerBase,
         run.optimizer.update_counts(),
         run.rate,
         pacing=run.lr_scale.state(),
+        skipped_steps=run.skipped_steps,
         **asdict(metadata.owner),
     )
     (folder / STATE).write_text(json.dumps(asdict(progress), indent=1))
@@ -150,5 +153,6 @@ def restore_run(run: Run, folder: Path) -> None:
     run.optimizer.restore(read_moments(folder), progress.updates)
     run.lr_scale.load(progress.pacing)
     run.step, run.trained_tokens, run.rate = progress.step, progress.trained, progress.rate
+    run.skipped_steps = progress.skipped_steps
     for k, name in enumerate(run.sources):
         run.trained_tokens_by_source[k] = progress.trained_by_source[name]
