@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -28,6 +28,7 @@ from postgrad.commands.synthesize import (
     dedup_text,
     finalize_output,
     generate_until_target,
+    is_complete,
     load_generator,
     read_synthesized,
 )
@@ -35,6 +36,7 @@ from postgrad.data.filter.near_duplicates import repetition_share
 from postgrad.data.random_streams import RandomStreams
 from postgrad.data.read.documents import Document, read_documents
 from postgrad.data.read.files import RawSource as Files
+from postgrad.data.render.chat import apply_chat_template
 from postgrad.data.render.renderers import PlainRenderer
 from postgrad.data.words import split_spaces, split_words_and_signs
 from postgrad.errors import DataError, ModelError, StageError
@@ -91,14 +93,11 @@ class ChatTemplate:
             )
 
     def _render(self, messages: Sequence[dict[str, str]], *, prompt: bool) -> str:
-        try:
-            return str(
-                self.generator.tokenizer.apply_chat_template(
-                    list(messages), add_generation_prompt=prompt, tokenize=False
-                )
-            )
-        except Exception as error:  # a template is a program: it may raise anything
-            raise ModelError(f"the chat template fails: {error}", where="MODEL") from None
+        tokenizer = self.generator.tokenizer
+        assert tokenizer.chat_template is not None
+        return apply_chat_template(
+            tokenizer.chat_template, tokenizer.special_tokens_map, messages, add_generation_prompt=prompt
+        )
 
     def encode(self, text: str) -> np.ndarray:
         """A rendered text as ids, after the BOS if the tokenizer adds one."""
@@ -164,20 +163,20 @@ def synthesize_chat(
     examples = _read_questions(rehearsal)
     budget = _token_budget(question_template, answer_template, request)
     options = [
-        asdict(request),
+        request.decisive_options(),
         question_template.generator.fingerprint,
         answer_template.generator.fingerprint,
         examples,
         rehearsal.shots,
     ]
     draw = partial(_generate_conversations, question_template, answer_template, request, rehearsal, examples, budget)
+    share = rehearsal.diverse_share
+    if is_complete(out, fingerprint(options), diverse_share=share):
+        yield read_synthesized(model, out, already_complete=True)
+        return
     yield from generate_until_target(out, request, fingerprint(options), question_template.generator, draw)
-    finalize_output(
-        out,
-        partial(select_diverse, share=rehearsal.diverse_share, seed=request.seed)
-        if rehearsal.diverse_share < 1
-        else None,
-    )
+    select = partial(select_diverse, share=share, seed=request.seed) if share < 1 else None
+    finalize_output(out, select, diverse_share=share)
     yield read_synthesized(model, out)
 
 

@@ -14,18 +14,21 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from postgrad.errors import CheckpointError, DiskError
 
 MANIFEST = "manifest.json"
-_STAGING = ".staging-"
+STAGING = ".staging-"
+"""Prefix of the names of unfinished writes."""
 
 
 def publish_folder(target: Path, write: Callable[[Path], None]) -> Path:
@@ -34,14 +37,14 @@ def publish_folder(target: Path, write: Callable[[Path], None]) -> Path:
     Raises `DiskError` when there is no room or no permission. Any error leaves the old state, except that the new folder is
     complete when only the last sync failed.
     """
-    staging = target.parent / f"{_STAGING}{target.name}"
+    staging = target.parent / f"{STAGING}{target.name}"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if staging.exists():
             shutil.rmtree(staging)
         staging.mkdir()
         write(staging)
-        _write_synced(staging / MANIFEST, json.dumps(_make_manifest(staging), indent=1, sort_keys=True).encode())
+        (staging / MANIFEST).write_text(json.dumps(_make_manifest(staging), indent=1, sort_keys=True))
         for folder, _, files in os.walk(staging):
             for name in files:
                 _sync(Path(folder) / name)
@@ -50,10 +53,7 @@ def publish_folder(target: Path, write: Callable[[Path], None]) -> Path:
         _sync(target.parent)
     except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise disk_error(error, target) from error
-        if f"(os error {errno.ENOSPC})" in str(error):  # safetensors writes from Rust, with errors of its own
-            raise disk_error(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), target) from error
+        _raise_disk_error(error, target)
         raise
     verify(target)
     return target
@@ -64,15 +64,9 @@ def verify(folder: Path) -> dict[str, dict[str, str | int]]:
 
     Raises `CheckpointError` with the first file that is missing or has another size or content.
     """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_bytes(), object_pairs_hook=_reject_duplicate_keys)
-        entries = [(name, entry["size"], entry["sha256"]) for name, entry in manifest.items()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            "manifest.json is missing or unreadable", where=str(folder), expected="a published folder"
-        ) from error
-    for name, size, digest in entries:
-        path = folder / name
+    manifest = read_manifest(folder)
+    for name, entry in manifest.items():
+        path, size, digest = folder / name, entry["size"], entry["sha256"]
         if not path.is_file():
             raise CheckpointError("the file is missing", where=str(path))
         if path.stat().st_size != size:
@@ -86,9 +80,20 @@ def verify(folder: Path) -> dict[str, dict[str, str | int]]:
     return manifest
 
 
+def read_manifest(folder: Path) -> dict[str, dict[str, str | int]]:
+    """Size and sha256 of each file of a published folder. Raises `CheckpointError` when its manifest cannot be read."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes(), object_pairs_hook=_reject_duplicate_keys)
+        return {name: {"size": entry["size"], "sha256": entry["sha256"]} for name, entry in manifest.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            "manifest.json is missing or unreadable", where=str(folder), expected="a published folder"
+        ) from error
+
+
 def remove_staging(parent: Path) -> None:
     """Remove the staging folders and files of interrupted writes in `parent`."""
-    for path in parent.glob(f"{_STAGING}*") if parent.is_dir() else ():
+    for path in parent.glob(f"{STAGING}*") if parent.is_dir() else ():
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
@@ -100,7 +105,7 @@ def remove_folder(folder: Path) -> None:
 
     Raises `DiskError` when the system does not allow it.
     """
-    staging = folder.parent / f"{_STAGING}old-{folder.name}"
+    staging = folder.parent / f"{STAGING}old-{folder.name}"
     shutil.rmtree(staging, ignore_errors=True)
     try:
         os.rename(folder, staging)
@@ -111,19 +116,50 @@ def remove_folder(folder: Path) -> None:
 
 def write_atomically(path: Path, data: str | bytes) -> None:
     """Replace a file atomically: other processes see the old content or the new one."""
+    publish_file(path, lambda staging: staging.write_bytes(data.encode() if isinstance(data, str) else data))
+
+
+def publish_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Replace a file by what `write(staging)` writes, atomically. Raises `DiskError` as `publish_folder` does."""
     # Concurrent runs share a cache, so the staging name contains the process id.
-    staging = path.parent / f"{_STAGING}{path.name}.{os.getpid()}"
+    staging = path.parent / f"{STAGING}{path.name}.{os.getpid()}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_synced(staging, data.encode() if isinstance(data, str) else data)
+        write(staging)
+        _sync(staging)
         os.replace(staging, path)
         _sync(path.parent)
     except BaseException as error:
         with suppress(OSError):
             staging.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise disk_error(error, path) from error
+        _raise_disk_error(error, path)
         raise
+
+
+def write_all(file: io.FileIO, data: bytes) -> None:
+    """Write all of `data` to an unbuffered file, whose writes may be partial."""
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Inside, an error of the disk becomes a `DiskError` that names `path`."""
+    try:
+        yield
+    except Exception as error:
+        _raise_disk_error(error, path)
+        raise
+
+
+def _raise_disk_error(error: BaseException, path: Path) -> None:
+    """Raise a `DiskError` when `error` is one of the disk. safetensors writes from Rust, with errors of its own."""
+    if isinstance(error, OSError):
+        raise disk_error(error, path) from error
+    if found := re.search(r"\(os error (\d+)\)", str(error)):
+        number = int(found[1])
+        raise disk_error(OSError(number, os.strerror(number)), path) from error
 
 
 def sha256(path: Path) -> str:
@@ -156,13 +192,6 @@ def _reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _make_manifest(folder: Path) -> dict[str, dict[str, str | int]]:
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     return {str(p.relative_to(folder)): {"size": p.stat().st_size, "sha256": sha256(p)} for p in files}
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _sync(path: Path) -> None:

@@ -78,7 +78,7 @@ def test_blocks_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blo
 VALUES = st.one_of(st.text(), st.integers(), st.floats(allow_nan=False), st.lists(st.none()))
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     rows=st.lists(st.dictionaries(st.text(max_size=4), VALUES, max_size=3), max_size=8),
     block=st.integers(1, 40),

@@ -175,7 +175,7 @@ def test_an_impossible_encoder_is_a_model_error(made: Callable[[], Any]) -> None
         made()
 
 
-@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     texts=st.lists(st.one_of(st.text(max_size=30), st.sampled_from(["", "</s>", "a</s>"])), min_size=1, max_size=30),
     batch=st.integers(1, 40),
@@ -509,7 +509,7 @@ ALPHABET = _alphabet()
 FAMILIES = {"byte-level": byte_level(), "byte-fallback": byte_fallback()}
 
 
-@settings(deadline=None, max_examples=120)
+@settings(max_examples=120)
 @given(
     pieces=st.lists(st.tuples(st.sampled_from(PIECES), st.integers(0, 1)), min_size=1, max_size=12),
     family=st.sampled_from(sorted(FAMILIES)),
@@ -754,7 +754,7 @@ def conversations(count: int) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-@settings(deadline=None, max_examples=8)
+@settings(max_examples=8)
 @given(batch=st.integers(1, 400), shard=st.integers(800, 3000), workers=st.integers(1, 4))
 def test_threads_and_batches_change_no_byte_of_rows(
     tmp_path_factory: pytest.TempPathFactory, encoder: Encoder, batch: int, shard: int, workers: int

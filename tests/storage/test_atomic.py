@@ -367,7 +367,8 @@ def test_a_publisher_that_writes_in_place_would_be_caught(tmp_path: Path, monkey
     def in_place(place: Path, write: Callable[[Path], None]) -> None:
         place.mkdir()
         write(place)
-        publishing._write_synced(place / MANIFEST, b"{}")
+        (place / MANIFEST).write_bytes(b"{}")
+        publishing._sync(place / MANIFEST)
 
     monkeypatch.setattr(os, "fsync", Full(1).wrap(os.fsync))
     with pytest.raises(OSError, match="No space"):

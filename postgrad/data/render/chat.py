@@ -16,6 +16,7 @@ is saved with it (`plain_template`), so that inference matches training.
 from __future__ import annotations
 
 import datetime
+import functools
 import hashlib
 import json
 import re
@@ -29,12 +30,12 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from postgrad.data.read.examples import REASONING_KEYS, Example
 from postgrad.data.read.labels import Labels
 from postgrad.data.render.renderer import RenderedExample
 from postgrad.data.render.renderers import ANSWER, CONTEXT, PlainRenderer
+from postgrad.data.render.template_limits import MAX_TEMPLATE, LimitedEnvironment
 from postgrad.errors import DataError, ModelError
 
 PLAIN_TEMPLATE = """\
@@ -191,7 +192,10 @@ class ChatRenderer:
         self, messages: Messages, tools: Sequence[Any] | None, *, add_generation_prompt: bool = False
     ) -> str:
         try:
-            return self._compiled_templates[self._choose_template(tools)].render(
+            template = self._compiled_templates[self._choose_template(tools)]
+            assert isinstance(template.environment, LimitedEnvironment)
+            template.environment.start()
+            return template.render(
                 messages=[dict(message) for message in messages],
                 tools=list(tools) if tools else None,
                 documents=None,
@@ -353,19 +357,46 @@ def _omitted_parts(messages: Messages, tools: Sequence[Any] | None, template: st
         yield "`tools`"
 
 
+def apply_chat_template(
+    chat_template: ChatTemplates, special_tokens: Mapping[str, Any], messages: Messages, *, add_generation_prompt: bool
+) -> str:
+    """A conversation as `transformers` renders it today, within the limits of `template_limits`.
+
+    Raises `ModelError` for a template that fails.
+    """
+    special = {name: token for name, token in special_tokens.items() if isinstance(token, str)}
+    renderer = ChatRenderer(chat_template, special, today=datetime.date.today())
+    try:
+        return renderer.render_text(messages, add_generation_prompt=add_generation_prompt)
+    except DataError as error:
+        raise ModelError(error.problem, where="MODEL", expected="a template that renders a question") from None
+
+
+@functools.lru_cache(maxsize=8)
 def compile_template(template: str, today: datetime.date) -> jinja2.Template:
     """Compile a chat template as `transformers` does: sandboxed, with trimmed blocks and the usual functions."""
-    environment = ImmutableSandboxedEnvironment(
+    where = "tokenizer, chat template"
+    if len(template) > MAX_TEMPLATE:
+        raise ModelError(
+            f"a chat template of {len(template):,} characters", where=where, expected=f"at most {MAX_TEMPLATE:,}"
+        )
+    environment = LimitedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationExtension, "jinja2.ext.loopcontrols"]
     )
-    environment.filters["tojson"] = _to_json
+    environment.filters["tojson"] = environment.limit(_to_json)
     functions = {"raise_exception": _raise_exception, "strftime_now": today.strftime}
     try:
         return environment.from_string(template, globals=functions)
     except jinja2.TemplateSyntaxError as error:
         raise ModelError(
             f"invalid chat template: {error.message}",
-            where=f"tokenizer, chat template, line {error.lineno}",
+            where=f"{where}, line {error.lineno}",
+            expected="a Jinja template",
+        ) from None
+    except Exception as error:  # of Python's own compiler, for one that is nested too deeply
+        raise ModelError(
+            f"invalid chat template: {str(error)[:200] or type(error).__name__}",
+            where=where,
             expected="a Jinja template",
         ) from None
 

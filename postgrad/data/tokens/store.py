@@ -33,7 +33,7 @@ import numpy as np
 
 from postgrad.data.problem_type import ProblemType
 from postgrad.errors import DataError
-from postgrad.storage.atomic import MANIFEST, disk_error, publish_folder, sha256, verify, write_atomically
+from postgrad.storage.atomic import MANIFEST, disk_errors, publish_folder, sha256, verify, write_all, write_atomically
 
 FORMAT = 1
 MARKED_FORMAT = 2
@@ -291,13 +291,13 @@ class ShardWriter:
                 expected=f"ids below the vocabulary size, {self.vocabulary:,}",
                 hint="use the model's own tokenizer",
             )
-        _write_all(self._tokens, ids.astype(self.dtype).tobytes())
+        write_all(self._tokens, ids.astype(self.dtype).tobytes())
         if self._marks is not None:
             assert marks is not None and len(marks) == len(ids)
-            _write_all(self._marks, marks.astype(MARK_DTYPE).tobytes())
+            write_all(self._marks, marks.astype(MARK_DTYPE).tobytes())
         if self._values is not None:
             assert values is not None and len(values) == len(lengths)
-            _write_all(self._values, values.astype(VALUE_DTYPE).tobytes())
+            write_all(self._values, values.astype(VALUE_DTYPE).tobytes())
         lengths = lengths.astype(np.int64)
         lengths[0] += self._open_tokens
         complete = len(lengths) - is_partial
@@ -308,7 +308,7 @@ class ShardWriter:
         table["tokens"] = lengths[:complete]
         table["bytes"] = sizes[:complete]
         table["digest"] = digests[:complete]
-        _write_all(self._table, table.tobytes())
+        write_all(self._table, table.tobytes())
         self.documents += complete
         self.tokens += int(lengths[:complete].sum())
         self.bytes += int(table["bytes"].sum())
@@ -358,7 +358,7 @@ def publish_store(
     documents = sum(shard.documents for shard in shards)
     streams = ("tokens.bin", "marks.bin") if extras.marks else ("tokens.bin",)
     files: dict[str, Any] = {}
-    try:
+    with disk_errors(final):
         for shard in shards:
             folder = building / shard_name(shard.number)
             listing = verify(folder)
@@ -391,8 +391,6 @@ def publish_store(
             if not final.is_dir():
                 raise
             shutil.rmtree(building, ignore_errors=True)  # another process was first, with the same bytes
-    except OSError as error:
-        raise disk_error(error, final) from error
     return remove_leftovers(TokenStore.open(final))
 
 
@@ -439,9 +437,3 @@ def _npy_header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
 
 def _to_json(value: dict[str, Any]) -> bytes:
     return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
-
-
-def _write_all(file: io.FileIO, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[file.write(view) :]

@@ -40,7 +40,7 @@ from postgrad.data.tokens.store import (
     remove_leftovers,
 )
 from postgrad.errors import DataError
-from postgrad.storage.atomic import disk_error, remove_staging
+from postgrad.storage.atomic import disk_errors, remove_staging
 from postgrad.storage.file_lock import file_lock
 
 ProgressCallback = Callable[[int, int], None]
@@ -62,11 +62,9 @@ def build_store(
     """
     if renderer is not None and detect_kind(source) in RUNNING_TEXT_KINDS:
         renderer = None
-    try:
+    with disk_errors(cache):
         for folder in ("stores", "building", "locks"):
             (cache / folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise disk_error(error, cache) from error
     source_files = SourceFiles.from_source(source, cache)
     fingerprint = _store_fingerprint(source, encoder, renderer, source_files)
     final = cache / "stores" / fingerprint
