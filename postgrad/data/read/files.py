@@ -5,6 +5,7 @@ A source is a file, a folder, a glob pattern or a Hub data set.
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import os
 from collections.abc import Collection, Iterable, Mapping
@@ -14,6 +15,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from postgrad.errors import DataError, suggest_nearest
+from postgrad.storage.regular_file import describe_special_file
 
 FILE_SUFFIXES = (".txt", ".md", ".jsonl", ".json", ".csv", ".parquet")
 COMPRESSIONS = (".gz", ".zst")
@@ -96,12 +98,13 @@ def find_files(path: str, root: Path, where: str) -> list[Path]:
         elif target.exists():
             candidates = [target]
         else:
-            pattern = str(Path(glob.escape(str(root))) / Path(path).expanduser())
-            candidates = [Path(name) for name in glob.glob(pattern, recursive=True)]
-            candidates = [file for file in candidates if not file.is_dir()]
+            candidates = [file for file in _match_pattern(Path(path).expanduser(), root) if not file.is_dir()]
         files = {file for file in candidates if file_suffix(file) and file.is_file()}
     except OSError as error:
         raise DataError(f"cannot read {path}: {error_reason(error)}", where=where) from None
+    for file in sorted(candidates):
+        if (kind := describe_special_file(file)) and (file_suffix(file) or len(candidates) == 1):
+            raise DataError(f"{file} is {kind}", where=where, expected="regular files")
     if files:
         return sorted(files, key=lambda file: file.parts)
     if candidates:
@@ -118,6 +121,33 @@ def find_files(path: str, root: Path, where: str) -> list[Path]:
         expected="a file, a folder or a pattern",
         hint=_path_hint(target),
     )
+
+
+def _match_pattern(pattern: Path, root: Path) -> list[Path]:
+    """The paths that match a glob pattern; the characters of `root` are literal.
+
+    `**` follows no links to folders: two links that lead back would make the search endless.
+    """
+    depth = pattern.parts.index("**") if "**" in pattern.parts else len(pattern.parts)
+    before, behind = pattern.parts[:depth], pattern.parts[depth:]
+    heads = [Path(name) for name in glob.glob(str(Path(glob.escape(str(root)), *before)))]
+    if not behind:
+        return heads
+    return [
+        file
+        for folder in heads
+        for file in _walk_files(folder)
+        if _matches_parts(file.relative_to(folder).parts, behind)
+    ]
+
+
+def _matches_parts(parts: tuple[str, ...], patterns: tuple[str, ...]) -> bool:
+    if not patterns:
+        return not parts
+    if patterns[0] == "**":
+        rest = patterns[1:]
+        return not rest or any(_matches_parts(parts[start:], rest) for start in range(len(parts)))
+    return bool(parts) and fnmatch.fnmatch(parts[0], patterns[0]) and _matches_parts(parts[1:], patterns[1:])
 
 
 def _walk_files(folder: Path) -> list[Path]:
