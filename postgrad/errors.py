@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class PostgradError(Exception):
@@ -93,6 +94,26 @@ def suggest_nearest(word: str, known: Iterable[str]) -> str:
     """A hint `did you mean 'x'?` for a mistyped word, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"did you mean '{close[0]}'?" if close else ""
+
+
+def suggest_path(missing: Path) -> str:
+    """A hint for a path that does not exist: a similar name in the nearest existing folder, or the names in it."""
+    parent = missing.parent
+    while not parent.is_dir() and parent != parent.parent:
+        missing, parent = parent, parent.parent
+    try:
+        names = sorted(entry.name for entry in parent.iterdir() if not entry.name.startswith("."))
+    except OSError:
+        return ""
+    return suggest_nearest(missing.name, names) or (
+        f"{parent} has {format_names(names)}" if names else f"{parent} is empty"
+    )
+
+
+def format_names(names: Iterable[str], limit: int = 6) -> str:
+    """The first names, and how many more there are."""
+    listed = list(names)
+    return ", ".join(listed[:limit]) + (f" and {len(listed) - limit} more" if len(listed) > limit else "")
 
 
 def suggest_nearest_or_all(word: str, known: Iterable[str]) -> str:

@@ -20,7 +20,7 @@ from postgrad.data.tokens.train_vocabulary import VocabularySource, train_vocabu
 from postgrad.errors import CheckpointError, ModelError, StageError
 from postgrad.models.families import SpecialTokens, count_weights, parse_model_name, solve_config
 from postgrad.models.from_scratch import init_model, make_tokenizer, select_special_tokens, set_dropout, set_token_ids
-from postgrad.models.location import ModelLocation, locate_model
+from postgrad.models.location import ModelLocation, locate_model, refuse_missing_folder
 from postgrad.models.pretrained import load_tokenizer, refuse_foreign_code, save_pretrained
 from postgrad.plan.held_out_files import inherit_row_format
 from postgrad.plan.row_renderers import make_row_template
@@ -101,12 +101,9 @@ def _is_intact(path: Path) -> bool:
 def _load_config(name: str, root: Path) -> PreTrainedConfig:
     """A configuration from a file, a folder or the Hub."""
     path = (root / Path(name).expanduser()).resolve()
-    if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(".json")):
-        raise ModelError(
-            f"{name} does not exist",
-            where="model.config",
-            expected="a config.json, a folder with one, or a Hub name (owner/name)",
-        )
+    if not path.exists():
+        expected = "a config.json, a folder with one, or a Hub name (owner/name)"
+        refuse_missing_folder(name, root, where="model.config", expected=expected)
     try:
         config = AutoConfig.from_pretrained(str(path) if path.exists() else name)
     except Exception as error:
@@ -130,6 +127,9 @@ def _resolve_tokenizer(
     """The tokenizer of a new model: an existing one, or one trained on the stage's training documents."""
     if isinstance(spec, str):
         folder = (root / Path(spec).expanduser()).resolve()
+        if not folder.is_dir():
+            expected = "the folder of a tokenizer, or a Hub name (owner/name)"
+            refuse_missing_folder(spec, root, where="model.tokenizer", expected=expected)
         return load_tokenizer(ModelLocation(spec, folder if folder.is_dir() else None))
     if spec.vocab_size < 256 + len(special_tokens.tokens):
         raise StageError(

@@ -8,13 +8,13 @@ from __future__ import annotations
 import fnmatch
 import glob
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from postgrad.errors import DataError, suggest_nearest
+from postgrad.errors import DataError, format_names, suggest_path
 from postgrad.storage.regular_file import describe_special_file
 
 FILE_SUFFIXES = (".txt", ".md", ".jsonl", ".json", ".csv", ".parquet")
@@ -116,11 +116,19 @@ def find_files(path: str, root: Path, where: str) -> list[Path]:
     if target.is_dir():
         raise DataError(f"the folder {path} has no files", where=where, expected=f"files: {' '.join(FILE_SUFFIXES)}")
     raise DataError(
-        f"no file matches {path}",
+        f"no file matches {path}" + ("" if Path(path).expanduser().is_absolute() else f" in {root.resolve()}"),
         where=where,
         expected="a file, a folder or a pattern",
-        hint=_path_hint(target),
+        hint=suggest_path(target),
     )
+
+
+def matches_path(file: Path, path: str, root: Path) -> bool:
+    """Whether `find_files` would find `file`, an absolute path, if it existed."""
+    target = (root / Path(path).expanduser()).resolve()
+    if target.is_dir():
+        return file.is_relative_to(target) and not any(p.startswith(".") for p in file.relative_to(target).parts)
+    return _matches_parts(file.parts, target.parts)
 
 
 def _match_pattern(pattern: Path, root: Path) -> list[Path]:
@@ -156,26 +164,6 @@ def _walk_files(folder: Path) -> list[Path]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         files += [Path(parent, name) for name in names if not name.startswith(".")]
     return files
-
-
-def _path_hint(missing: Path) -> str:
-    """A hint: a similar name in the nearest existing folder, or the names in it."""
-    parent = missing.parent
-    while not parent.is_dir() and parent != parent.parent:
-        missing, parent = parent, parent.parent
-    try:
-        names = sorted(entry.name for entry in parent.iterdir() if not entry.name.startswith("."))
-    except OSError:
-        return ""
-    return suggest_nearest(missing.name, names) or (
-        f"{parent} has {format_names(names)}" if names else f"{parent} is empty"
-    )
-
-
-def format_names(names: Collection[str] | Iterable[str], limit: int = 6) -> str:
-    """The first names, and how many more there are."""
-    listed = list(names)
-    return ", ".join(listed[:limit]) + (f" and {len(listed) - limit} more" if len(listed) > limit else "")
 
 
 def error_reason(error: BaseException) -> str:

@@ -17,12 +17,11 @@ from postgrad.data.read.files import (
     HubDataset,
     RawRow,
     file_suffix,
-    format_names,
 )
 from postgrad.data.read.json_stream import json_error_message, make_record, read_json
 from postgrad.data.read.parquet import read_parquet
 from postgrad.data.read.text_lines import ReadCallback, ignore_progress, read_lines
-from postgrad.errors import DataError, MissingExtra
+from postgrad.errors import DataError, MissingExtra, format_names
 
 FIELD_CAP = 16 * 2**20
 """Characters in one CSV field. The parser holds four bytes for each, and a missing quote swallows the rest of the file."""
