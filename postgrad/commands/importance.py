@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -43,7 +42,7 @@ from postgrad.penalties.importance_file import (
 from postgrad.plan.model_inputs import ModelInputs
 from postgrad.plan.objective_rows import make_rows
 from postgrad.run.losses import make_objectives
-from postgrad.storage.atomic import disk_error
+from postgrad.storage.atomic import publish_file
 from postgrad.tuning.open_model import open_model, start_fingerprint
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -150,13 +149,7 @@ def measure_importance(
             mean=sum(float(t.double().sum()) for t in tensors.values()) / count,
             onto={**asdict(older.metadata), "decay": decay},
         )
-    staging = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        write_importance(staging, tensors, metadata, _DTYPES[dtype])
-        os.replace(staging, out)
-    except OSError as error:
-        staging.unlink(missing_ok=True)
-        raise disk_error(error, out) from error
+    publish_file(out, lambda staging: write_importance(staging, tensors, metadata, _DTYPES[dtype]))
     return MeasuredImportance(
         metadata,
         out,
