@@ -22,6 +22,8 @@ import difflib
 from collections.abc import Iterable
 from pathlib import Path
 
+from postgrad.foreign_text import mask_secrets, visible_text
+
 
 class PostgradError(Exception):
     """A problem with its place (`file:line` or `key.path`), what was expected, and a hint."""
@@ -29,6 +31,8 @@ class PostgradError(Exception):
     exit_code = 2
 
     def __init__(self, problem: str, *, where: str = "", expected: str = "", hint: str = "") -> None:
+        # Names and values in a message come from files.
+        problem, where, expected, hint = (mask_secrets(visible_text(text)) for text in (problem, where, expected, hint))
         self.problem, self.where, self.expected, self.hint = problem, where, expected, hint
         lines = [f"{where}: {problem}" if where else problem]
         if expected:

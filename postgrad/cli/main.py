@@ -15,6 +15,7 @@ import typer
 
 from postgrad.cli import measure_verbs, model_verbs, stage_verbs
 from postgrad.cli.options import Verb
+from postgrad.cli.terminal import guard_streams
 from postgrad.errors import PostgradError
 from postgrad.version import __version__
 
@@ -67,7 +68,7 @@ def _run_guarded(run: Callable[[], object]) -> None:
     try:
         run()
     except PostgradError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _print_error(f"error: {error}")
         raise SystemExit(error.exit_code) from None
     except SystemExit as ended:
         if ended.code == 130:  # typer's exit code for Ctrl-C
@@ -78,8 +79,13 @@ def _run_guarded(run: Callable[[], object]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except OSError as error:  # a file that vanished, or that may not be read
-        print(f"error: {error.filename or 'the system'}: {error.strerror or error}", file=sys.stderr)
+        _print_error(f"error: {error.filename or 'the system'}: {error.strerror or error}")
         raise SystemExit(1) from None
+
+
+def _print_error(text: str) -> None:
+    with guard_streams():
+        print(text, file=sys.stderr)
 
 
 if __name__ == "__main__":

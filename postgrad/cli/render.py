@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from postgrad.data.problem_type import ProblemType
+from postgrad.foreign_text import plain_text
 from postgrad.hardware.memory import format_bytes
-from postgrad.reports.html.notation import plain_text
 from postgrad.reports.pages.probe_page import probe_table
 from postgrad.reports.result_models import ProbeSummary
 from postgrad.reports.sections.comparison_table import comparison_table

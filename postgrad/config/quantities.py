@@ -140,8 +140,9 @@ def _find_nul(value: Any) -> str | None:
     else:
         items = [(f"[{i}]", item) for i, item in enumerate(value)] if isinstance(value, list | tuple) else []
     for key, item in items:
-        if "\0" in key or (rest := _find_nul(item)) is not None:
-            return key.replace("\0", "?") if "\0" in key else key + rest
+        rest = "" if "\0" in key else _find_nul(item)
+        if rest is not None:
+            return key.replace("\0", "?") + rest
     return None
 
 
@@ -152,7 +153,7 @@ class ConfigModel(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _check_texts(cls, value: Any) -> Any:
+    def _refuse_nul(cls, value: Any) -> Any:
         """No path, name or prompt has a NUL character, which would end it in the middle."""
         if (path := _find_nul(value)) is not None:
             raise ValueError(f"`{path.strip('.')}` holds a NUL character")

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from postgrad.errors import CheckpointError, DiskError
+from postgrad.foreign_text import mask_secrets
 
 MANIFEST = "manifest.json"
 _STAGING = ".staging-"
@@ -114,6 +115,11 @@ def remove_folder(folder: Path) -> None:
 def write_atomically(path: Path, data: str | bytes) -> None:
     """Replace a file atomically: other processes see the old content or the new one."""
     publish_file(path, lambda staging: staging.write_bytes(data.encode() if isinstance(data, str) else data))
+
+
+def write_without_secrets(path: Path, text: str) -> None:
+    """Replace a file that is made to be passed on, such as a record or a page. Raises `DiskError`."""
+    write_atomically(path, mask_secrets(text))
 
 
 def publish_file(path: Path, write: Callable[[Path], object]) -> None:

@@ -103,12 +103,12 @@ def _batch_rows(batch: Any, limit: UnpackLimit) -> Iterator[Sequence[Any]]:
 
 def _expanded_bytes(array: Any) -> int:
     """Bytes of an array when each index of a dictionary is replaced by its value."""
-    import pyarrow.compute
     from pyarrow import types
+    from pyarrow.compute import call_function
 
     if types.is_dictionary(array.type):
-        lengths = pyarrow.compute.binary_length(array.dictionary).take(array.indices)
-        return pyarrow.compute.sum(lengths).as_py() or 0
+        lengths = call_function("binary_length", [array.dictionary]).take(array.indices)
+        return call_function("sum", [lengths]).as_py() or 0
     if types.is_struct(array.type):
         return sum(map(_expanded_bytes, array.flatten()))
     if types.is_nested(array.type):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from postgrad.foreign_text import mask_secrets, plain_text
 from postgrad.reports.html.charts import LimitLine, Series, line_chart
 from postgrad.reports.html.document import (
     FOOTER,
@@ -21,8 +22,6 @@ from postgrad.reports.html.notation import (
     format_fixed,
     format_percent,
     format_signed,
-    mask_secrets,
-    plain_text,
 )
 from postgrad.reports.html.table import Cell, Column, Number, Table, change_cell, text_cell, value_cell
 from postgrad.reports.result_models import EstimateInterval, ProbedView, ProbeSummary
