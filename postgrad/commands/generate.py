@@ -12,11 +12,14 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from postgrad.commands.results import Result
+from postgrad.data.render.chat import apply_chat_template
 from postgrad.errors import ModelError, StageError
 from postgrad.evaluation.continuations import decode_ids
 from postgrad.evaluation.held_out import insert_after_bos
 from postgrad.hardware import machine
+from postgrad.hardware.memory import memory_errors
 from postgrad.models.location import ModelLocation, locate_model
+from postgrad.models.model_sizes import get_model_sizes
 from postgrad.models.prefix_lm_attention import is_prefix_lm, prefill_prompt
 from postgrad.models.pretrained import load_tokenizer
 from postgrad.models.task import Task
@@ -95,6 +98,7 @@ class Generation(Result):
     continuations: tuple[Continuation, ...]
 
 
+@memory_errors("generate", "a smaller --max-new-tokens or a shorter --prompt")
 def generate(
     models: str | Path | Sequence[str],
     prompt: str,
@@ -153,7 +157,10 @@ def _encode_prompt(text_model: TextModel, prompt: str) -> np.ndarray:
 def _encode_chat(text_model: TextModel, messages: list[dict[str, str]]) -> np.ndarray:
     """The ids of a conversation up to where the next answer begins, of shape (T,), as training rows encode them."""
     tokenizer = text_model.tokenizer
-    text = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    assert tokenizer.chat_template is not None
+    text = apply_chat_template(
+        tokenizer.chat_template, tokenizer.special_tokens_map, messages, add_generation_prompt=True
+    )
     if text_model.task.is_encoder_decoder:
         return _encode_prompt(text_model, text)
     ids = np.array(tokenizer(text, add_special_tokens=False)["input_ids"], np.int64)
@@ -164,7 +171,7 @@ def _encode_chat(text_model: TextModel, messages: list[dict[str, str]]) -> np.nd
 
 def _remaining_positions(text_model: TextModel, length: int) -> float:
     """How many tokens can follow `length` tokens."""
-    limit = getattr(text_model.model.config, "max_position_embeddings", None)
+    limit = get_model_sizes(text_model.model.config).positions
     return math.inf if not limit or text_model.task.is_encoder_decoder else limit - length
 
 

@@ -30,6 +30,7 @@ from postgrad.evaluation.fisher import (
     mas_measure,
 )
 from postgrad.hardware import machine
+from postgrad.hardware.memory import memory_errors
 from postgrad.models.location import ModelLocation, locate_model
 from postgrad.models.model import wrap_model
 from postgrad.penalties.importance_file import (
@@ -84,6 +85,7 @@ class MeasuredImportance(Result):
         return {**asdict(self.metadata), **data}
 
 
+@memory_errors("importance", "a smaller --context")
 def measure_importance(
     model: str,
     files: Sequence[str],

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from postgrad.commands.results import Result
 from postgrad.config.document_filters import MIN_THRESHOLD
@@ -28,17 +28,20 @@ from postgrad.data.read.documents import read_documents
 from postgrad.data.read.files import RawSource as Files
 from postgrad.data.read.generated_text import GENERATED_COLUMN
 from postgrad.data.tokens.encoder import Encoder
+from postgrad.data.words import split_spaces
 from postgrad.errors import DataError, ModelError, StageError
 from postgrad.evaluation.continuations import decode_ids
 from postgrad.evaluation.generate_documents import generate_documents
 from postgrad.evaluation.held_out import insert_after_bos
 from postgrad.hardware import machine
+from postgrad.hardware.memory import memory_errors
 from postgrad.models.location import locate_model
 from postgrad.models.model import CausalModel, wrap_model
+from postgrad.models.model_sizes import load_model_sizes
 from postgrad.models.pretrained import load_tokenizer
 from postgrad.models.task import Task
 from postgrad.plan.model_inputs import make_encoder
-from postgrad.storage.atomic import write_atomically
+from postgrad.storage.atomic import disk_errors, write_all, write_atomically
 from postgrad.storage.fingerprint import fingerprint
 from postgrad.tuning.open_model import get_task, open_model, start_fingerprint
 
@@ -67,6 +70,10 @@ class SynthesisRequest:
     dedup_threshold: float = 0.8
     """Documents that share so much of their five-word runs with an earlier one are rejected."""
 
+    def decisive_options(self) -> dict[str, Any]:
+        """The options that decide the text: not how many documents are generated in parallel."""
+        return {name: value for name, value in asdict(self).items() if name != "batch_size"}
+
 
 @dataclass(frozen=True)
 class SynthesisProgress:
@@ -88,6 +95,10 @@ class _SynthesisState:
     tokens: int = 0
     ended: int = 0
     left_out: dict[str, int] | None = None
+    chosen: int | None = None
+    """Of conversations: how many were kept for their diversity ..."""
+    diverse_share: float = 1.0
+    """... and which share that is."""
 
 
 @dataclass(frozen=True)
@@ -148,9 +159,9 @@ def load_generator(
             expected="a causal language model",
         )
     tokenizer = load_tokenizer(start)
-    config: Any = AutoConfig.from_pretrained(start.name_or_path)
-    encoder = make_encoder(tokenizer, int(config.vocab_size))
-    limit = getattr(config, "max_position_embeddings", None)
+    sizes = load_model_sizes(start)
+    encoder = make_encoder(tokenizer, sizes.vocab_size)
+    limit = sizes.positions
     if limit and max_document_tokens > limit:
         raise StageError(
             f"documents of {max_document_tokens:,} tokens do not fit {model}, which has {limit:,} positions",
@@ -184,7 +195,11 @@ def synthesize(
     machine.tune_allocator()
     generator = load_generator(str(model), request.max_document_tokens, base)
     prompt_ids = _read_prompts(prompts, request, generator.tokenizer, generator.encoder)
-    options = fingerprint([asdict(request), generator.fingerprint, [ids.tolist() for ids, _ in prompt_ids]])
+    prompt_lists = [ids.tolist() for ids, _ in prompt_ids]
+    options = fingerprint([request.decisive_options(), generator.fingerprint, prompt_lists])
+    if is_complete(out, options):
+        yield read_synthesized(model, out, already_complete=True)
+        return
     draw = partial(_generate_documents, generator, request, prompt_ids)
     yield from generate_until_target(out, request, options, generator, draw)
     finalize_output(out)
@@ -210,7 +225,7 @@ def _generate_documents(
     for (ids, origin), new in zip(batch_prompts, documents, strict=True):
         prompt = ids[1:] if bos is not None or not request.prompt_tokens else ids
         text = decode_ids(generator.tokenizer, np.concatenate([prompt, new.ids])).strip()
-        short = "too short" if len(text.split()) < _MIN_WORDS else None
+        short = "too short" if len(split_spaces(text)) < _MIN_WORDS else None
         repeats = "repetitive" if repetition_share(new.ids.tolist()) > request.max_repetition else None
         yield Candidate({"text": text}, {"from": origin}, len(prompt) + len(new.ids), new.ended, short or repeats)
 
@@ -220,17 +235,45 @@ def dedup_text(row: Mapping[str, Any]) -> str:
     return str(row["messages"][0]["content"] if "messages" in row else row["text"])
 
 
-def finalize_output(out: Path, select: Callable[[list[str]], list[str]] | None = None) -> None:
-    """Give the partial file its final name, with the lines that `select` keeps."""
-    if select is None:
-        partial_file(out).rename(out)
-    else:
-        chosen = select(partial_file(out).read_text("utf-8").splitlines(keepends=True))
-        state = {**json.loads(_state_file(out).read_text()), "chosen": len(chosen)}
-        write_atomically(out, "".join(chosen))  # the partial file stays until everything else is written
-        write_atomically(_state_file(out), json.dumps(state))
-        partial_file(out).unlink()
-    _state_file(out).rename(summary_file(out))
+def finalize_output(
+    out: Path, select: Callable[[list[str]], list[str]] | None = None, *, diverse_share: float = 1.0
+) -> None:
+    """Give the partial file its final name, with the lines that `select` keeps: a share of `diverse_share`."""
+    state = json.loads(_state_file(out).read_text())
+    with disk_errors(out):
+        if select is None:
+            write_atomically(summary_file(out), json.dumps(state))
+            partial_file(out).rename(out)
+        else:
+            chosen = select(partial_file(out).read_text("utf-8").splitlines(keepends=True))
+            state |= {"chosen": len(chosen), "diverse_share": diverse_share}
+            write_atomically(summary_file(out), json.dumps(state))
+            write_atomically(out, "".join(chosen))  # the partial file stays until everything else is written
+            partial_file(out).unlink()
+        _state_file(out).unlink()
+
+
+def is_complete(out: Path, options_fingerprint: str, *, diverse_share: float = 1.0) -> bool:
+    """Whether the same command has written `out` already; removes what a kill at its end has left.
+
+    Raises `StageError` for a file of another command.
+    """
+    if not out.exists():
+        return False
+    summary = _read_state(out, summary_file(out)) if summary_file(out).exists() else None
+    if summary is None or (summary.options_fingerprint, summary.diverse_share) != (options_fingerprint, diverse_share):
+        raise StageError(
+            f"{out} already exists, and was not written by this command with these options",
+            where="--out",
+            hint="name another file, or remove it",
+        )
+    if summary.chosen is None and out.stat().st_size != summary.size:
+        raise StageError(
+            f"{out} has been changed since it was written", where="--out", hint="name another file, or remove it"
+        )
+    for leftover in (partial_file(out), _state_file(out)):
+        leftover.unlink(missing_ok=True)
+    return True
 
 
 def generate_until_target(
@@ -246,14 +289,19 @@ def generate_until_target(
     seen, left_out = NearDuplicateIndex(request.dedup_threshold), Counter(state.left_out or {})
     common = {"by": generator.name, "model": generator.fingerprint, "seed": request.seed}
     common |= {"temperature": request.temperature, "top_p": request.top_p}
-    with part.open("a+b") as file:
+    with disk_errors(part):
+        file = part.open("ab", buffering=0)
         file.truncate(state.size)
-        file.seek(0)
-        for line in file:
-            seen.find_or_add(dedup_text(json.loads(line)))
+    with file:
+        with part.open("rb") as lines:
+            for line in lines:
+                seen.find_or_add(dedup_text(json.loads(line)))
         while state.tokens < request.tokens:
+            accepted: list[bytes] = []
             numbers = range(state.next, state.next + request.batch_size)
-            for number, candidate in zip(numbers, draw(numbers), strict=True):
+            with memory_errors("synthesize", f"--batch-size {max(1, request.batch_size // 2)}: the command resumes"):
+                candidates = list(draw(numbers))
+            for number, candidate in zip(numbers, candidates, strict=True):
                 if state.tokens >= request.tokens:
                     break
                 reason = candidate.rejection_reason
@@ -264,12 +312,14 @@ def generate_until_target(
                     continue
                 provenance = {**common, "number": number, "ended": candidate.ended, **candidate.provenance}
                 row = {**candidate.row, GENERATED_COLUMN: provenance}
-                file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+                accepted.append(json.dumps(row, ensure_ascii=False).encode() + b"\n")
                 state.documents += 1
                 state.ended += candidate.ended
                 state.tokens += candidate.tokens
-            file.flush()
-            state.next, state.size, state.left_out = numbers.stop, file.tell(), dict(left_out)
+            with disk_errors(part):
+                write_all(file, b"".join(accepted))
+            state.next, state.left_out = numbers.stop, dict(left_out)
+            state.size += sum(map(len, accepted))
             write_atomically(_state_file(out), json.dumps(asdict(state)))
             yield SynthesisProgress(state.documents, state.tokens, request.tokens)
             if state.next >= _MAX_ATTEMPTS * max(state.documents, request.batch_size):
@@ -303,25 +353,28 @@ class SynthesizedText(Result):
     """Rejected documents by reason."""
     chosen: int | None = None
     """Of conversations: how many were kept for their diversity."""
+    already_complete: bool = False
+    """An earlier process wrote it, nothing was done."""
 
 
-def read_synthesized(model: str, out: Path) -> SynthesizedText:
+def read_synthesized(model: str, out: Path, *, already_complete: bool = False) -> SynthesizedText:
     """The summary of a file of generated text."""
-    state = json.loads(summary_file(out).read_text())
+    state = _read_state(out, summary_file(out))
     return SynthesizedText(
         str(model),
         out,
-        state["documents"],
-        state["tokens"],
-        state["ended"],
-        state["left_out"] or {},
-        state.get("chosen"),
+        state.documents,
+        state.tokens,
+        state.ended,
+        state.left_out or {},
+        state.chosen,
+        already_complete,
     )
 
 
 def check_request(out: Path, request: SynthesisRequest) -> None:
-    """Raise `StageError` for a file that exists, or numbers out of range."""
-    if out.exists():
+    """Raise `StageError` for a file that another command wrote, or numbers out of range."""
+    if out.exists() and not summary_file(out).exists():
         raise StageError(f"{out} already exists", where="--out", hint="name another file, or remove it")
     if out.suffix != ".jsonl":
         raise StageError(f"{out.name} is not a JSONL file", where="--out", expected="a name that ends in .jsonl")
@@ -396,19 +449,24 @@ def _load_state(out: Path, options_fingerprint: str) -> _SynthesisState:
     """The saved state. Raises `StageError` when it is of other options, or cannot be read."""
     if not _state_file(out).exists():
         return _SynthesisState(options_fingerprint)
-    remove = f"remove {partial_file(out).name} and {_state_file(out).name}"
-    try:
-        state = _SynthesisState(**json.loads(_state_file(out).read_text("utf-8")))
-    except (ValueError, TypeError):
-        raise StageError(
-            f"{_state_file(out)} is corrupt, so {out.name} cannot be resumed",
-            where="--out",
-            hint=remove,
-        ) from None
+    state = _read_state(out, _state_file(out))
     if state.options_fingerprint != options_fingerprint:
         raise StageError(
             f"{partial_file(out)} was begun with another model or other options",
             where="--out",
-            hint=f"use the same ones, or {remove}",
+            hint=f"use the same ones, or remove {partial_file(out).name} and {_state_file(out).name}",
         )
     return state
+
+
+def _read_state(out: Path, path: Path) -> _SynthesisState:
+    """The state in a file beside `out`. Raises `StageError` when it cannot be read."""
+    try:
+        return _SynthesisState(**json.loads(path.read_text("utf-8")))
+    except (ValueError, TypeError):
+        text = out if path == summary_file(out) else partial_file(out)
+        raise StageError(
+            f"{path} is corrupt, so {out.name} cannot be resumed",
+            where="--out",
+            hint=f"remove {text.name} and {path.name}",
+        ) from None

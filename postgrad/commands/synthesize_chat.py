@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -28,6 +28,7 @@ from postgrad.commands.synthesize import (
     dedup_text,
     finalize_output,
     generate_until_target,
+    is_complete,
     load_generator,
     read_synthesized,
 )
@@ -35,7 +36,9 @@ from postgrad.data.filter.near_duplicates import repetition_share
 from postgrad.data.random_streams import RandomStreams
 from postgrad.data.read.documents import Document, read_documents
 from postgrad.data.read.files import RawSource as Files
+from postgrad.data.render.chat import apply_chat_template
 from postgrad.data.render.renderers import PlainRenderer
+from postgrad.data.words import split_spaces, split_words_and_signs
 from postgrad.errors import DataError, ModelError, StageError
 from postgrad.evaluation.continuations import decode_ids
 from postgrad.evaluation.generate_documents import GeneratedDocument, generate_documents
@@ -90,14 +93,11 @@ class ChatTemplate:
             )
 
     def _render(self, messages: Sequence[dict[str, str]], *, prompt: bool) -> str:
-        try:
-            return str(
-                self.generator.tokenizer.apply_chat_template(
-                    list(messages), add_generation_prompt=prompt, tokenize=False
-                )
-            )
-        except Exception as error:  # a template is a program: it may raise anything
-            raise ModelError(f"the chat template fails: {error}", where="MODEL") from None
+        tokenizer = self.generator.tokenizer
+        assert tokenizer.chat_template is not None
+        return apply_chat_template(
+            tokenizer.chat_template, tokenizer.special_tokens_map, messages, add_generation_prompt=prompt
+        )
 
     def encode(self, text: str) -> np.ndarray:
         """A rendered text as ids, after the BOS if the tokenizer adds one."""
@@ -163,20 +163,20 @@ def synthesize_chat(
     examples = _read_questions(rehearsal)
     budget = _token_budget(question_template, answer_template, request)
     options = [
-        asdict(request),
+        request.decisive_options(),
         question_template.generator.fingerprint,
         answer_template.generator.fingerprint,
         examples,
         rehearsal.shots,
     ]
     draw = partial(_generate_conversations, question_template, answer_template, request, rehearsal, examples, budget)
+    share = rehearsal.diverse_share
+    if is_complete(out, fingerprint(options), diverse_share=share):
+        yield read_synthesized(model, out, already_complete=True)
+        return
     yield from generate_until_target(out, request, fingerprint(options), question_template.generator, draw)
-    finalize_output(
-        out,
-        partial(select_diverse, share=rehearsal.diverse_share, seed=request.seed)
-        if rehearsal.diverse_share < 1
-        else None,
-    )
+    select = partial(select_diverse, share=share, seed=request.seed) if share < 1 else None
+    finalize_output(out, select, diverse_share=share)
     yield read_synthesized(model, out)
 
 
@@ -273,7 +273,7 @@ def _rejection_reason(
     """Why a conversation is rejected; None for an acceptable one."""
     if not generated_question.ended:
         return "questions without an end"
-    if len(question.split()) < _MIN_WORDS:
+    if len(split_spaces(question)) < _MIN_WORDS:
         return "questions of fewer than two words"
     if not generated_answer.ended:
         return "answers without an end"
@@ -397,9 +397,14 @@ def select_diverse(lines: list[str], *, share: float, seed: int) -> list[str]:
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     questions = [dedup_text(json.loads(line)) for line in lines]
-    features = TfidfVectorizer(
-        ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b|[^\w\s]"
-    ).fit_transform(questions)
+    vectorizer = TfidfVectorizer(
+        ngram_range=(1, 2),
+        sublinear_tf=True,
+        lowercase=False,
+        tokenizer=split_words_and_signs,
+        token_pattern=None,  # type: ignore[arg-type]
+    )
+    features = vectorizer.fit_transform(questions)
     clustering = KMeans(min(CLUSTERS, count), n_init=4, random_state=seed).fit(features)
     distance_N = clustering.transform(features).min(1)
     return [lines[i] for i in nearest_to_centers(clustering.labels_, distance_N, count)]

@@ -171,6 +171,9 @@ class OptimizerConfig(ConfigModel):
     """Decay the input embedding and the output head too."""
     max_grad_norm: Annotated[float, Field(gt=0), BeforeValidator(reject_bool)] = 1.0
     """Largest 2-norm of the whole gradient; larger ones are clipped."""
+    max_skipped_steps: Annotated[int, Field(ge=0), BeforeValidator(reject_bool)] = 10
+    """How many steps may be skipped because their loss or gradient is not finite; one more ends the run. A skipped step changes
+    no weight and counts no trained token. May be changed on resume."""
     moments: Literal["reset", "keep", "keep-second"] = "reset"
     """Initial moments: zero, or those of the start checkpoint (both, or only the second)."""
     sparse_update: AnyUpdate | None = None
@@ -294,7 +297,9 @@ class ComputeConfig(ConfigModel):
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass instead of storing them."""
     threads: Positive | None = None
-    """CPU threads. Default: the cores that this process may use."""
+    """CPU threads. Default: OMP_NUM_THREADS, or the cores that this process may use."""
+    collective_timeout_seconds: Positive = 600
+    """How long one of several processes waits for the others, also while the first one alone writes a checkpoint."""
 
 
 def _union_tag(value: Any) -> str:
@@ -422,6 +427,12 @@ class Stage(ConfigModel):
         return tuple(fill_shares(given, self.data.mixing, examples).values())
 
     def fingerprint(self) -> str:
-        """Of everything that decides the result: not of when checkpoints are written, nor of where."""
-        decisive = self.model_dump(mode="json", exclude={"save": {"every", "keep"}, "output": True})
+        """Of everything that decides the result: not of when checkpoints are written, where, time-outs, nor of giving up."""
+        harmless = {
+            "save": {"every", "keep"},
+            "optimizer": {"max_skipped_steps"},
+            "output": True,
+            "compute": {"collective_timeout_seconds"},
+        }
+        decisive = self.model_dump(mode="json", exclude=harmless)
         return fingerprint(with_fingerprint_names(decisive))

@@ -21,6 +21,7 @@ from postgrad.data.loading.batch import collate
 from postgrad.errors import DiskError
 from postgrad.evaluation.length_batches import length_batches
 from postgrad.models.task_head import Pooling, pool_tokens
+from postgrad.storage.atomic import disk_errors
 
 _TOKENS_AT_ONCE = 8192
 
@@ -51,7 +52,8 @@ def layer_features(
     building = path.parent / f".building-{os.getpid()}-{path.name}"
     out_SID: np.memmap | None = None
     done = 0
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     try:
         for group in length_batches([len(row.inputs["input_ids"]) for row in rows], _TOKENS_AT_ONCE):
             batch = collate([rows[i] for i in group], [0] * len(group), pad_token_id=pad).to(device)

@@ -1,4 +1,4 @@
-"""The rows of `metrics.jsonl`: one per step and one per evaluation."""
+"""The rows of `metrics.jsonl`: one per step, skipped or not, and one per evaluation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from postgrad.lineage.previous_format import upgrade_row
-from postgrad.lineage.record import RecordPart
+from postgrad.lineage.record import RecordPart, SkippedStep
 
 METRICS = "metrics.jsonl"
 
@@ -37,6 +37,15 @@ class StepRow(RecordPart):
     """Without the penalties."""
     updated_weights: int | None = None
     """Weights that a sparse update changed."""
+    seconds: float = 0.0
+
+
+class SkippedStepRow(SkippedStep):
+    """One step without an update."""
+
+    kind: Literal["skipped"] = "skipped"
+    trained_tokens: int
+    """Trained tokens so far."""
     seconds: float = 0.0
 
 
@@ -80,13 +89,14 @@ class EvaluationRow(RecordPart):
     checkpoint_selection: SelectionRow | None = None
 
 
-MetricsRow = StepRow | EvaluationRow
+MetricsRow = StepRow | SkippedStepRow | EvaluationRow
+_ROW_KINDS: dict[str, type[MetricsRow]] = {"evaluation": EvaluationRow, "skipped": SkippedStepRow}
 
 
 def parse_row(raw: dict[str, Any]) -> MetricsRow:
     """A row from JSON data of this format or the previous one."""
     row = upgrade_row(raw)
-    return (EvaluationRow if row.get("kind") == "evaluation" else StepRow).model_validate(row)
+    return _ROW_KINDS.get(str(row.get("kind")), StepRow).model_validate(row)
 
 
 def read_metrics(path: Path) -> Iterator[MetricsRow]:
@@ -105,6 +115,12 @@ def read_metrics(path: Path) -> Iterator[MetricsRow]:
 def read_steps(path: Path) -> list[StepRow]:
     """The rows of the steps."""
     return [row for row in read_metrics(path) if isinstance(row, StepRow)]
+
+
+def read_skipped_steps(path: Path) -> list[SkippedStep]:
+    """The steps without an update."""
+    rows = [row for row in read_metrics(path) if isinstance(row, SkippedStepRow)]
+    return [SkippedStep.model_validate(row.model_dump()) for row in rows]
 
 
 def read_evaluations(path: Path) -> list[EvaluationRow]:

@@ -21,6 +21,7 @@ from postgrad.storage.atomic import write_without_secrets
 RECORD = "record.json"
 STAGE = "stage.yaml"
 PLAN = "plan.json"
+LOCK = "lock"
 FORMAT = 2
 
 Status = Literal["running", "stopped", "finished", "gate-failed"]
@@ -266,6 +267,33 @@ class TrainedSource(RecordPart):
     loss: SourceLoss | None = None
 
 
+class SkippedRow(RecordPart):
+    """A training row, by its number (from 0) in its source."""
+
+    source: str
+    row: int
+
+
+class SkippedStep(RecordPart):
+    """A step that changed no weight, since its loss or gradient was not finite."""
+
+    step: int
+    tokens: int = 0
+    """Tokens of its rows, which do not count as trained."""
+    loss: float | None = None
+    """Nats per token; None when it was not finite."""
+    grad_norm: float | None = None
+    """None when it was not finite."""
+    rows: list[SkippedRow] = []
+    """The rows whose own loss was not finite; without any, all rows of the step."""
+
+    def list_rows(self, most: int = 4) -> str:
+        """The first rows, as text: `new row 17, new row 40 and 6 more`."""
+        names = ", ".join(f"{row.source} row {row.row}" for row in self.rows[:most])
+        more = len(self.rows) - most
+        return f"{names} and {more} more" if more > 0 else names
+
+
 class TrainingTotals(RecordPart):
     """What the training consumed up to its last step."""
 
@@ -274,6 +302,8 @@ class TrainingTotals(RecordPart):
     seconds: float = 0.0
     tokens_per_second: float = 0.0
     sources: list[TrainedSource] = []
+    skipped_steps: list[SkippedStep] = []
+    """Counted in `steps`, but not in `tokens`."""
 
 
 class PublishedCheckpoint(RecordPart):
@@ -412,7 +442,7 @@ class SetRelearning(RecordPart):
     remaining: Interval
     """Trained copy minus start copy, both after the relearning steps."""
     recovered: Interval
-    start_model_gain: Interval
+    start_model_change: Interval
     """Change of the start model in the same steps."""
     recovered_share: Interval | None = None
 
@@ -498,6 +528,10 @@ class TaskRecord(RecordPart):
     truncated_prompts: int = 0
     """Prompts with fewer demonstrations than requested."""
     metrics: list[str] = []
+    tokenizers: dict[str, list[str]] = {}
+    """By metric: sacrebleu's names of the tokenizers that the references' scripts need."""
+    without_words: dict[str, int] = {}
+    """By metric: items whose references have no words to count, which are compared as a whole."""
     fingerprint: str = ""
     prompt: str = ""
     before: dict[str, MetricValue] = {}

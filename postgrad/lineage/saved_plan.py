@@ -36,6 +36,8 @@ class SavedPlan(RecordPart):
     consumed_before: dict[str, ConsumedSource] = {}
     """What the start model has consumed, by data fingerprint."""
     resolved_sources: list[ReplayableSource] = []
+    schedule_curve: list[tuple[int, float]] = []
+    """Learning rate at some of the planned steps."""
     penalty_strengths: dict[str, dict[str, Any]] = {}
     """Of penalties with `strength: auto`."""
 

@@ -33,12 +33,15 @@ def grow_embeddings(
     tied = output is not None and output.weight is model.get_input_embeddings().weight
     if output is not None and not isinstance(output, nn.Linear):
         raise ModelError(f"{type(model).__name__} has no plain output embedding", where="model")
+    head = None if output is None or tied else output.weight.clone()
     model.resize_token_embeddings(size, mean_resizing=False)
     _fill_rows(get_embedding_weight(model), token_parts)
     grown = model.get_output_embeddings()
     if grown is None or tied:
         return
     assert isinstance(grown, nn.Linear)
+    if head is None or not torch.equal(grown.weight[:before], head[:before]):
+        raise ModelError(f"resizing {type(model).__name__} would replace its output embedding", where="model")
     _fill_rows(grown.weight, token_parts, zero=head_init == "zero")
     if grown.bias is not None:
         _fill_rows(grown.bias[:, None], token_parts)

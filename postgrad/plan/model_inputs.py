@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -9,13 +10,14 @@ from itertools import takewhile
 from typing import Any
 
 import numpy as np
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from postgrad.config.tunings import AnyTuning, InstructionPromptTuning, PromptTuningConfig, PTuning
 from postgrad.data.render.frame import EMPTY_FRAME, Frame
 from postgrad.data.render.prompt_template import Template
 from postgrad.data.tokens.encoder import Encoder
 from postgrad.errors import ModelError, StageError
+from postgrad.models.auto_classes import load_config
 from postgrad.models.layers import get_embedding_weight
 from postgrad.models.location import ModelLocation
 from postgrad.models.pretrained import detect_task, load_pretrained
@@ -116,10 +118,9 @@ class ModelInputs:
     @property
     def pad_id(self) -> int:
         """The padding id; a decoder with a classifier locates the last token by it."""
-        for token in (self.config.pad_token_id, self.tokenizer.pad_token_id, self.encoder.eos):
-            if token is not None:
-                return int(token)
-        raise AssertionError("every encoder has an EOS")
+        named = (*_token_ids(self.config, "pad_token_id"), self.tokenizer.pad_token_id)
+        inside = (token for token in named if isinstance(token, int) and 0 <= token < self.encoder.vocabulary)
+        return next(inside, self.encoder.eos)
 
     @property
     def mask_id(self) -> int:
@@ -162,9 +163,8 @@ class ModelInputs:
     def decoder_start(self) -> int:
         """The first id of a decoder's input. Raises `ModelError` for a configuration without one."""
         for name in ("decoder_start_token_id", "bos_token_id", "pad_token_id"):
-            token = getattr(self.config, name, None)
-            if token is not None:
-                return int(token)
+            for token in _token_ids(self.config, name):
+                return token
         raise ModelError("the configuration names no decoder_start_token_id", where="model")
 
     def count_tokens(self, text: str) -> int:
@@ -187,12 +187,22 @@ class ModelInputs:
         return "token_type_ids" in self.tokenizer.model_input_names
 
 
+def _token_ids(config: PreTrainedConfig, name: str) -> list[int]:
+    """A special id in a configuration, and in that of its text part."""
+    found = [getattr(part, name, None) for part in (config, config.get_text_config())]
+    return [token for token in found if isinstance(token, int)]
+
+
 def make_encoder(tokenizer: PreTrainedTokenizerBase, vocabulary: int, eos: str | None = None) -> Encoder:
     """The tokenizer as a value: its JSON, the BOS that it adds (if it does), the EOS, and the model's vocabulary size.
 
     Raises `ModelError` for a tokenizer that is larger than the model's embeddings or has no EOS.
     """
-    if len(tokenizer) > vocabulary:
+    backend_json = tokenizer.backend_tokenizer.to_str()
+    behind = {token for token, number in tokenizer.get_vocab().items() if number >= vocabulary}
+    if behind and behind == {tokenizer.pad_token}:
+        backend_json = _remove_added_token(backend_json, tokenizer.pad_token)  # the EOS pads in its place
+    elif behind:
         raise ModelError(
             f"the tokenizer has {len(tokenizer):,} tokens and the model {vocabulary:,} embeddings",
             where="model",
@@ -217,7 +227,14 @@ def make_encoder(tokenizer: PreTrainedTokenizerBase, vocabulary: int, eos: str |
     candidates = [token for token in (tokenizer.bos_token_id, tokenizer.cls_token_id) if token is not None]
     bos = next((token for token in candidates if first == [token]), None)
     assert isinstance(eos_id, int)
-    return Encoder(tokenizer.backend_tokenizer.to_str(), bos, eos_id, vocabulary)
+    return Encoder(backend_json, bos, eos_id, vocabulary)
+
+
+def _remove_added_token(tokenizer_json: str, token: str) -> str:
+    """The JSON of a tokenizer without one of its added tokens: text that spells it is text."""
+    content = json.loads(tokenizer_json)
+    content["added_tokens"] = [each for each in content["added_tokens"] if each["content"] != token]
+    return json.dumps(content, ensure_ascii=False)
 
 
 def make_model_inputs(
@@ -238,7 +255,7 @@ def make_model_inputs(
         task,
         start_model,
         tokenizer,
-        AutoConfig.from_pretrained(start_model.name_or_path),
+        load_config(start_model.name_or_path),
         encoder,
         length,
         seed,

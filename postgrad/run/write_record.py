@@ -13,7 +13,7 @@ import yaml
 
 from postgrad.config import stage as s
 from postgrad.hardware import machine
-from postgrad.lineage.metrics import METRICS, read_steps
+from postgrad.lineage.metrics import METRICS, read_skipped_steps, read_steps
 from postgrad.lineage.record import (
     PLAN,
     ConsumedSource,
@@ -153,6 +153,7 @@ def summarize_training(run_folder: Path, plan: Plan, outcome: TrainingOutcome) -
             )
             for source, tokens, row_count, rows in columns
         ],
+        skipped_steps=read_skipped_steps(run_folder / METRICS),
     )
 
 

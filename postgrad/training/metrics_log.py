@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from postgrad.lineage.metrics import MetricsRow, read_metrics
-from postgrad.storage.atomic import disk_error, write_atomically
+from postgrad.storage.atomic import disk_errors, write_atomically
 
 
 class MetricsLog:
@@ -25,11 +25,8 @@ class MetricsLog:
 
     def write(self, row: MetricsRow) -> None:
         """Append one row."""
-        try:
-            with self.path.open("a") as file:
-                file.write(json.dumps(row.as_json()) + "\n")
-        except OSError as error:
-            raise disk_error(error, self.path) from error
+        with disk_errors(self.path), self.path.open("a") as file:
+            file.write(json.dumps(row.as_json()) + "\n")
 
     def sync(self) -> None:
         """Flush to disk; called before a checkpoint is published, which must not be newer than its log."""

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from postgrad.errors import TuningError
 from postgrad.models.layers import get_embedding_weight
+from postgrad.models.model_sizes import get_model_sizes
 from postgrad.tuning.extra_trainable import ExtraTrainable, base_parameter_name, named_parameters
 from postgrad.tuning.module_tuning import ModuleTuning, SwitchableModule
 from postgrad.tuning.peft_prompts import prompt_config, read_prompt
@@ -241,7 +242,7 @@ def from_peft(model: PreTrainedModel, config: Mapping[str, Any], state: Mapping[
 
 def _check_length(model: PreTrainedModel, length: int) -> None:
     """Raise `TuningError` if the model has no room for the prompt; relative positions have no limit (T5)."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = get_model_sizes(model.config).positions
     if length < 1 or (context is not None and length >= context):
         raise TuningError(
             f"a prompt of {length} vectors",

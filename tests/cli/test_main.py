@@ -559,8 +559,8 @@ def test_a_reader_that_goes_away_is_no_traceback(runs: LineageRuns, base: Path, 
     words = [sys.executable, "-m", "postgrad", "report", str(runs.naive)]
     done = subprocess.run(words, stdout=writer, stderr=subprocess.PIPE, text=True, env=environment, check=False)
     os.close(writer)
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
+    assert done.returncode == 0
+    assert done.stderr == ""
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ def lms() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(text, st.lists(word, min_size=1, max_size=3)), min_size=1, max_size=4))
 def test_texts_are_parted_as_lm_eval_parts_them(lms: dict[str, Any], name: str, questions: list[Any]) -> None:
     lm, tokenizer = lms[name], TOKENIZERS[name]

@@ -42,13 +42,13 @@ def scored(found: HeldOutText, context: int) -> list[tuple[int, int, int]]:
 texts = st.lists(st.lists(st.integers(2, 99), min_size=1, max_size=60), min_size=1, max_size=4)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(texts, st.integers(8, 40), st.integers(0, 3), st.integers(0, 3), st.booleans())
 def test_every_token_is_scored_once_whatever_stands_before(
     documents: list[list[int]], context: int, count: int, spare: int, bos: bool
 ) -> None:
     documents = [[BOS, *d] if bos else d for d in documents]
-    found = text(documents, before=VIRTUAL[:count], spare=spare, bos=BOS if bos else None)
+    found = text(documents, virtual_tokens=VIRTUAL[:count], reserved_positions=spare, bos=BOS if bos else None)
     met = scored(found, context)
     # All but a document's first, which nothing stands before; with a BOS that is the BOS.
     assert [(d, label) for d, label, _ in met] == [(i, t) for i, doc in enumerate(documents) for t in doc[1:]]
@@ -59,14 +59,14 @@ def test_every_token_is_scored_once_whatever_stands_before(
         assert (before, label) in pairs or (bos and before in VIRTUAL and label == documents[document][1])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(texts, st.integers(8, 40), st.booleans())
 def test_a_prompt_and_as_much_room_left_free_cut_alike(documents: list[list[int]], context: int, bos: bool) -> None:
     """The start model, which has no prompt, is scored on the same windows of the same documents."""
     documents = [[BOS, *d] if bos else d for d in documents]
     both = {"bos": BOS if bos else None}
-    prompted = list(text(documents, before=VIRTUAL, **both).iter_rows(context))
-    spared = list(text(documents, spare=len(VIRTUAL), **both).iter_rows(context))
+    prompted = list(text(documents, virtual_tokens=VIRTUAL, **both).iter_rows(context))
+    spared = list(text(documents, reserved_positions=len(VIRTUAL), **both).iter_rows(context))
     assert len(prompted) == len(spared)
     for (one, with_prompt), (other, without) in zip(prompted, spared, strict=True):
         assert one == other and with_prompt.label_count == without.label_count
@@ -81,12 +81,14 @@ def test_a_prompt_and_as_much_room_left_free_cut_alike(documents: list[list[int]
 def test_without_the_room_left_free_windows_would_differ() -> None:
     """The mutant of the law above."""
     long = [list(range(2, 60))]
-    counts = {spare: [p.row.label_count for p in text(long, spare=spare).iter_rows(16)] for spare in (0, 3)}
+    counts = {
+        spare: [p.row.label_count for p in text(long, reserved_positions=spare).iter_rows(16)] for spare in (0, 3)
+    }
     assert counts[0] != counts[3]
 
 
 def test_a_prompt_by_hand() -> None:
-    found = text([[BOS, 5, 6, 7, 8, 9, 10, 11]], before=VIRTUAL[:2], bos=BOS)
+    found = text([[BOS, 5, 6, 7, 8, 9, 10, 11]], virtual_tokens=VIRTUAL[:2], bos=BOS)
     rows = [(p.row.inputs["input_ids"].tolist(), p.row.labels.tolist()) for p in found.iter_rows(8)]
     x = IGNORED
     assert rows == [
@@ -156,7 +158,7 @@ def test_the_first_documents_are_whole_and_fit(tokens: int, documents: int) -> N
     ]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 3)), min_size=1, max_size=8), st.integers(0, 60))
 def test_the_first_of_the_first_are_the_first(sizes: list[tuple[int, int]], tokens: int) -> None:
     whole = made([d for d, (_, rows) in enumerate(sizes) for _ in range(rows)], [size for size, _ in sizes])

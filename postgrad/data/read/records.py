@@ -1,7 +1,7 @@
-"""Records of a file or a Hub data set: readers for JSON lines, JSON, CSV, Parquet and text, all as streams.
+"""Records of a file or a Hub data set: readers for JSON lines, JSON, CSV, Parquet, Arrow and text, all as streams.
 
-Memory does not grow with the file. Every record knows its location: `file:line`, or `file:row` for Parquet, JSON arrays and
-the Hub. Any problem with a file is a `DataError` with that location.
+Memory does not grow with the file. Every record knows its location: `file:line`, or `file:row` for Parquet, Arrow, JSON arrays
+and the Hub. Any problem with a file is a `DataError` with that location.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Collection, Iterator
+from functools import partial
 from pathlib import Path
 
+from postgrad.data.read.columnar_files import drop_filled_nulls, read_columnar_file
 from postgrad.data.read.files import (
     FILE_SUFFIXES,
     TEXT_SUFFIXES,
@@ -19,12 +21,14 @@ from postgrad.data.read.files import (
     file_suffix,
 )
 from postgrad.data.read.json_stream import json_error_message, make_record, read_json
-from postgrad.data.read.parquet import read_parquet
 from postgrad.data.read.text_lines import ReadCallback, ignore_progress, read_lines
 from postgrad.errors import DataError, MissingExtra, format_names
 
 FIELD_CAP = 16 * 2**20
 """Characters in one CSV field. The parser holds four bytes for each, and a missing quote swallows the rest of the file."""
+
+PROJECTED_SUFFIXES = (".parquet", ".arrow")
+"""Formats of which only the columns that are used are read."""
 
 
 def read_records(
@@ -32,15 +36,21 @@ def read_records(
 ) -> Iterator[RawRow]:
     """The records of `file`, one at a time; a text file has a record `{"text": line}` for each line.
 
-    `column_names`: the columns that are used (Parquet reads no others). Raises `DataError` with the location of whatever
-    cannot be read.
+    `column_names`: the columns that are used (Parquet and Arrow read no others). Raises `DataError` with the location of
+    whatever cannot be read.
     """
     suffix = file_suffix(file)
     if suffix in TEXT_SUFFIXES:
         return (RawRow({"text": text}, str(file), number) for number, text in read_lines(file, on_read))
-    if suffix == ".parquet":
-        return read_parquet(file, column_names, on_read)
-    reader = {".jsonl": _read_json_lines, ".json": read_json, ".csv": _read_csv}.get(suffix)
+    if suffix in PROJECTED_SUFFIXES:
+        return read_columnar_file(file, column_names, on_read)
+    reader = {
+        ".jsonl": _read_json_lines,
+        ".ndjson": _read_json_lines,
+        ".json": read_json,
+        ".csv": _read_csv,
+        ".tsv": partial(_read_csv, delimiter="\t"),
+    }.get(suffix)
     if reader is None:
         raise DataError(f"{file.name} is of no known kind", where=str(file), expected=" ".join(FILE_SUFFIXES))
     return reader(file, on_read)
@@ -61,10 +71,10 @@ def _read_json_lines(file: Path, on_read: ReadCallback) -> Iterator[RawRow]:
         yield make_record(value, name, number)
 
 
-def _read_csv(file: Path, on_read: ReadCallback) -> Iterator[RawRow]:
+def _read_csv(file: Path, on_read: ReadCallback, delimiter: str = ",") -> Iterator[RawRow]:
     name = str(file)
     csv.field_size_limit(max(FIELD_CAP, csv.field_size_limit()))  # a global setting: the module has no other
-    table = csv.reader((line.text for line in read_lines(file, on_read)), strict=True)
+    table = csv.reader((line.text for line in read_lines(file, on_read)), strict=True, delimiter=delimiter)
     header: list[str] | None = None
     start = 1
     while True:
@@ -83,10 +93,10 @@ def _read_csv(file: Path, on_read: ReadCallback) -> Iterator[RawRow]:
         if not cells:
             continue
         if header is None:
-            header = cells
-            if len(set(header)) < len(header) or not all(header):
+            header = cells  # a column without a name, such as the index that pandas writes, is in no kind of rows
+            if len(set(filter(None, header))) < len(list(filter(None, header))) or not any(header):
                 raise DataError(
-                    f"the header names a column twice or not at all: {format_names(header)}",
+                    f"the header names a column twice, or none: {format_names(header)}",
                     where=f"{name}:{line}",
                     expected="one name for each column",
                 )
@@ -118,6 +128,7 @@ def read_hub(hub: HubDataset, root: Path, where: str) -> Iterator[RawRow]:
     try:
         stream = datasets.load_dataset(name, hub.subset, split=hub.split, revision=hub.revision, streaming=True)
         for number, values in enumerate(stream, 1):
+            values = {column: drop_filled_nulls(value) for column, value in values.items()}
             yield make_record(values, f"{hub.name}/{hub.split}", number)
     except DataError:
         raise

@@ -23,6 +23,8 @@ UNPACK_RATIO, UNPACK_BYTES = 200, 2**28
 """A compressed file may unpack to so many times its size, or to so many bytes, whichever is more."""
 
 _BLOCK = 2**18
+_ZSTD_WINDOW = 2**31
+"""The longest window that zstandard writes (`zstd --long=31`)."""
 _ZSTD_BLOCK = 2**11
 """A byte of zstandard can decompress to 32,768: 2 KiB of input bound the output of one call."""
 
@@ -110,7 +112,7 @@ def _read_zstd(raw: IO[bytes]) -> Iterator[bytes]:
     try:
         while data := raw.read(_ZSTD_BLOCK):
             while data:
-                frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                frame = frame or zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW).decompressobj()
                 yield frame.decompress(data)
                 data = frame.unused_data if frame.eof else b""
                 frame = None if frame.eof else frame

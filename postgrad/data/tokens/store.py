@@ -22,7 +22,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -33,7 +33,7 @@ import numpy as np
 
 from postgrad.data.problem_type import ProblemType
 from postgrad.errors import DataError
-from postgrad.storage.atomic import MANIFEST, disk_error, publish_folder, sha256, verify, write_atomically
+from postgrad.storage.atomic import MANIFEST, disk_errors, publish_folder, sha256, verify, write_all, write_atomically
 
 FORMAT = 1
 MARKED_FORMAT = 2
@@ -83,6 +83,10 @@ class TokenStore:
         """Type of the labels in `values` or marks: `class`, `multi`, `number` or `tags`."""
         self.skipped: dict[str, int] = header.get("skipped", {})
         """Numbers of skipped documents (part of the empty ones), by reason."""
+        self.unused: dict[str, int] = header.get("unused", {})
+        """Numbers of rows, by the column that nothing reads."""
+        self.omitted: dict[str, int] = header.get("omitted", {})
+        """How often the rendered text leaves out a part of a row, by the part."""
         self.dtype = np.dtype(header["dtype"])
 
     @classmethod
@@ -220,6 +224,8 @@ class Shard:
     bytes: int
     skipped: dict[str, int] = field(default_factory=dict)
     """Numbers of skipped documents (part of the empty ones), by reason."""
+    unused: dict[str, int] = field(default_factory=dict)
+    omitted: dict[str, int] = field(default_factory=dict)
 
     @property
     def read_count(self) -> int:
@@ -249,7 +255,7 @@ class ShardWriter:
         self.number, self.vocabulary = number, vocabulary
         self.dtype = token_dtype(vocabulary)
         self.documents = self.tokens = self.bytes = 0
-        self.skipped: Counter[str] = Counter()
+        self.skipped, self.unused, self.omitted = Counter[str](), Counter[str](), Counter[str]()
         self._open_tokens = 0
         self._tokens = open(folder / "tokens.bin", "xb", buffering=0)  # noqa: SIM115 (closed in `close`)
         self._table = open(folder / "documents.bin", "xb", buffering=0)  # noqa: SIM115
@@ -285,13 +291,13 @@ class ShardWriter:
                 expected=f"ids below the vocabulary size, {self.vocabulary:,}",
                 hint="use the model's own tokenizer",
             )
-        _write_all(self._tokens, ids.astype(self.dtype).tobytes())
+        write_all(self._tokens, ids.astype(self.dtype).tobytes())
         if self._marks is not None:
             assert marks is not None and len(marks) == len(ids)
-            _write_all(self._marks, marks.astype(MARK_DTYPE).tobytes())
+            write_all(self._marks, marks.astype(MARK_DTYPE).tobytes())
         if self._values is not None:
             assert values is not None and len(values) == len(lengths)
-            _write_all(self._values, values.astype(VALUE_DTYPE).tobytes())
+            write_all(self._values, values.astype(VALUE_DTYPE).tobytes())
         lengths = lengths.astype(np.int64)
         lengths[0] += self._open_tokens
         complete = len(lengths) - is_partial
@@ -302,7 +308,7 @@ class ShardWriter:
         table["tokens"] = lengths[:complete]
         table["bytes"] = sizes[:complete]
         table["digest"] = digests[:complete]
-        _write_all(self._table, table.tobytes())
+        write_all(self._table, table.tobytes())
         self.documents += complete
         self.tokens += int(lengths[:complete].sum())
         self.bytes += int(table["bytes"].sum())
@@ -325,7 +331,8 @@ def publish_shard(
             empty = write(writer)
         finally:
             writer.close()
-        shard = Shard(number, writer.documents, empty, writer.tokens, writer.bytes, dict(writer.skipped))
+        counts = (dict(each) for each in (writer.skipped, writer.unused, writer.omitted))
+        shard = Shard(number, writer.documents, empty, writer.tokens, writer.bytes, *counts)
         shards.append(shard)
         (folder / "shard.json").write_bytes(_to_json(asdict(shard)))
 
@@ -351,7 +358,7 @@ def publish_store(
     documents = sum(shard.documents for shard in shards)
     streams = ("tokens.bin", "marks.bin") if extras.marks else ("tokens.bin",)
     files: dict[str, Any] = {}
-    try:
+    with disk_errors(final):
         for shard in shards:
             folder = building / shard_name(shard.number)
             listing = verify(folder)
@@ -364,10 +371,9 @@ def publish_store(
                 building, shards, "values", _npy_header(VALUE_DTYPE, (documents, extras.width))
             )
         if extras.marks:
-            skipped: Counter[str] = Counter()
-            for shard in shards:
-                skipped.update(shard.skipped)
-            header = {**header, "format": MARKED_FORMAT, "skipped": dict(skipped)}
+            header = {**header, "format": MARKED_FORMAT, "skipped": _add_counts(shard.skipped for shard in shards)}
+        unused, omitted = (_add_counts(getattr(shard, name) for shard in shards) for name in ("unused", "omitted"))
+        header |= ({"unused": unused} if unused else {}) | ({"omitted": omitted} if omitted else {})
         full_header = {
             "format": FORMAT,
             **header,
@@ -385,9 +391,14 @@ def publish_store(
             if not final.is_dir():
                 raise
             shutil.rmtree(building, ignore_errors=True)  # another process was first, with the same bytes
-    except OSError as error:
-        raise disk_error(error, final) from error
     return remove_leftovers(TokenStore.open(final))
+
+
+def _add_counts(parts: Iterable[dict[str, int]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for part in parts:
+        total.update(part)
+    return dict(total)
 
 
 def _concatenate_shards(building: Path, shards: Sequence[Shard], name: str, head: bytes) -> dict[str, str | int]:
@@ -426,9 +437,3 @@ def _npy_header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
 
 def _to_json(value: dict[str, Any]) -> bytes:
     return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
-
-
-def _write_all(file: io.FileIO, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[file.write(view) :]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from postgrad.foreign_text import mask_secrets, plain_text
-from postgrad.lineage.record import Record, SetChange, SetScore
+from postgrad.lineage.record import Record, SetChange, SetScore, SkippedStep
 from postgrad.reports.html.document import bold_name, format_time, verdict_badge
 from postgrad.reports.html.notation import (
     escape_html,
@@ -141,11 +142,23 @@ def run_facts(record: Record, curves: Curves) -> str:
 def notice_boxes(record: Record, curves: Curves) -> str:
     """What qualifies the numbers: an unfinished run, the retention gate, non-finite losses, contamination."""
     notices = [*_status_notices(record, curves), *_gate_notices(record)]
+    if curves.skipped_steps:
+        notices.append(("bad", escape_html(skipped_steps_sentence(curves.skipped_steps))))
     if curves.non_finite_count:
         number = format_count(curves.non_finite_count)
         notices.append(("bad", f"{number} training losses are not finite; they are gaps in the curves."))
     notices += _contamination_notices(record)
     return "".join(f'<div class="notice{f" t-{tone}" if tone else ""}"><p>{text}</p></div>' for tone, text in notices)
+
+
+def skipped_steps_sentence(steps: Sequence[SkippedStep]) -> str:
+    """Which steps changed no weight, and on which rows."""
+    listed = "; ".join(f"step {format_count(step.step)} ({plain_text(step.list_rows(), 300)})" for step in steps)
+    count = f"{len(steps)} steps were" if len(steps) > 1 else "1 step was"
+    return (
+        f"{count} skipped, since the loss or the gradient was not finite: {listed}. Skipped steps change no weight, and their "
+        f"{format_count(sum(step.tokens for step in steps))} tokens do not count as trained."
+    )
 
 
 def _status_notices(record: Record, curves: Curves) -> list[tuple[str, str]]:
