@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from postgrad.commands.probe_page import probe_table
 from postgrad.data.problem_type import ProblemType
+from postgrad.foreign_text import plain_text
 from postgrad.hardware.memory import format_bytes
-from postgrad.reports.html.notation import plain_text
 from postgrad.reports.sections.comparison_table import comparison_table
 from postgrad.reports.sections.lineage_tables import lineage_summary_table, lineage_table
 from postgrad.reports.sections.task_section import comparison_task_table, task_score_table

@@ -11,9 +11,11 @@ import numpy as np
 
 from postgrad.config import stage as s
 from postgrad.config.objectives import AnyObjective, PrefixLMObjective
+from postgrad.data.read.files import matches_path
 from postgrad.data.render.chat import plain_template
 from postgrad.errors import StageError
-from postgrad.lineage.record import PlannedSource, PlanSummary
+from postgrad.lineage.metrics import METRICS
+from postgrad.lineage.record import RECORD, PlannedSource, PlanSummary
 from postgrad.models.location import ModelLocation
 from postgrad.optim import lr_schedules
 from postgrad.plan.data_plan import DataPlan, plan_data
@@ -125,6 +127,8 @@ def make_plan(stage: s.Stage, root: Path, cache: Path, progress: ProgressCallbac
 
     Paths in the stage are relative to `root`, the stage file's folder. Raises the error of whatever is impossible.
     """
+    output = (root / (stage.output or f"runs/{stage.name}")).resolve()
+    _refuse_output_in_data(output, stage, root)
     start = resolve_start_model(stage, root, cache, progress)
     _require_retained_set(stage)
     notes = [new_model_note(start, stage)] if start.scratch_recipe else []
@@ -158,7 +162,7 @@ def make_plan(stage: s.Stage, root: Path, cache: Path, progress: ProgressCallbac
     return Plan(
         stage=stage,
         root=root,
-        output=(root / (stage.output or f"runs/{stage.name}")).resolve(),
+        output=output,
         model=model,
         data=data,
         evaluation=plan_evaluation(stage, model, data, held_out, tasks, schedule, notes),
@@ -174,6 +178,23 @@ def _excluded_digests(tables: Sequence[np.ndarray], tasks: Sequence[PromptedTask
     """Digests of held-out documents and test rows, which are not trained on."""
     digests = [table["digest"] for table in tables] + [task.test_digests_N for task in tasks]
     return np.unique(np.concatenate(digests)) if digests else None
+
+
+def _refuse_output_in_data(output: Path, stage: s.Stage, root: Path) -> None:
+    """Raise `StageError` if files of the run would be read as data: a resumed run would find other data than it began with."""
+    paths = [
+        (f"data.sources[{i}]", source.path) for i, source in enumerate(stage.data.sources) if source.path is not None
+    ]
+    paths += [(f"evaluation.{role}", item.path) for role, item in stage.evaluation.held_out_files()]
+    paths += [(f"evaluation.tasks[{i}]", task.path) for i, task in enumerate(stage.evaluation.tasks)]
+    for where, path in paths:
+        if any(matches_path(output / name, path, root) for name in (METRICS, RECORD)):
+            raise StageError(
+                f"the run folder {output} is inside of the data {path}: its own files would be read as data",
+                where=where,
+                expected="a folder or pattern without the run folder",
+                hint="name another folder under `output`, or a narrower `path`",
+            )
 
 
 def _require_retained_set(stage: s.Stage) -> None:

@@ -22,7 +22,7 @@ from postgrad.hardware import machine
 from postgrad.models.auto_classes import load_config
 from postgrad.models.families import SpecialTokens, count_weights, parse_model_name, solve_config
 from postgrad.models.from_scratch import init_model, make_tokenizer, select_special_tokens, set_dropout, set_token_ids
-from postgrad.models.location import ModelLocation, locate_model
+from postgrad.models.location import ModelLocation, locate_model, refuse_missing_folder
 from postgrad.models.model_sizes import get_model_sizes
 from postgrad.models.pretrained import load_tokenizer, save_pretrained
 from postgrad.plan.held_out_files import inherit_row_format
@@ -118,12 +118,9 @@ def _is_intact(path: Path) -> bool:
 def _load_config(name: str, root: Path) -> PreTrainedConfig:
     """A configuration from a file, a folder or the Hub."""
     path = (root / Path(name).expanduser()).resolve()
-    if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(".json")):
-        raise ModelError(
-            f"{name} does not exist",
-            where="model.config",
-            expected="a config.json, a folder with one, or a Hub name (owner/name)",
-        )
+    if not path.exists():
+        expected = "a config.json, a folder with one, or a Hub name (owner/name)"
+        refuse_missing_folder(name, root, where="model.config", expected=expected)
     return load_config(str(path) if path.exists() else name, "model.config")
 
 
@@ -138,6 +135,9 @@ def _resolve_tokenizer(
     """The tokenizer of a new model: an existing one, or one trained on the stage's training documents."""
     if isinstance(spec, str):
         folder = (root / Path(spec).expanduser()).resolve()
+        if not folder.is_dir():
+            expected = "the folder of a tokenizer, or a Hub name (owner/name)"
+            refuse_missing_folder(spec, root, where="model.tokenizer", expected=expected)
         return load_tokenizer(ModelLocation(spec, folder if folder.is_dir() else None))
     if spec.vocab_size < 256 + len(special_tokens.tokens):
         raise StageError(

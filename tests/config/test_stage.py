@@ -139,7 +139,7 @@ def test_one_share_may_be_left_out() -> None:
         ("a/b/held-out.jsonl.gz", "held-out"),
         ("x.tar.txt", "x.tar"),
         ("my text.md", "my-text"),
-        ("*.txt", "-"),
+        ("*.txt", "held-out"),
         ("dir", "dir"),
     ],
 )

@@ -191,9 +191,9 @@ def test_a_configuration_with_a_new_tokenizer_or_one_that_is_there(shelf: Worksp
             StageError,
             r"tokenizer\.vocab_size: 340 tokens are too few",
         ),
-        ({"config": "nowhere/config.json"}, ModelError, r"model\.config: nowhere/config\.json does not exist"),
+        ({"config": "nowhere/config.json"}, ModelError, r"model\.config: there is no folder nowhere/config\.json in"),
         ({"config": "old.jsonl"}, ModelError, r"old\.jsonl: broken JSON"),
-        ({"config": "llama", "tokenizer": "bert-large"}, ModelError, "no tokenizer could be loaded"),
+        ({"config": "llama", "tokenizer": "bert-large"}, ModelError, r"tokenizer: there is no folder bert-large in"),
         (
             {"config": "narrow.json", "tokenizer": "llama"},
             ModelError,
