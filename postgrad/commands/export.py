@@ -66,8 +66,9 @@ def export_model(
     target_dtype = stored_dtype(start) if dtype == "auto" else getattr(torch, dtype)
     opened = _merge_adapters(start, weight, merge_with, method, density) if merge_with else open_model(start)
     pretrained, tokenizer = opened.model, load_tokenizer(start)
+    soft_prompt_ids = (*opened.frame.outer_ids, *opened.frame.prefix_ids)
     ids = torch.arange(16)[None] % get_embedding_weight(pretrained).shape[0]
-    ids = torch.cat([torch.tensor([opened.frame.prefix_ids], dtype=torch.long), ids], 1)
+    ids = torch.cat([torch.tensor([soft_prompt_ids], dtype=torch.long), ids], 1)
     for tuning in opened.tunings:  # in order: the ids of a later prompt follow those of an earlier one
         tuning.merge(tokenizer)
     for parameter in pretrained.parameters():  # not the buffers: rotary angles stay in full precision
@@ -83,7 +84,7 @@ def export_model(
         str(target_dtype).removeprefix("torch."),
         sum(p.stat().st_size for p in folder.iterdir()),
         opened.task,
-        tuple(tokenizer.convert_ids_to_tokens(list(opened.frame.prefix_ids))),
+        tuple(tokenizer.convert_ids_to_tokens(list(soft_prompt_ids))),
         is_prefix_lm(pretrained.config),
         load_task_head_config(folder) is not None,
     )

@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -61,6 +62,14 @@ def load_tokenizer(start: ModelLocation) -> PreTrainedTokenizerBase:
             break
         here = here.base
     return tokenizer
+
+
+def load_generation_config(start: ModelLocation) -> GenerationConfig:
+    """The generation configuration of the plain model at the bottom, or what its configuration says of generation."""
+    try:
+        return GenerationConfig.from_pretrained(start.name_or_path)
+    except OSError:
+        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(start.name_or_path))
 
 
 def save_chat_template(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -37,7 +37,7 @@ def make_held_out_set(
     """
     if held_out.store.kind in RUNNING_TEXT_KINDS and isinstance(held_out.objective, NextTokenObjective):
         text = make_held_out_text(held_out, model_inputs, limit, notes)
-        return replace(text, virtual_tokens=model_inputs.virtual_tokens, reserved_positions=reserved_positions)
+        return replace(text, reserved_positions=reserved_positions)
     return _make_held_out_rows(held_out, model_inputs, limit, notes, problem)
 
 
@@ -53,7 +53,7 @@ def make_held_out_text(
     for position in order:
         ids = np.asarray(held_out.store.read(int(held_out.documents[position]))).astype(np.int64)
         ids = ids[:-1] if len(ids) and ids[-1] == encoder.eos else ids
-        if len(ids) < 2:
+        if len(ids) <= max(1, model_inputs.lead):
             continue
         documents.append(ids)
         positions.append(position)
@@ -73,7 +73,7 @@ def make_held_out_text(
         table["bytes"][positions].astype(np.int64),
         fingerprint([_sorted_digests(table), limit, encoder.fingerprint]),
         table["digest"][positions].astype(np.uint64),
-        bos=encoder.bos,
+        prefix=model_inputs.text_prefix,
     )
     return text.take_tokens(limit)
 

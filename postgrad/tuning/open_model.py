@@ -41,7 +41,8 @@ def _read_key(raw: Mapping[str, Any], key: str) -> Any:
 
 
 def _read_frame(raw: Mapping[str, list[int]]) -> Frame:
-    return Frame(*(tuple(_read_key(raw, key)) for key in ("prefix_ids", "separator_ids", "suffix_ids")))
+    parts: list[tuple[int, ...]] = [tuple(_read_key(raw, key)) for key in ("prefix_ids", "separator_ids", "suffix_ids")]
+    return Frame(*parts, tuple(raw.get("outer_ids", ())))
 
 
 @dataclass(frozen=True)
@@ -119,13 +120,15 @@ _PEFT_TASKS: dict[str, Task] = {
 
 
 def _read_peft_reference(start: ModelLocation, base: ModelLocation, config: dict[str, Any]) -> BaseReference:
-    """The reference in PEFT's configuration; PEFT puts a prompt before every text."""
+    """The reference in PEFT's configuration; PEFT puts a prompt before every text, its special tokens included."""
     task = _PEFT_TASKS.get(config.get("task_type") or "") or get_task(base)
     prompt_ids: tuple[int, ...] = ()
     if config.get("peft_type") in ("PROMPT_TUNING", "P_TUNING"):
         first = int(AutoConfig.from_pretrained(start.name_or_path).vocab_size)
         prompt_ids = tuple(range(first, first + int(config["num_virtual_tokens"])))
-    return BaseReference(config.get("base_model_name_or_path") or "", None, None, task, frame=Frame(prompt_ids))
+    return BaseReference(
+        config.get("base_model_name_or_path") or "", None, None, task, frame=Frame(outer_ids=prompt_ids)
+    )
 
 
 @dataclass(frozen=True)

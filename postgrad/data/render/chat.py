@@ -44,15 +44,15 @@ PLAIN_TEMPLATE = """\
 """`### User:`, such a line for each role, and the EOS after each answer."""
 
 
-def plain_template(add_bos: bool) -> str:
-    """The plain template to save with a tokenizer; `add_bos`: start with the BOS, as chat templates are expected to."""
-    return "{{- bos_token }}" * add_bos + PLAIN_TEMPLATE
+def plain_template(prefix: str) -> str:
+    """The plain template to save with a tokenizer, after the special tokens that the tokenizer adds before a text."""
+    return (f"{{{{- {json.dumps(prefix, ensure_ascii=False)} }}}}" if prefix else "") + PLAIN_TEMPLATE
 
 
 def custom_template(chat_template: str | Mapping[str, str] | None) -> str | None:
     """A tokenizer's own chat template (the default one of several); None for the plain template, or for none."""
     template = chat_template.get("default") if isinstance(chat_template, Mapping) else chat_template
-    return None if template in (plain_template(False), plain_template(True)) else template
+    return None if template and template.endswith(PLAIN_TEMPLATE) else template
 
 
 _ANSWER_BEGIN, _ANSWER_END = "\ufdd0", "\ufdd1"
