@@ -58,6 +58,11 @@ class TextModel:
         return self.inputs.tokenizer
 
     @property
+    def continues_prompt(self) -> bool:
+        """Whether it continues a prompt, as a decoder does; an encoder-decoder answers it."""
+        return not self.inputs.task.is_encoder_decoder
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether the model can answer in a chat template."""
         return bool(self.tokenizer.chat_template)
@@ -84,6 +89,8 @@ class Continuation(Result):
 
     model: str
     text: str
+    continues_prompt: bool
+    """Whether the text follows the prompt, and is no answer to it."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +98,6 @@ class Generation(Result):
     """What each model generated from one prompt."""
 
     prompt: str
-    is_chat: bool
-    """Whether the models answered in their chat templates, instead of continuing the prompt."""
     continuations: tuple[Continuation, ...]
 
 
@@ -122,8 +127,8 @@ def generate(
                 expected="a model that was trained on conversations",
             )
         text = text_model.answer([], prompt, options) if chat else text_model.continue_text(prompt, options)
-        continuations.append(Continuation(text_model.name, text))
-    return Generation(prompt, chat, tuple(continuations))
+        continuations.append(Continuation(text_model.name, text, not chat and text_model.continues_prompt))
+    return Generation(prompt, tuple(continuations))
 
 
 def load_text_models(models: Sequence[str], base: str | None = None) -> list[TextModel]:

@@ -32,6 +32,7 @@ from postgrad.models.location import ModelLocation
 from postgrad.models.task import Task
 from postgrad.models.task_head import TaskHeadConfig, load_task_head_config
 from postgrad.models.task_head_model import make_model_class
+from postgrad.models.tied_weights import record_separate_output
 
 transformers_logging.disable_progress_bar()
 
@@ -55,6 +56,9 @@ def load_tokenizer(start: ModelLocation) -> PreTrainedTokenizerBase:
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerBase) or not tokenizer.is_fast:
         raise ModelError(f"{start.name} has no fast tokenizer", where="model", expected="a tokenizer.json")
+    # Stored options of earlier calls: every text is encoded as a whole.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
     here: ModelLocation | None = start
     while here and here.base:
         if here.folder and (here.folder / CHAT_TEMPLATE_FILE).exists():
@@ -219,7 +223,18 @@ def load_pretrained(
             where="model",
             expected="weights for every parameter of the architecture in its config.json",
         )
+    record_separate_output(model)
     return LoadResult(model.eval(), tuple(new))
+
+
+def _name_known_tokenizer_class(path: Path) -> None:
+    """Write a tokenizer's configuration so that transformers 4 reads it too: both versions know these names."""
+    config = json.loads(path.read_text())
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
 def from_config(config: PreTrainedConfig, task: Task) -> PreTrainedModel:
@@ -306,6 +321,7 @@ def save_pretrained(
     }
     model.save_pretrained(folder, state_dict=cast)
     tokenizer.save_pretrained(folder)
+    _name_known_tokenizer_class(folder / "tokenizer_config.json")
     config = json.loads((folder / "config.json").read_text())
     # The dtype in the config is that of the file, not that of the computation.
     config["dtype"] = str(dtype).removeprefix("torch.")

@@ -21,11 +21,12 @@ from postgrad.errors import CheckpointError, ModelError, StageError
 from postgrad.models.families import SpecialTokens, count_weights, parse_model_name, solve_config
 from postgrad.models.from_scratch import init_model, make_tokenizer, select_special_tokens, set_dropout, set_token_ids
 from postgrad.models.location import ModelLocation, locate_model
-from postgrad.models.pretrained import load_tokenizer, refuse_foreign_code, save_pretrained
+from postgrad.models.pretrained import load_tokenizer, refuse_foreign_code
+from postgrad.models.published_vocabulary import publish_pretrained
 from postgrad.plan.held_out_files import inherit_row_format
 from postgrad.plan.row_renderers import make_row_template
 from postgrad.plan.sources import ProgressCallback, SourceSpec, held_out_share, make_text_files
-from postgrad.storage.atomic import publish_folder, remove_folder, verify
+from postgrad.storage.atomic import remove_folder, verify
 from postgrad.storage.file_lock import file_lock
 from postgrad.storage.fingerprint import fingerprint
 
@@ -77,7 +78,7 @@ def _make_new_model(
     with file_lock(cache / "locks" / f"{key}.lock"):
         if not _is_intact(folder):
             model = init_model(config, stage.seed)
-            publish_folder(folder, lambda staged: save_pretrained(model, tokenizer, staged, dtype=torch.float32))
+            publish_pretrained(folder, model, tokenizer, dtype=torch.float32)
     name = spec.from_scratch or f"a new {spec.config}"
     return replace(
         locate_model(str(folder), root),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,8 @@ def _read_key(raw: Mapping[str, Any], key: str) -> Any:
 
 
 def _read_frame(raw: Mapping[str, list[int]]) -> Frame:
-    parts: list[tuple[int, ...]] = [tuple(_read_key(raw, key)) for key in ("prefix_ids", "separator_ids", "suffix_ids")]
-    return Frame(*parts, tuple(raw.get("outer_ids", ())))
+    parts = (tuple(_read_key(raw, key)) for key in ("prefix_ids", "separator_ids", "suffix_ids"))
+    return replace(Frame(*parts), outer_ids=tuple(raw.get("outer_ids", ())))
 
 
 @dataclass(frozen=True)
