@@ -11,7 +11,8 @@
     ├── InterruptError       the user interrupted the command
     ├── CheckpointError      a checkpoint that is incomplete or was changed
     ├── DiskError            a full disk, or a folder that cannot be written
-    └── NonFiniteError       a loss or gradient that is not a number
+    ├── NonFiniteError       a loss or gradient that is not a number
+    └── DistributedError     another process of the run that failed, hangs, was killed or reads other files
 
 Each error states the problem, its place, what was expected, and a hint.
 """
@@ -19,13 +20,17 @@ Each error states the problem, its place, what was expected, and a hint.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from functools import partial
+from typing import Any
 
 
 class PostgradError(Exception):
     """A problem with its place (`file:line` or `key.path`), what was expected, and a hint."""
 
     exit_code = 2
+    reported_by: int | None = None
+    """Of several processes, the rank that prints an error which all of them raise; None: each that raises it."""
 
     def __init__(self, problem: str, *, where: str = "", expected: str = "", hint: str = "") -> None:
         self.problem, self.where, self.expected, self.hint = problem, where, expected, hint
@@ -35,6 +40,10 @@ class PostgradError(Exception):
         if hint:
             lines.append(f"  hint:     {hint}")
         super().__init__("\n".join(lines))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        parts = {"where": self.where, "expected": self.expected, "hint": self.hint}
+        return partial(type(self), self.problem, **parts), (), {"reported_by": self.reported_by}
 
 
 class StageError(PostgradError):
@@ -89,6 +98,12 @@ class NonFiniteError(PostgradError):
     exit_code = 1
 
 
+class DistributedError(PostgradError):
+    """Another process of the run failed, hangs, was killed or reads other files."""
+
+    exit_code = 1
+
+
 def suggest_nearest(word: str, known: Iterable[str]) -> str:
     """A hint `did you mean 'x'?` for a mistyped word, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
@@ -99,3 +114,10 @@ def suggest_nearest_or_all(word: str, known: Iterable[str]) -> str:
     """The same hint, or, when no known word is near, all of them."""
     known = list(known)
     return suggest_nearest(word, known) or f"known: {', '.join(known)}"
+
+
+def require_choice(what: str, value: str, choices: Collection[str], *, where: str) -> None:
+    """Raise `StageError` when a value is none of the choices, naming them and the nearest; `what` names the value."""
+    if value not in choices:
+        hint = suggest_nearest(value, choices)
+        raise StageError(f"there is no {what} {value!r}", where=where, expected=", ".join(choices), hint=hint)

@@ -67,7 +67,8 @@ def _run_guarded(run: Callable[[], object]) -> None:
     try:
         run()
     except PostgradError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if error.reported_by in (None, int(os.environ.get("RANK", "0"))):
+            print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     except SystemExit as ended:
         if ended.code == 130:  # typer's exit code for Ctrl-C

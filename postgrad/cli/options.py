@@ -21,26 +21,24 @@ if TYPE_CHECKING:
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Base = Annotated[
     str | None,
-    typer.Option(help="Base model of an adapter's folder, if it has moved.", show_default=False),
+    typer.Option(help="Base model of an adapter's folder, if it has moved."),
 ]
 Tasks = Annotated[
     Path | None,
-    typer.Option(help="Evaluate the tasks of this YAML file: a list as under evaluation.tasks.", show_default=False),
+    typer.Option(help="Evaluate the tasks of this YAML file: a list as under evaluation.tasks."),
 ]
-StageFile = Annotated[Path, typer.Argument(help="The stage file (YAML).", show_default=False)]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Any number of overrides, key.sub=value.", show_default=False)
-]
-ModelArgument = Annotated[str, typer.Argument(help="A model folder, run, checkpoint or Hub name.", show_default=False)]
-Report = Annotated[Path | None, typer.Option(help="Write an HTML page here.", show_default=False)]
+StageFile = Annotated[Path, typer.Argument(help="The stage file (YAML).")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Any number of overrides, key.sub=value.")]
+ModelArgument = Annotated[str, typer.Argument(help="A model folder, run, checkpoint or Hub name.")]
+Report = Annotated[Path | None, typer.Option(help="Write an HTML page here.")]
 Context = Annotated[
     int | None,
-    typer.Option(help="Tokens the model reads at once. Default: its own limit, up to 1024.", show_default=False),
+    typer.Option(help="Tokens the model reads at once. Default: its own limit, up to 1024."),
 ]
 DocumentUnit = Annotated[
     str, typer.Option(help="What a document is in a text file: auto, file, passages, paragraphs, lines.")
 ]
-TextColumn = Annotated[str | None, typer.Option(help="The column that holds the text.", show_default=False)]
+TextColumn = Annotated[str | None, typer.Option(help="The column that holds the text.")]
 
 RENAMED_OPTIONS: Mapping[str, Mapping[str, str]] = {
     "restore": {"--until": "--min-recovered", "--keep": "--self-distill-share", "--rate": "--learning-rate"},

@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from postgrad.commands.probe_page import probe_table
 from postgrad.data.problem_type import ProblemType
 from postgrad.hardware.memory import format_bytes
 from postgrad.reports.html.notation import plain_text
-from postgrad.reports.pages.probe_page import probe_table
-from postgrad.reports.result_models import ProbeSummary
 from postgrad.reports.sections.comparison_table import comparison_table
 from postgrad.reports.sections.lineage_tables import lineage_summary_table, lineage_table
 from postgrad.reports.sections.task_section import comparison_task_table, task_score_table
@@ -273,7 +272,7 @@ def probe_text(result: LayerProbe, report: Path | None) -> str:
     """What each layer of a model encodes about the labels."""
     items, unit = result.items, "words" if result.problem == ProblemType.TAGS else "texts"
     lines = [
-        probe_table(ProbeSummary.model_validate(result.as_dict())).text(),
+        probe_table(result).text(),
         "",
         f"{items['train']:,} {unit} to train on, {items['dev']:,} to choose by, {items['test']:,} to test on; "
         f"{result.seconds.features:.1f} s for all features, {result.seconds.classifiers:.1f} s for all classifiers",

@@ -246,7 +246,7 @@ def _start_weights(record: Record, plan: Plan, loaded_model: LoadedModel) -> dic
 
 def _average_checkpoints(run: Path, record: Record, count: int) -> dict[str, Tensor]:
     """The mean of the last checkpoints' weights."""
-    folders = Checkpoints(run / "checkpoints", None).list_folders()[-count:]
+    folders = Checkpoints(run / "checkpoints").list_folders()[-count:]
     if len(folders) < count:
         raise StageError(
             f"{run} has {len(folders)} checkpoints",

@@ -18,6 +18,7 @@ from postgrad.errors import ModelError, StageError
 from postgrad.evaluation.continuations import decode_ids
 from postgrad.hardware import machine
 from postgrad.models.location import ModelLocation, locate_model
+from postgrad.models.model_sizes import get_model_sizes
 from postgrad.models.prefix_lm_attention import is_prefix_lm, prefill_prompt
 from postgrad.plan.model_inputs import ModelInputs
 from postgrad.tuning.open_model import open_model
@@ -151,13 +152,18 @@ def _load_text_model(name: str, start: ModelLocation) -> TextModel:
 
 def _encode_chat(text_model: TextModel, messages: list[dict[str, str]]) -> tuple[int, ...]:
     """The ids of a conversation up to where the next answer begins, as training rows encode them."""
-    text = str(text_model.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    try:
+        text = str(text_model.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    except Exception as error:  # a template is a program: it may raise anything
+        raise ModelError(
+            f"the chat template fails: {error}", where="MODEL", expected="one that renders a question"
+        ) from None
     return text_model.inputs.encode_prompt(text)
 
 
 def _remaining_positions(text_model: TextModel, length: int) -> float:
     """How many tokens can follow `length` tokens."""
-    limit = getattr(text_model.model.config, "max_position_embeddings", None)
+    limit = get_model_sizes(text_model.model.config).positions
     return math.inf if not limit or text_model.inputs.task.is_encoder_decoder else limit - length
 
 

@@ -9,7 +9,6 @@ from itertools import islice
 from pathlib import Path
 
 import yaml
-from transformers import AutoConfig
 
 from postgrad.commands.cache import cache_folder
 from postgrad.commands.results import Result
@@ -19,6 +18,7 @@ from postgrad.data.tokens.tokenize import build_store
 from postgrad.errors import StageError
 from postgrad.lineage.record import RECORD, read_record
 from postgrad.models.location import ModelLocation, locate_model
+from postgrad.models.model_sizes import load_model_sizes
 from postgrad.models.pretrained import load_tokenizer
 from postgrad.plan.model_inputs import make_encoder
 from postgrad.storage.atomic import write_atomically
@@ -82,9 +82,9 @@ def write_stage(
     name = stage_path.stem
     root = stage_path.resolve().parent
     start = locate_model(model, root)
-    config = AutoConfig.from_pretrained(start.name_or_path)
-    encoder = make_encoder(load_tokenizer(start), int(config.vocab_size))
-    positions = getattr(config, "max_position_embeddings", None) or 1024
+    sizes = load_model_sizes(start)
+    encoder = make_encoder(load_tokenizer(start), sizes.vocab_size)
+    positions = sizes.positions or 1024
     files = Files("new", data, root=root, where="--data")
     store = build_store(files, encoder, cache)
     unit = ""

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from postgrad.commands.results import Result
 from postgrad.config.document_filters import MIN_THRESHOLD
@@ -29,12 +29,14 @@ from postgrad.data.read.files import RawSource as Files
 from postgrad.data.read.generated_text import GENERATED_COLUMN
 from postgrad.data.render.frame import TextPrefix
 from postgrad.data.tokens.encoder import Encoder
+from postgrad.data.words import split_spaces
 from postgrad.errors import DataError, ModelError, StageError
 from postgrad.evaluation.continuations import decode_ids
 from postgrad.evaluation.generate_documents import generate_documents
 from postgrad.hardware import machine
 from postgrad.models.location import locate_model
 from postgrad.models.model import CausalModel, wrap_model
+from postgrad.models.model_sizes import load_model_sizes
 from postgrad.models.pretrained import load_tokenizer
 from postgrad.models.task import Task
 from postgrad.plan.model_inputs import make_encoder
@@ -148,9 +150,9 @@ def load_generator(
             expected="a causal language model",
         )
     tokenizer = load_tokenizer(start)
-    config: Any = AutoConfig.from_pretrained(start.name_or_path)
-    encoder = make_encoder(tokenizer, int(config.vocab_size))
-    limit = getattr(config, "max_position_embeddings", None)
+    sizes = load_model_sizes(start)
+    encoder = make_encoder(tokenizer, sizes.vocab_size)
+    limit = sizes.positions
     if limit and max_document_tokens > limit:
         raise StageError(
             f"documents of {max_document_tokens:,} tokens do not fit {model}, which has {limit:,} positions",
@@ -208,7 +210,7 @@ def _generate_documents(
     for (ids, origin), new in zip(batch_prompts, documents, strict=True):
         prompt = ids[len(generator.encoder.prefix_ids) :] if request.prompt_tokens else ids[:0]
         text = decode_ids(generator.tokenizer, np.concatenate([prompt, new.ids])).strip()
-        short = "too short" if len(text.split()) < _MIN_WORDS else None
+        short = "too short" if len(split_spaces(text)) < _MIN_WORDS else None
         repeats = "repetitive" if repetition_share(new.ids.tolist()) > request.max_repetition else None
         yield Candidate({"text": text}, {"from": origin}, len(prompt) + len(new.ids), new.ended, short or repeats)
 

@@ -37,6 +37,7 @@ from postgrad.data.read.documents import Document, read_documents
 from postgrad.data.read.files import RawSource as Files
 from postgrad.data.render.frame import Frame
 from postgrad.data.render.renderers import PlainRenderer
+from postgrad.data.words import split_spaces, split_words_and_signs
 from postgrad.errors import DataError, ModelError, StageError
 from postgrad.evaluation.continuations import decode_ids
 from postgrad.evaluation.generate_documents import GeneratedDocument, generate_documents
@@ -272,7 +273,7 @@ def _rejection_reason(
     """Why a conversation is rejected; None for an acceptable one."""
     if not generated_question.ended:
         return "questions without an end"
-    if len(question.split()) < _MIN_WORDS:
+    if len(split_spaces(question)) < _MIN_WORDS:
         return "questions of fewer than two words"
     if not generated_answer.ended:
         return "answers without an end"
@@ -396,9 +397,14 @@ def select_diverse(lines: list[str], *, share: float, seed: int) -> list[str]:
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     questions = [dedup_text(json.loads(line)) for line in lines]
-    features = TfidfVectorizer(
-        ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b|[^\w\s]"
-    ).fit_transform(questions)
+    vectorizer = TfidfVectorizer(
+        ngram_range=(1, 2),
+        sublinear_tf=True,
+        lowercase=False,
+        tokenizer=split_words_and_signs,
+        token_pattern=None,  # type: ignore[arg-type]
+    )
+    features = vectorizer.fit_transform(questions)
     clustering = KMeans(min(CLUSTERS, count), n_init=4, random_state=seed).fit(features)
     distance_N = clustering.transform(features).min(1)
     return [lines[i] for i in nearest_to_centers(clustering.labels_, distance_N, count)]

@@ -287,6 +287,8 @@ class ComputeConfig(ConfigModel):
     """Recompute activations in the backward pass instead of storing them."""
     threads: Positive | None = None
     """CPU threads. Default: the cores that this process may use."""
+    collective_timeout_seconds: Positive = 600
+    """How long one of several processes waits for the others, also while the first one alone writes a checkpoint."""
 
 
 def _union_tag(value: Any) -> str:
@@ -414,6 +416,9 @@ class Stage(ConfigModel):
         return tuple(fill_shares(given, self.data.mixing, examples).values())
 
     def fingerprint(self) -> str:
-        """Of everything that decides the result: not of when checkpoints are written, nor of where."""
-        decisive = self.model_dump(mode="json", exclude={"save": {"every", "keep"}, "output": True})
+        """Of everything that decides the result: not of when checkpoints are written, nor of where, nor of time-outs."""
+        decisive = self.model_dump(
+            mode="json",
+            exclude={"save": {"every", "keep"}, "output": True, "compute": {"collective_timeout_seconds"}},
+        )
         return fingerprint(with_fingerprint_names(decisive))

@@ -14,7 +14,7 @@ from postgrad.errors import StageError
 from postgrad.hardware import machine
 from postgrad.hardware.memory import ModelDimensions, estimate_memory
 from postgrad.models.cpu_attention import CAUSAL_BLOCKS, is_supported
-from postgrad.models.layers import get_layers
+from postgrad.models.layers import get_embedding_weight, get_layers
 from postgrad.models.model import CausalModel, Model
 
 _MIN_BF16_SPEEDUP = 1.3
@@ -72,7 +72,7 @@ class Execution:
 
 def get_model_dimensions(model: Model) -> ModelDimensions:
     """A model's sizes, from the configuration keys of its architecture."""
-    config = model.pretrained.config
+    config = model.pretrained.config.get_text_config()
     width = int(getattr(config, "hidden_size", 0) or getattr(config, "n_embd", 0) or 1)
     inner = int(getattr(config, "intermediate_size", 0) or getattr(config, "n_inner", 0) or 4 * width)
     return ModelDimensions(
@@ -82,7 +82,7 @@ def get_model_dimensions(model: Model) -> ModelDimensions:
         width=width,
         inner=inner,
         heads=int(getattr(config, "num_attention_heads", 0) or getattr(config, "n_head", 0) or 1),
-        vocabulary=int(config.vocab_size),
+        vocabulary=get_embedding_weight(model.pretrained).shape[0],
     )
 
 

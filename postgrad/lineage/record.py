@@ -412,7 +412,7 @@ class SetRelearning(RecordPart):
     remaining: Interval
     """Trained copy minus start copy, both after the relearning steps."""
     recovered: Interval
-    start_model_gain: Interval
+    start_model_change: Interval
     """Change of the start model in the same steps."""
     recovered_share: Interval | None = None
 
@@ -498,6 +498,10 @@ class TaskRecord(RecordPart):
     truncated_prompts: int = 0
     """Prompts with fewer demonstrations than requested."""
     metrics: list[str] = []
+    tokenizers: dict[str, list[str]] = {}
+    """By metric: sacrebleu's names of the tokenizers that the references' scripts need."""
+    without_words: dict[str, int] = {}
+    """By metric: items whose references have no words to count, which are compared as a whole."""
     fingerprint: str = ""
     prompt: str = ""
     before: dict[str, MetricValue] = {}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from postgrad.errors import ModelError
+from postgrad.storage.read_json import read_json
 
 TUNING_FILE, PEFT_FILE = "tuning.json", "adapter_config.json"
 """Descriptions of a tuning's folder: ours, and PEFT's."""
@@ -47,11 +47,12 @@ def locate_model(name: str, root: Path, base: str | None = None, *, where: str =
     The folder of a tuning names its base model; `base` overrides that name. `where`: the key or option of the name, for errors.
     Raises `ModelError` for a path that does not exist.
     """
-    if not name.strip():
-        raise ModelError(
-            "the name of the model is empty", where=where, expected="a folder, a run folder, or a Hub name (owner/name)"
-        )
-    folder = (root / Path(name).expanduser()).resolve()
+    return _locate(name, (root,), base, where, ())
+
+
+def _locate(name: str, roots: Sequence[Path], base: str | None, where: str, tunings: tuple[Path, ...]) -> ModelLocation:
+    """The location of a name relative to one of `roots`, as the base of `tunings` (folders)."""
+    root, folder = _find_folder(name, roots, where)
     if folder.is_dir():
         if (folder / "stage.yaml").exists():  # a run folder
             if not _has_model_config(folder / "model"):
@@ -60,7 +61,7 @@ def locate_model(name: str, root: Path, base: str | None = None, *, where: str =
                     where=where,
                     hint=f"finish the run, or name one of its checkpoints: {name}/checkpoints/step-...",
                 )
-            return _resolve_base(ModelLocation(name, folder / "model", folder), root, base)
+            return _resolve_base(ModelLocation(name, folder / "model", folder), root, base, tunings)
         if not _has_model_config(folder):
             raise ModelError(
                 f"{name} is a folder without a config.json",
@@ -68,9 +69,8 @@ def locate_model(name: str, root: Path, base: str | None = None, *, where: str =
                 expected="a Hugging Face model folder, a run folder, a checkpoint, or a tuning's folder",
             )
         run = folder.parent.parent if folder.parent.name == "checkpoints" else None
-        return _resolve_base(
-            ModelLocation(name, folder, run if run and (run / "stage.yaml").exists() else None), root, base
-        )
+        run = run if run and (run / "stage.yaml").exists() else None
+        return _resolve_base(ModelLocation(name, folder, run), root, base, tunings)
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or ((root / name).parent.is_dir() and "/" not in name):
         raise ModelError(
             f"there is no folder {name}",
@@ -84,38 +84,101 @@ def _has_model_config(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("config.json", TUNING_FILE, PEFT_FILE))
 
 
-def _resolve_base(start: ModelLocation, root: Path, base: str | None) -> ModelLocation:
+def _find_folder(name: str, roots: Sequence[Path], where: str) -> tuple[Path, Path]:
+    """The first of `roots` from which a name is a folder, and that folder; else those of the first root."""
+    expected = "a folder, a run folder, or a Hub name (owner/name)"
+    if not name.strip():
+        raise ModelError("the name of the model is empty", where=where, expected=expected)
+    try:
+        found = [(root, (root / Path(name).expanduser()).resolve()) for root in roots]
+        return next((pair for pair in found if pair[1].is_dir()), found[0])
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, a loop of links
+        raise ModelError(f"{name[:100]!r} is no usable path ({error})", where=where, expected=expected) from None
+
+
+@dataclass(frozen=True)
+class _BaseNames:
+    """The names of the base in our description of a tuning; `below` is the last in folders of earlier versions."""
+
+    name: str
+    relative: str | None = None
+    base_of_base: str | None = None
+    below: str | None = None
+
+
+@dataclass(frozen=True)
+class _TuningNames:
+    """The part of our description of a tuning that names its base."""
+
+    base: _BaseNames
+
+
+@dataclass(frozen=True)
+class _PeftNames:
+    """The part of PEFT's description that names its base."""
+
+    base_model_name_or_path: str
+
+
+def _is_full_model(folder: Path) -> bool:
+    """Whether a folder holds a model's weights; many trainers copy the base's `config.json` into an adapter's folder.
+
+    Raises `ModelError` for a folder with weights and an adapter.
+    """
+    if not (folder / "config.json").exists():
+        return False
+    adapters = [name for name in (TUNING_FILE, PEFT_FILE) if (folder / name).exists()]
+    weights = [path for pattern in ("model*.safetensors*", "pytorch_model*.bin*") for path in folder.glob(pattern)]
+    if adapters and weights:
+        raise ModelError(
+            f"the folder holds a full model ({weights[0].name}) and an adapter ({adapters[0]})",
+            where=str(folder),
+            expected="one of them",
+            hint="move the adapter to a folder of its own, and name this one as its `base`",
+        )
+    return not adapters
+
+
+def _resolve_base(start: ModelLocation, root: Path, base: str | None, tunings: tuple[Path, ...]) -> ModelLocation:
     """The location with its base model, when it is a tuning's folder."""
     folder = start.folder
     assert folder is not None
-    if (folder / "config.json").exists():
+    if _is_full_model(folder):
         if base is not None:
             raise ModelError(f"{start.name} is a full model and has no base model", where="base")
         return start
-    if base is not None:
-        return dataclasses.replace(start, base=locate_model(base, root), trusted=True)
-    try:
-        if (folder / TUNING_FILE).exists():
-            recorded = json.loads((folder / TUNING_FILE).read_text())["base"]
-            candidates = [recorded["relative"], recorded["name"]]
-            below = recorded.get("base_of_base", recorded.get("below"))  # "below" in folders of earlier versions
-        else:
-            below = None
-            candidates = [json.loads((folder / PEFT_FILE).read_text())["base_model_name_or_path"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    if folder in tunings:
         raise ModelError(
-            f"{start.name} does not name its base model ({type(error).__name__})",
-            where="model",
+            f"the tunings {', '.join(path.name for path in tunings)} are each other's base models",
+            where=str(folder),
+            expected="a plain model under all tunings",
             hint="give the base model as `base`",
-        ) from None
-    for candidate in candidates:
-        if candidate and (folder / candidate).is_dir():
-            return dataclasses.replace(start, base=locate_model(candidate, folder, below))
+        )
+    tunings += (folder,)
+    if base is not None:
+        found = _locate(base, (root,), None, "model", tunings)
+        return dataclasses.replace(start, base=found, trusted=True)
+    hint = "give the base model as `base`"
+    expected = f"the base model of {start.name}"
+    if (folder / TUNING_FILE).exists():
+        recorded = read_json(folder / TUNING_FILE, _TuningNames, error=ModelError, expected=expected, hint=hint).base
+        candidates = [recorded.relative, recorded.name]
+        below = recorded.base_of_base or recorded.below
+    else:
+        below = None
+        peft = read_json(folder / PEFT_FILE, _PeftNames, error=ModelError, expected=expected, hint=hint)
+        candidates = [peft.base_model_name_or_path]
+    # A name is relative to the tuning's folder, to the place that led here, or (as PEFT writes it) to the working directory.
+    roots = (folder, root, Path.cwd())
+    names = [name for name in candidates if name]
+    found = next((name for name in names if _find_folder(name, roots, "model")[1].is_dir()), (names or [""])[-1])
     try:
-        return dataclasses.replace(start, base=locate_model(candidates[-1], folder, below))
+        return dataclasses.replace(start, base=_locate(found, roots, below, "model", tunings))
     except ModelError as error:
+        if error.where != "model":
+            raise
         raise ModelError(
-            f"the base model of {start.name}, {candidates[-1]}, does not exist",
+            f"the base model of {start.name}, {found}, does not exist",
             where="model",
-            hint="give the path of the base model as `base`",
+            hint=hint,
         ) from error

@@ -13,14 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
-    AutoTokenizer,
-    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -28,13 +25,21 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from postgrad.errors import ModelError
+from postgrad.models.auto_classes import (
+    first_line,
+    load_config,
+    load_model_files,
+    load_tokenizer_files,
+    make_meta_model,
+    make_model,
+)
+from postgrad.models.config_limits import check_weight_file
+from postgrad.models.layers import count_parameters
 from postgrad.models.location import ModelLocation
 from postgrad.models.task import Task
 from postgrad.models.task_head import TaskHeadConfig, load_task_head_config
 from postgrad.models.task_head_model import make_model_class
 from postgrad.models.tied_weights import record_separate_output
-
-transformers_logging.disable_progress_bar()
 
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 
@@ -44,21 +49,7 @@ def load_tokenizer(start: ModelLocation) -> PreTrainedTokenizerBase:
 
     Raises `ModelError` when there is no tokenizer that is fast.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            tokenizer = AutoTokenizer.from_pretrained(start.name_or_path)
-    except Exception as error:
-        raise ModelError(
-            f"no tokenizer could be loaded from {start.name}: {_first_line(error)}",
-            where="model",
-            expected="tokenizer.json beside the model",
-        ) from error
-    if not isinstance(tokenizer, PreTrainedTokenizerBase) or not tokenizer.is_fast:
-        raise ModelError(f"{start.name} has no fast tokenizer", where="model", expected="a tokenizer.json")
-    # Stored options of earlier calls: every text is encoded as a whole.
-    tokenizer.backend_tokenizer.no_truncation()
-    tokenizer.backend_tokenizer.no_padding()
+    tokenizer = load_tokenizer_files(start.name_or_path)
     here: ModelLocation | None = start
     while here and here.base:
         if here.folder and (here.folder / CHAT_TEMPLATE_FILE).exists():
@@ -66,14 +57,6 @@ def load_tokenizer(start: ModelLocation) -> PreTrainedTokenizerBase:
             break
         here = here.base
     return tokenizer
-
-
-def load_generation_config(start: ModelLocation) -> GenerationConfig:
-    """The generation configuration of the plain model at the bottom, or what its configuration says of generation."""
-    try:
-        return GenerationConfig.from_pretrained(start.name_or_path)
-    except OSError:
-        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(start.name_or_path))
 
 
 def save_chat_template(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -140,7 +123,7 @@ def detect_task(start: ModelLocation) -> Task:
     form = load_task_head_config(start.folder)
     if form:
         return Task.TAG if form.pooling is None else Task.CLASSIFY
-    return detect_config_task(AutoConfig.from_pretrained(start.name_or_path))
+    return detect_config_task(load_config(start.name_or_path))
 
 
 def detect_config_task(config: PreTrainedConfig) -> Task:
@@ -186,9 +169,12 @@ def load_pretrained(
     try:
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), _suppress_load_report():
             warnings.simplefilter("ignore")
-            config = AutoConfig.from_pretrained(start.name_or_path)
-            refuse_foreign_code(config, start.name)
-            own = load_task_head_config(start.full_model.folder)
+            config = load_config(start.name_or_path)
+            folder = start.full_model.folder
+            if folder and state is None:
+                layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+                check_weight_file(folder, layers, lambda: count_parameters(make_meta_model(config)), start.name)
+            own = load_task_head_config(folder)
             form = layer.form if layer else own if task.is_classifier else None
             where, make = (start.name_or_path, _CLASSES[task]) if state is None else (None, _model_class(config, task))
             make = make_model_class(config, form) if form else make
@@ -198,21 +184,14 @@ def load_pretrained(
                 for key, value in layer.config_options().items():
                     setattr(config, key, value)
                 options["ignore_mismatched_sizes"] = True
-            model, loading = make.from_pretrained(
-                where,
-                config=config,
-                state_dict=state,
-                dtype=dtype,
-                attn_implementation=attention,
-                use_safetensors=True,
-                output_loading_info=True,
-                **options,
+            model, loading = load_model_files(
+                make, where, config, state_dict=state, dtype=dtype, attn_implementation=attention, **options
             )
     except ModelError:
         raise
     except Exception as error:
         raise ModelError(
-            f"{start.name} could not be loaded as {task.description}: {_first_line(error)}", where="model"
+            f"{start.name} could not be loaded as {task.description}: {first_line(error)}", where="model"
         ) from error
     # Some architectures have a pooler in the backbone, which only a task layer uses.
     new = sorted({*loading["missing_keys"], *(key for key, *_ in loading.get("mismatched_keys", ()))})
@@ -237,21 +216,20 @@ def _name_known_tokenizer_class(path: Path) -> None:
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
-def from_config(config: PreTrainedConfig, task: Task) -> PreTrainedModel:
+def make_random_model(config: PreTrainedConfig, task: Task) -> PreTrainedModel:
     """A model of a configuration with transformers' random initialisation, in fp32 and eval mode.
 
     The caller seeds torch. Raises `ModelError` for a configuration without a model for the task.
     """
-    refuse_foreign_code(config, "the configuration")
     try:
         with warnings.catch_warnings(), _suppress_load_report():
             warnings.simplefilter("ignore")
-            return _CLASSES[task].from_config(config, dtype=torch.float32).eval()
+            return make_model(_CLASSES[task], config, dtype=torch.float32).eval()
     except ModelError:
         raise
     except Exception as error:
         raise ModelError(
-            f"no {config.model_type} could be made as {task.description}: {_first_line(error)}", where="model"
+            f"no {config.model_type} could be made as {task.description}: {first_line(error)}", where="model"
         ) from error
 
 
@@ -285,22 +263,8 @@ def _is_task_layer_weight(model: PreTrainedModel, key: str) -> bool:
 
 def stored_dtype(start: ModelLocation) -> torch.dtype:
     """The dtype of the stored weights in the configuration. Default: float32."""
-    dtype = getattr(AutoConfig.from_pretrained(start.name_or_path), "dtype", None)
+    dtype = getattr(load_config(start.name_or_path), "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
-
-
-def refuse_foreign_code(config: object, name: str) -> None:
-    """Raise `ModelError` for a configuration that loads code of a repository."""
-    if getattr(config, "auto_map", None):
-        raise ModelError(
-            f"{name} has its own modelling code (auto_map), which is never run",
-            where="model",
-            expected="an architecture that transformers itself has",
-        )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def save_pretrained(

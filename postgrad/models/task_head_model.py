@@ -30,6 +30,7 @@ from postgrad.models.task_head import (
     TENSORS,
     TaskHead,
     TaskHeadConfig,
+    count_blocks,
     edge_position,
     load_task_head_config,
 )
@@ -186,6 +187,13 @@ def make_model_class(config: PreTrainedConfig, form: TaskHeadConfig) -> type[Tas
         body = AutoModel._model_mapping[type(config)]
     except KeyError:
         raise ModelError(f"transformers has no backbone for {config.model_type}", where="model") from None
+    depth = count_blocks(config, form.stack)
+    if not all(0 <= layer <= depth for layer in form.layers):
+        raise ModelError(
+            f"the task layer reads the states {form.layers} of {depth} blocks",
+            where="model",
+            expected=f"states from 0 to {depth}",
+        )
     body = body[0] if isinstance(body, tuple) else body
     if form.stack == "encoder":
         body = _make_encoder_class(type(config), body)

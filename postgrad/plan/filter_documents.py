@@ -40,7 +40,7 @@ from postgrad.storage.file_lock import file_lock
 from postgrad.storage.fingerprint import fingerprint
 from postgrad.tuning.open_model import start_fingerprint
 
-_FORMAT = 2
+_FORMAT = 3
 
 ProgressCallback = Callable[[str, int, int], None]
 """Called with a source's name, the bytes done and the bytes in all."""

@@ -9,16 +9,17 @@ from itertools import chain, islice, takewhile
 from typing import Any
 
 import numpy as np
-from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from postgrad.config.tunings import AnyTuning, InstructionPromptTuning, PromptTuningConfig, PTuning
 from postgrad.data.render.frame import EMPTY_FRAME, Frame, TextPrefix
 from postgrad.data.render.prompt_template import Template
 from postgrad.data.tokens.encoder import Encoder
 from postgrad.errors import ModelError, StageError
+from postgrad.models.auto_classes import load_config, load_generation_config
 from postgrad.models.layers import get_embedding_weight
 from postgrad.models.location import ModelLocation
-from postgrad.models.pretrained import detect_task, load_generation_config, load_pretrained
+from postgrad.models.pretrained import detect_task, load_pretrained
 from postgrad.models.task import Task
 from postgrad.models.task_head_model import decoder_start_token
 from postgrad.tuning.open_model import BaseReference
@@ -111,7 +112,7 @@ class ModelInputs:
 
     @cached_property
     def _generation_config(self) -> GenerationConfig:
-        return load_generation_config(self.start_model)
+        return load_generation_config(self.start_model.name_or_path)
 
     @property
     def first_virtual_id(self) -> int:
@@ -286,7 +287,7 @@ def make_model_inputs(
         task,
         start_model,
         tokenizer,
-        AutoConfig.from_pretrained(start_model.name_or_path),
+        load_config(start_model.name_or_path),
         encoder,
         length,
         seed,

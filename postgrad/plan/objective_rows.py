@@ -176,6 +176,11 @@ def describe_skipped(skipped: Mapping[str, int]) -> list[str]:
     return [f"{count:,} rows are skipped ({reason})" for reason, count in skipped.items() if count]
 
 
+def describe_omitted(omitted: Mapping[str, int]) -> list[str]:
+    """Notes on parts of rows that their text leaves out."""
+    return [f"{count:,} times a row has what its rendered text leaves out: {part}" for part, count in omitted.items()]
+
+
 def describe_dropped(rows: Rows) -> list[str]:
     """Notes on documents that are skipped or cut."""
     cut: Mapping[str, int] = getattr(rows, "truncations", {})

@@ -8,10 +8,8 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from transformers import AutoConfig
 
 from postgrad.config.document_filters import PerplexitySelection
 from postgrad.data.filter.data_selection import CountCallback, ignore_progress
@@ -24,6 +22,7 @@ from postgrad.evaluation.perplexity import score_held_out
 from postgrad.hardware import machine
 from postgrad.models.location import ModelLocation, locate_model
 from postgrad.models.model import Model, wrap_model
+from postgrad.models.model_sizes import load_model_sizes
 from postgrad.models.pretrained import load_tokenizer
 from postgrad.models.task import Task
 from postgrad.plan.model_inputs import ModelInputs, make_encoder
@@ -48,18 +47,17 @@ class PerplexityScorer:
 def make_scorer(method: PerplexitySelection, root: Path, model_inputs: ModelInputs, where: str) -> PerplexityScorer:
     """Load the scoring model onto the default device."""
     location = resolve_scoring_model(method, root, model_inputs.start_model, where)
-    config: Any = AutoConfig.from_pretrained(location.name_or_path)
+    sizes = load_model_sizes(location)
     if method.model == "start":
         encoder = model_inputs.encoder
     else:
-        encoder = make_encoder(load_tokenizer(location.full_model), int(config.vocab_size))
+        encoder = make_encoder(load_tokenizer(location.full_model), sizes.vocab_size)
     opened = open_model(location)
-    limit = getattr(config, "max_position_embeddings", None) or _DEFAULT_CONTEXT_LENGTH
     return PerplexityScorer(
         wrap_model(opened.model, Task.CAUSAL).to(machine.default_device()),
         encoder,
         TextPrefix(opened.frame.outer_ids, encoder.prefix_ids, opened.frame.prefix_ids),
-        min(limit, _DEFAULT_CONTEXT_LENGTH),
+        sizes.limit_context(_DEFAULT_CONTEXT_LENGTH),
     )
 
 

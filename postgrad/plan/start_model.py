@@ -12,16 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from postgrad.config import stage as s
 from postgrad.config.objectives import NextTokenObjective
 from postgrad.data.tokens.train_vocabulary import VocabularySource, train_vocabulary
 from postgrad.errors import CheckpointError, ModelError, StageError
+from postgrad.models.auto_classes import load_config
 from postgrad.models.families import SpecialTokens, count_weights, parse_model_name, solve_config
 from postgrad.models.from_scratch import init_model, make_tokenizer, select_special_tokens, set_dropout, set_token_ids
 from postgrad.models.location import ModelLocation, locate_model
-from postgrad.models.pretrained import load_tokenizer, refuse_foreign_code
+from postgrad.models.model_sizes import get_model_sizes
+from postgrad.models.pretrained import load_tokenizer
 from postgrad.models.published_vocabulary import publish_pretrained
 from postgrad.plan.held_out_files import inherit_row_format
 from postgrad.plan.row_renderers import make_row_template
@@ -60,10 +62,11 @@ def _make_new_model(
         config = solve_config(spec.from_scratch, vocabulary=len(tokenizer), positions=positions)
     assert config is not None
     if isinstance(spec.tokenizer, s.NewTokenizer):
-        config.vocab_size = len(tokenizer)
-    if len(tokenizer) > config.vocab_size:
+        config.get_text_config().vocab_size = len(tokenizer)
+    vocab_size = get_model_sizes(config).vocab_size
+    if len(tokenizer) > vocab_size:
         raise ModelError(
-            f"the tokenizer has {len(tokenizer):,} tokens and the configuration {config.vocab_size:,} embeddings",
+            f"the tokenizer has {len(tokenizer):,} tokens and the configuration {vocab_size:,} embeddings",
             where="model.config",
             expected="a configuration for this tokenizer",
             hint="name the tokenizer that belongs to it, or train a new one",
@@ -108,16 +111,7 @@ def _load_config(name: str, root: Path) -> PreTrainedConfig:
             where="model.config",
             expected="a config.json, a folder with one, or a Hub name (owner/name)",
         )
-    try:
-        config = AutoConfig.from_pretrained(str(path) if path.exists() else name)
-    except Exception as error:
-        raise ModelError(
-            f"{name} has no readable configuration: {(str(error).strip().splitlines() or ['?'])[0]}",
-            where="model.config",
-            expected="a config.json of an architecture in transformers",
-        ) from error
-    refuse_foreign_code(config, name)
-    return config
+    return load_config(str(path) if path.exists() else name, "model.config")
 
 
 def _resolve_tokenizer(

@@ -29,6 +29,7 @@ from postgrad.evaluation.choices.loglikelihood import ChoiceItem, encode_item
 from postgrad.evaluation.choices.normalization import CONTENT_FREE
 from postgrad.evaluation.generate_answers import StoppingRule
 from postgrad.evaluation.generation_metrics import MetricName
+from postgrad.models.model_sizes import get_model_sizes
 from postgrad.plan.model_inputs import ModelInputs
 from postgrad.plan.prompt_format import ChatPromptFormat, PlainPromptFormat, PromptFormat
 from postgrad.plan.prompted_task import PromptedTask, TaskPrompt
@@ -259,8 +260,7 @@ def _is_multiple_choice(task: TaskConfig, kind: str, labels: tuple[str, ...], wh
 
 def _get_context_length(model_inputs: ModelInputs) -> int:
     """Positions of the model; without a limit, those of a row but at least 1,024."""
-    limit = getattr(model_inputs.config, "max_position_embeddings", None)
-    return int(limit) if limit else max(_DEFAULT_CONTEXT_LENGTH, model_inputs.length)
+    return get_model_sizes(model_inputs.config).positions or max(_DEFAULT_CONTEXT_LENGTH, model_inputs.length)
 
 
 def _default_stop_strings(prompt_format: PromptFormat, answers: Sequence[str]) -> tuple[str, ...]:

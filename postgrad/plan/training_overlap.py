@@ -14,6 +14,7 @@ from postgrad.data.filter.contamination import measure_overlap
 from postgrad.data.read.documents import Document, read_documents
 from postgrad.data.read.files import RawSource as Files
 from postgrad.data.read.files import find_files
+from postgrad.data.words import SEGMENTATION
 from postgrad.errors import DataError
 from postgrad.lineage.record import Contamination
 from postgrad.plan.held_out_files import inherit_row_format
@@ -45,7 +46,8 @@ def measure_overlaps(
 
 
 def _count_overlaps(files: Files, sources: Sequence[ResolvedSource], cache: Path) -> Contamination:
-    key = fingerprint([str(files), sorted(source.store.fingerprint for source in sources), _file_stamps(files)])
+    stores = sorted(source.store.fingerprint for source in sources)
+    key = fingerprint([str(files), stores, _file_stamps(files), SEGMENTATION])
     path = cache / "contamination" / f"{key}.json"
     if path.exists():
         return Contamination.model_validate_json(path.read_text())

@@ -39,15 +39,18 @@ def score_baseline(context: RunContext) -> Phase[Baseline]:
     # Generation runs on one rank, so a sharded model gives no samples.
     count = 0 if context.world.is_distributed else context.plan.stage.evaluation.samples
     prompts = [prompt for held_out in evaluation.scored_sets for prompt in select_prompts(held_out, count)]
-    # All ranks decide together: the first may already have written files that the others have not looked for yet.
-    if context.world.any_rank(not _is_complete(context, len(prompts))):
+    if not context.world.from_first(lambda: _is_complete(context, len(prompts))):
         context.release_tuned_model()
         _measure_baseline(context, prompts)
         yield PhaseStarted("preparing to train")
-    context.world.barrier()
+    return context.world.from_first(lambda: _read_baseline(context, prompts))
+
+
+def _read_baseline(context: RunContext, prompts: list[ContinuationPrompt]) -> Baseline:
+    has_pseudo_scores = bool(context.plan.evaluation.pseudo_perplexity_sets)
     return Baseline(
         before_after.read_scores(context.score_path(_SCORES)),
-        before_after.read_scores(context.score_path(_PSEUDO_SCORES)) if evaluation.pseudo_perplexity_sets else {},
+        before_after.read_scores(context.score_path(_PSEUDO_SCORES)) if has_pseudo_scores else {},
         prompts,
         _read_continuations(context),
         task_scores.read_answers(context.score_path(ANSWERS_BEFORE)),

@@ -15,7 +15,7 @@ from postgrad.run.events import Phase, PhaseStarted
 from postgrad.run.run_folder import MODEL
 from postgrad.run.training_session import TrainingSession
 from postgrad.run.tuned_model import TunedModel
-from postgrad.storage.atomic import publish_folder, verify
+from postgrad.storage.atomic import publish_folder, remove_folder
 from postgrad.training.checkpoint_state import restore_run
 from postgrad.tuning.adapter_folder import save_tuning
 from postgrad.tuning.attach import attach
@@ -27,11 +27,14 @@ def publish(context: RunContext, session: TrainingSession) -> Phase[list[int]]:
     yield from _restore_selected(session)
     yield PhaseStarted("publishing the model")
     tuned_model, weights = context.load_tuned_model(), session.run.weights
-    if not (context.folder / MODEL).exists():
-        # Collective: gathers the shards of all ranks.
-        state = weights.full_state() if tuned_model.tuning.is_full else weights.state()
-        if context.world.is_main:
-            _publish_state(context, tuned_model, state)
+    # Collective: gathers the shards of all ranks.
+    state = weights.full_state() if tuned_model.tuning.is_full else weights.state()
+    if context.world.is_main:
+        if (
+            context.folder / MODEL
+        ).exists():  # of a process that was killed before the record, and perhaps damaged since
+            remove_folder(context.folder / MODEL)
+        _publish_state(context, tuned_model, state)
     context.world.barrier()
     return session.tokens_by_source
 
@@ -52,7 +55,7 @@ def _restore_selected(session: TrainingSession) -> Phase[None]:
         return
     yield PhaseStarted(f"restoring the best checkpoint, step {state.best.step:,}")
     folder = session.checkpoints.step_folder(state.best.step)
-    verify(folder)
+    session.checkpoints.check(folder)
     restore_run(run, folder)
 
 

@@ -4,36 +4,41 @@ from __future__ import annotations
 
 import dataclasses
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from postgrad.distributed.world import World
+from postgrad.distributed.world import InputFile, World
+from postgrad.errors import ResumeError
 from postgrad.hardware.execution import Execution
-from postgrad.lineage.record import RECORD, STAGE, ExecutionSummary, read_record
+from postgrad.lineage.record import PLAN, RECORD, STAGE, ExecutionSummary, Record, read_record
 from postgrad.lineage.saved_plan import SavedPlan, read_plan, write_plan
 from postgrad.plan.plan import Plan
 from postgrad.plan.seen_sources import make_source_records
+from postgrad.reports.pages.rewrite_report import rewrite_report
 from postgrad.run.anchors import penalty_fingerprints
 from postgrad.run.build import choose_execution
 from postgrad.run.context import RunContext, prepare_model
 from postgrad.run.events import Phase, PhaseStarted, RunFinished, WarningMessage
-from postgrad.run.run_folder import Interrupt, claim_run_folder
+from postgrad.run.run_folder import REPORT, Interrupt, claim_run_folder
 from postgrad.run.tuned_model import TunedModel, make_tuned_model
 from postgrad.run.write_record import dump_stage, utc_timestamp
 from postgrad.storage.atomic import remove_staging, write_atomically
+from postgrad.storage.fingerprint import file_fingerprint, fingerprint
 from postgrad.tuning.open_model import start_fingerprint
 
 
 def claim_run(plan: Plan, world: World, interrupt: Interrupt, *, command: str, cache: Path) -> Phase[RunContext | None]:
     """Claim the run folder and load the model; None when the run is already complete."""
-    world.barrier()
     start_identity = start_fingerprint(plan.model.start) or plan.model.start.name
     fingerprints = {**plan.fingerprints(), "start_model": start_identity}
     if plan.stage.penalties:
         fingerprints["penalties"] = penalty_fingerprints(plan)
-    saved_plan = claim_run_folder(plan.output, plan, fingerprints)
-    if (plan.output / RECORD).exists() and read_record(plan.output).status != "stopped":
-        yield RunFinished(read_record(plan.output), plan.output, already_complete=True)
+    world.require_same(lambda: _input_files(plan, fingerprints))
+    saved_plan = world.from_first(lambda: claim_run_folder(plan.output, plan, fingerprints))
+    finished = world.from_first(lambda: _read_finished(plan.output, saved_plan))
+    if finished:
+        yield RunFinished(finished, plan.output, already_complete=True)
         return None
 
     yield PhaseStarted("loading the model")
@@ -47,6 +52,7 @@ def claim_run(plan: Plan, world: World, interrupt: Interrupt, *, command: str, c
         write_plan(plan.output, _make_saved_plan(plan, fingerprints, execution, saved_plan))
         remove_staging(plan.output)
     world.barrier()
+    world.require_same(lambda: {PLAN: InputFile(str(plan.output / PLAN), file_fingerprint(plan.output / PLAN))})
     return RunContext(
         plan,
         world,
@@ -55,12 +61,44 @@ def claim_run(plan: Plan, world: World, interrupt: Interrupt, *, command: str, c
         cache,
         start_identity,
         fingerprints,
-        read_plan(plan.output),
+        world.from_first(lambda: read_plan(plan.output)),
         execution,
         tuned_model.counts(),
         (*tuned_model.loaded_model.notes, *tuned_model.tuning.notes),
         tuned_model,
     )
+
+
+def _input_files(plan: Plan, fingerprints: Mapping[str, Any]) -> dict[str, InputFile]:
+    """The fingerprints of all that a rank has read, by key."""
+    sources = {f"data.{source.name}": source.spec.files.path for source in plan.data.sources}
+    sets = {f"sets.{item.name}": item.path for _, item in plan.stage.evaluation.held_out_files()}
+    paths = {"start_model": str(plan.model.start.folder or plan.model.start.name), **sources, **sets}
+    flat = {
+        f"{key}.{name}" if name else key: part
+        for key, value in {**fingerprints, "plan": plan.as_record().as_json()}.items()
+        for name, part in (value.items() if key in ("data", "sets", "tasks") else [("", value)])
+    }
+    return {key: InputFile(paths.get(key) or "", fingerprint(value)) for key, value in flat.items()}
+
+
+def _read_finished(run_folder: Path, saved_plan: SavedPlan | None) -> Record | None:
+    """The record of a run that is complete, whose page is written again if it is missing; None for any other run."""
+    if not (run_folder / RECORD).exists():
+        return None
+    record = read_record(run_folder)
+    if saved_plan and record.id != saved_plan.id:
+        raise ResumeError(
+            f"this is the record of another run, {record.name}",
+            where=str(run_folder / RECORD),
+            expected=f"a record of the run with the id {saved_plan.id}, as in {PLAN}",
+            hint="move it out of this folder; the command then completes this run and writes its record",
+        )
+    if record.status == "stopped":
+        return None
+    if not (run_folder / REPORT).exists():
+        rewrite_report(run_folder)
+    return record
 
 
 def _resolve_execution(plan: Plan, tuned_model: TunedModel, saved_plan: SavedPlan | None, world: World) -> Execution:

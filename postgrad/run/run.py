@@ -8,15 +8,16 @@ bits.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
-from postgrad.distributed.world import World
+from postgrad.distributed.world import InputFile, World
 from postgrad.hardware import machine
 from postgrad.plan.plan import Plan
 from postgrad.run.baseline import score_baseline
 from postgrad.run.cached_teacher import fill_teacher_caches, find_cache_jobs
 from postgrad.run.context import RunContext
-from postgrad.run.events import Phase, PhaseStarted, RunEvent, RunStopped
+from postgrad.run.events import Phase, PhaseStarted, RunEvent, RunStopped, StepCompleted
 from postgrad.run.measure import measure
 from postgrad.run.publish_model import publish
 from postgrad.run.record_results import record_finished, record_stopped
@@ -32,13 +33,20 @@ def run_stage(plan: Plan, *, command: str, cache: Path) -> Iterator[RunEvent]:
     Raises the `PostgradError` of whatever fails; training up to the last checkpoint is kept.
     """
     machine.tune_allocator()
+    timeout = timedelta(seconds=plan.stage.compute.collective_timeout_seconds)
     with (
-        World.init_process_group(machine.default_device()) as world,
+        World.init_process_group(machine.default_device(), timeout) as world,
         lock_run_folder(plan.output, world),
         Interrupt() as interrupt,
     ):
         # A generator of its own: its frame, and the sharded model in it, must be gone before the process group is.
-        yield from _run_phases(plan, world, interrupt, command=command, cache=cache)
+        for event in _run_phases(plan, world, interrupt, command=command, cache=cache):
+            match event:
+                case PhaseStarted():
+                    world.note(event.message)
+                case StepCompleted():
+                    world.note(f"the step after step {event.report.step:,}")
+            yield event
 
 
 def _run_phases(plan: Plan, world: World, interrupt: Interrupt, *, command: str, cache: Path) -> Iterator[RunEvent]:
@@ -72,4 +80,10 @@ def _cache_teachers(context: RunContext) -> Phase[bool]:
         yield PhaseStarted(message)
         if context.is_stop_requested():
             return False
+    context.world.require_same(
+        lambda: {
+            f"teacher predictions {i}": InputFile(str(job.teacher_cache.folder), str(job.teacher_cache.missing_parts()))
+            for i, job in enumerate(find_cache_jobs(context.plan))
+        }
+    )
     return True

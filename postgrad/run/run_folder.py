@@ -7,10 +7,10 @@ import json
 import os
 import platform
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from postgrad.config.renamed_keys import upgrade_stage
 from postgrad.distributed.world import World
@@ -32,25 +32,51 @@ def lock_run_folder(run_folder: Path, world: World) -> Iterator[None]:
     if not world.is_main:
         yield
         return
+    created = [p for p in (run_folder / "lock", run_folder, *run_folder.parents) if not p.exists()]
     try:
         run_folder.mkdir(parents=True, exist_ok=True)
-        lock = (run_folder / "lock").open("a+")
+        file = _lock(run_folder / "lock")
     except OSError as error:
         raise disk_error(error, run_folder) from error
-    with lock as file:
+    with file:
+        try:
+            yield
+        except BaseException:
+            if not (run_folder / PLAN).exists():  # refused: nothing of it was begun
+                _remove_empty(created)
+            raise
+
+
+def _lock(path: Path) -> IO[str]:
+    """The open lock file. Raises `BusyError` when another process holds the lock."""
+    while True:
+        file = path.open("a+")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.seek(0)
+            owner = file.read().strip() or "unknown"
+            file.close()
             raise BusyError(
-                f"another process ({file.read().strip() or 'unknown'}) is using this run folder",
-                where=str(run_folder),
+                f"another process ({owner}) is using this run folder",
+                where=str(path.parent),
                 hint="wait for it to end, or set another `output`",
             ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}")
-        file.flush()
-        yield
+        # A process whose command was refused may have removed the file between the two calls.
+        if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+            break
+        file.close()
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    return file
+
+
+def _remove_empty(paths: Sequence[Path]) -> None:
+    """Remove the lock and the empty folders above it, innermost first."""
+    for path in paths:
+        with suppress(OSError):
+            path.rmdir() if path.is_dir() else path.unlink()
 
 
 def claim_run_folder(run_folder: Path, plan: Plan, fingerprints: dict[str, Any]) -> SavedPlan | None:
@@ -72,7 +98,7 @@ def claim_run_folder(run_folder: Path, plan: Plan, fingerprints: dict[str, Any])
         changes = differences(upgrade_stage(saved_plan.stage), now) + [
             line for line in differences(saved_plan.fingerprints, fingerprints) if not line.startswith("stage:")
         ]
-        harmless = ("save.every", "save.keep", "output")
+        harmless = ("save.every", "save.keep", "output", "compute.collective_timeout_seconds")
         listed = "\n    ".join(line for line in changes if not line.startswith(harmless))
         raise ResumeError(
             f"this folder contains a run of another stage; the differences are:\n    {listed}",

@@ -16,7 +16,14 @@ from postgrad.distributed.world import World
 from postgrad.evaluation.choices.loglikelihood import ChoiceItem, score_choices
 from postgrad.evaluation.choices.normalization import calibrate_scores, normalize_scores
 from postgrad.evaluation.generate_answers import generate_answers
-from postgrad.evaluation.generation_metrics import TaskPredictions, joint_change, metric_change, metric_summary
+from postgrad.evaluation.generation_metrics import (
+    TaskPredictions,
+    count_without_words,
+    joint_change,
+    metric_change,
+    metric_summary,
+    tokenizer_names,
+)
 from postgrad.lineage.metrics import TaskRow
 from postgrad.lineage.record import ClusterResult, Difference, MetricValue, Record, TaskExample, TaskRecord
 from postgrad.models.model import Model
@@ -148,7 +155,7 @@ def read_answers(path: Path) -> AllAnswers:
 
 def describe_task(prompted_task: PromptedTask) -> TaskRecord:
     """A task without its scores."""
-    task = prompted_task.task
+    task, references_I = prompted_task.task, prompted_task.references_I
     return TaskRecord(
         name=task.name,
         role=task.role,
@@ -161,6 +168,10 @@ def describe_task(prompted_task: PromptedTask) -> TaskRecord:
         skipped=dict(prompted_task.skipped),
         truncated_prompts=prompted_task.num_shortened_prompts,
         metrics=list(prompted_task.metrics),
+        tokenizers={name: names for name in prompted_task.metrics if (names := tokenizer_names(name, references_I))},
+        without_words={
+            name: count for name in prompted_task.metrics if (count := count_without_words(name, references_I))
+        },
         fingerprint=prompted_task.rows_fingerprint,
         prompt=prompted_task.prompts_KI[0][0].text,
     )

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
-from postgrad.distributed.fsdp import reshard
 from postgrad.evaluation import before_after
 from postgrad.evaluation.before_after import AllScores
-from postgrad.evaluation.held_out import HeldOutSet
 from postgrad.lineage.metrics import EvaluationRow, StepRow
 from postgrad.plan.checkpoint_selection import summarize_evaluation
 from postgrad.run import task_scores
@@ -21,7 +17,7 @@ from postgrad.run.events import CheckpointSaved, EvaluationCompleted, Phase, Ste
 from postgrad.run.milestones import checkpoint_steps, evaluation_steps
 from postgrad.run.penalty_strength import penalty_warning
 from postgrad.run.task_scores import AllAnswers
-from postgrad.run.training_session import TrainingSession
+from postgrad.run.training_session import TrainingSession, score_subsets, take_warnings
 from postgrad.training.checkpoint_state import write_checkpoint
 from postgrad.training.loop import train_steps
 from postgrad.training.metrics_log import Throughput
@@ -58,7 +54,7 @@ def train(context: RunContext, session: TrainingSession, baseline: Baseline) -> 
             run.model.train()
         is_stopped = context.is_stop_requested() and report.step < plan.steps
         if report.step in checkpoint_at or is_stopped or is_best:
-            yield _save_checkpoint(context, session)
+            yield from _save_checkpoint(context, session)
             saved_step = report.step
         if is_stopped and not is_done:
             return True
@@ -66,7 +62,7 @@ def train(context: RunContext, session: TrainingSession, baseline: Baseline) -> 
             break
         throughput.pause()
     if saved_step < run.step:
-        yield _save_checkpoint(context, session)
+        yield from _save_checkpoint(context, session)
     return False
 
 
@@ -78,7 +74,7 @@ class _Evaluator:
     """Evaluations during training: subsets of the held-out sets, compared with the start model on the same documents."""
 
     def __init__(self, context: RunContext, session: TrainingSession, baseline: Baseline) -> None:
-        """Scores the start model and logs step 0, unless the run did so already."""
+        """Logs step 0, unless the run did so already."""
         self.context, self.session, self.run = context, session, session.run
         evaluation = context.plan.evaluation
         self.sets = [evaluation.subset(held_out) for held_out in evaluation.scored_sets]
@@ -86,14 +82,14 @@ class _Evaluator:
         self.tasks = [
             task for task in evaluation.tasks if task.task.during_training and not context.world.is_distributed
         ]
-        self.start_scores = self._read_start_scores()
+        self.start_scores = session.start_scores
         if self.run.step == 0 and context.world.is_main:
             session.metrics.write(self._with_tasks(self._row(0, 0, self.start_scores), baseline.answers))
 
     def evaluate(self, report: StepReport) -> EvaluationRow:
         """Score the current weights, tell the selector, and log the row."""
         selector = self.session.selector
-        scores = self._score(self.sets)
+        scores = score_subsets(self.context, self.run, self.sets)
         row = self._row(report.step, report.trained_tokens, scores)
         if selector:
             row.checkpoint_selection = selector.add(summarize_evaluation(selector.rule, row, scores, self.start_scores))
@@ -101,27 +97,6 @@ class _Evaluator:
         if self.context.world.is_main:
             self.session.metrics.write(row)
         return row
-
-    def _read_start_scores(self) -> AllScores:
-        """The start model's scores on the subsets; measured at step 0, before any weight has moved."""
-        path, world, evaluation = self.context.score_path("start.npz"), self.context.world, self.context.plan.evaluation
-        if world.any_rank(not path.exists()):
-            tuning = self.run.weights.tuning
-            with tuning.disable() if tuning.additive else nullcontext():
-                scores = self._score([evaluation.subset(held_out) for held_out in evaluation.scored_sets_before])
-            if world.is_main:
-                before_after.write_scores(path, scores)
-        world.barrier()
-        return before_after.read_scores(path)
-
-    def _score(self, sets: Sequence[HeldOutSet]) -> AllScores:
-        with self.run.weights.full_precision():
-            scores = before_after.score_sets(
-                self.run.model, sets, context=self.context.plan.model.context_length, world=self.context.world
-            )
-            # FSDP keeps weights gathered after a forward pass; the next update must reach the shards.
-            reshard(self.run.model)
-            return scores
 
     def _row(self, step: int, trained_tokens: int, scores: AllScores) -> EvaluationRow:
         vocabulary = self.context.plan.model.vocab_size
@@ -157,7 +132,7 @@ def _step_row(report: StepReport, seconds: float) -> StepRow:
     )
 
 
-def _save_checkpoint(context: RunContext, session: TrainingSession) -> CheckpointSaved:
+def _save_checkpoint(context: RunContext, session: TrainingSession) -> Phase[None]:
     """Publish a checkpoint of this step; the selected step's checkpoint is never removed.
 
     The metrics are synced first: a checkpoint must not be newer than the log that a resume continues. Gathering a sharded
@@ -177,4 +152,5 @@ def _save_checkpoint(context: RunContext, session: TrainingSession) -> Checkpoin
         with tempfile.TemporaryDirectory() as scratch:
             write(Path(scratch))
     context.world.barrier()
-    return CheckpointSaved(run.step, folder)
+    yield from take_warnings(session.warnings)
+    yield CheckpointSaved(run.step, folder)

@@ -25,7 +25,8 @@ from typing import Any
 from postgrad.errors import CheckpointError, DiskError
 
 MANIFEST = "manifest.json"
-_STAGING = ".staging-"
+STAGING = ".staging-"
+"""Prefix of the names of unfinished writes."""
 
 
 def publish_folder(target: Path, write: Callable[[Path], None]) -> Path:
@@ -34,7 +35,7 @@ def publish_folder(target: Path, write: Callable[[Path], None]) -> Path:
     Raises `DiskError` when there is no room or no permission. Any error leaves the old state, except that the new folder is
     complete when only the last sync failed.
     """
-    staging = target.parent / f"{_STAGING}{target.name}"
+    staging = target.parent / f"{STAGING}{target.name}"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if staging.exists():
@@ -64,15 +65,9 @@ def verify(folder: Path) -> dict[str, dict[str, str | int]]:
 
     Raises `CheckpointError` with the first file that is missing or has another size or content.
     """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_bytes(), object_pairs_hook=_reject_duplicate_keys)
-        entries = [(name, entry["size"], entry["sha256"]) for name, entry in manifest.items()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            "manifest.json is missing or unreadable", where=str(folder), expected="a published folder"
-        ) from error
-    for name, size, digest in entries:
-        path = folder / name
+    manifest = read_manifest(folder)
+    for name, entry in manifest.items():
+        path, size, digest = folder / name, entry["size"], entry["sha256"]
         if not path.is_file():
             raise CheckpointError("the file is missing", where=str(path))
         if path.stat().st_size != size:
@@ -86,9 +81,20 @@ def verify(folder: Path) -> dict[str, dict[str, str | int]]:
     return manifest
 
 
+def read_manifest(folder: Path) -> dict[str, dict[str, str | int]]:
+    """Size and sha256 of each file of a published folder. Raises `CheckpointError` when its manifest cannot be read."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes(), object_pairs_hook=_reject_duplicate_keys)
+        return {name: {"size": entry["size"], "sha256": entry["sha256"]} for name, entry in manifest.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            "manifest.json is missing or unreadable", where=str(folder), expected="a published folder"
+        ) from error
+
+
 def remove_staging(parent: Path) -> None:
     """Remove the staging folders and files of interrupted writes in `parent`."""
-    for path in parent.glob(f"{_STAGING}*") if parent.is_dir() else ():
+    for path in parent.glob(f"{STAGING}*") if parent.is_dir() else ():
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
@@ -100,7 +106,7 @@ def remove_folder(folder: Path) -> None:
 
     Raises `DiskError` when the system does not allow it.
     """
-    staging = folder.parent / f"{_STAGING}old-{folder.name}"
+    staging = folder.parent / f"{STAGING}old-{folder.name}"
     shutil.rmtree(staging, ignore_errors=True)
     try:
         os.rename(folder, staging)
@@ -112,7 +118,7 @@ def remove_folder(folder: Path) -> None:
 def write_atomically(path: Path, data: str | bytes) -> None:
     """Replace a file atomically: other processes see the old content or the new one."""
     # Concurrent runs share a cache, so the staging name contains the process id.
-    staging = path.parent / f"{_STAGING}{path.name}.{os.getpid()}"
+    staging = path.parent / f"{STAGING}{path.name}.{os.getpid()}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _write_synced(staging, data.encode() if isinstance(data, str) else data)

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from postgrad.errors import TuningError
 from postgrad.models.layers import get_embedding_weight
+from postgrad.models.model_sizes import get_model_sizes
 from postgrad.models.sublayers import eval_mode, make_probe_inputs
 from postgrad.models.tied_weights import output_is_tied, separate_output
 from postgrad.tuning.extra_trainable import ExtraTrainable, base_parameter_name, named_parameters
@@ -244,7 +245,7 @@ def from_peft(model: PreTrainedModel, config: Mapping[str, Any], state: Mapping[
 
 def _check_length(model: PreTrainedModel, length: int) -> None:
     """Raise `TuningError` if the model has no room for the prompt; relative positions have no limit (T5)."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = get_model_sizes(model.config).positions
     if length < 1 or (context is not None and length >= context):
         raise TuningError(
             f"a prompt of {length} vectors",
@@ -280,24 +281,30 @@ def _embedding_scale(model: PreTrainedModel) -> float:
 
 def _append_vocabulary(model: PreTrainedModel, rows_PD: Tensor) -> None:
     """Append rows to the input embedding, with output logits that keep them from being generated."""
-    old, unlikely = len(get_embedding_weight(model)), _least_likely_token(model)
-    if output_is_tied(model):
-        untie_output(model)
+    old, unlikely = len(get_embedding_weight(model)), 0
+    has_bias = any(bias is not None for bias in _logits_biases(model))
+    if not has_bias:
+        unlikely = _least_likely_token(model)
+        if output_is_tied(model):
+            untie_output(model)
     with torch.random.fork_rng(devices=[]), separate_output(model):  # the new rows are drawn, then overwritten
         model.resize_token_embeddings(old + len(rows_PD), mean_resizing=False)
     table, head = get_embedding_weight(model), model.get_output_embeddings()
     with torch.no_grad():
         table[old:] = rows_PD
-        if head is not None:
+        if head is not None and head.weight is not table:
             head.weight[old:] = head.weight[unlikely]
-        if getattr(head, "bias", None) is not None:
-            head.bias[old:] = -1e4
-        logits_bias = getattr(model, "final_logits_bias", None)  # BART's, a buffer
-        if logits_bias is not None:
-            logits_bias[:, old:] = -1e4
+        for bias in _logits_biases(model):
+            if bias is not None:
+                bias[..., old:] = -1e4
     generation = getattr(model, "generation_config", None)
     if generation is not None:
         generation.suppress_tokens = [*(generation.suppress_tokens or []), *range(old, old + len(rows_PD))]
+
+
+def _logits_biases(model: PreTrainedModel) -> tuple[Tensor | None, Tensor | None]:
+    """The bias of the output layer, and that of BART's logits."""
+    return getattr(model.get_output_embeddings(), "bias", None), getattr(model, "final_logits_bias", None)
 
 
 @torch.no_grad()

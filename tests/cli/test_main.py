@@ -368,7 +368,7 @@ def test_a_gate_that_fails_has_a_code_of_its_own(postgrad: Command, stage_file: 
     assert "retention gate FAILED" in done.out
     parse(done.next)
     assert postgrad("train", file).code == 4  # a finished run says it again
-    assert postgrad("train", file, "--json").json["gate"]["passed"] is False
+    assert postgrad("train", file, "--json").json["retention_gate"]["passed"] is False
 
 
 # -- after a run ------------------------------------------------------------------------------------------------------

@@ -263,7 +263,7 @@ MALFORMED: list[tuple[str, str, bytes | Callable[[], bytes], int | None]] = [
     ("CSV row too short", "a.csv", b"text,n\na,1\nb\n", 3),
     ("CSV row too long", "a.csv", b"text\na,b\n", 2),
     ("CSV header twice", "a.csv", b"text,text\na,b\n", 1),
-    ("CSV header without a name", "a.csv", b"text,\na,b\n", 1),
+    ("CSV header without a name", "a.csv", b",\na,b\n", 1),
     ("CSV of a header only", "a.csv", b"text,n\n", None),
     ("CSV without the column", "a.csv", b"a;b\n1;2\n", 2),
     ("CSV not UTF-8", "a.csv", b"text\n\xe4\n", 2),

@@ -45,7 +45,7 @@ def by_hand(before: torch.nn.Module, after: torch.nn.Module, held_out: HeldOutTe
 def totals(found: Drift) -> dict[str, float]:
     names = {
         "divergence": "divergence_W",
-        "crossed": "crossed_W",
+        "crossed": "cross_entropy_W",
         "right": "correct_W",
         "lost": "lost_W",
         "won": "won_W",
@@ -70,9 +70,9 @@ def test_every_measure_is_its_formula() -> None:
         assert value == pytest.approx(expected[name], rel=1e-5), name
     # The mutant: the divergence in the other direction.
     assert by_hand(after, before, held_out)["divergence"] != pytest.approx(expected["divergence"], rel=1e-4)
-    summary = found.summary()
-    assert summary["divergence"]["value"] == pytest.approx(expected["divergence"] / expected["tokens"], rel=1e-5)
-    assert summary["divergence"]["low"] < summary["divergence"]["value"] < summary["divergence"]["high"]
+    divergence = found.summary().kl_divergence
+    assert divergence.value == pytest.approx(expected["divergence"] / expected["tokens"], rel=1e-5)
+    assert divergence.low < divergence.value < divergence.high
 
 
 def test_a_model_has_not_moved_from_itself() -> None:
@@ -84,7 +84,7 @@ def test_a_model_has_not_moved_from_itself() -> None:
     assert not found.lost_W.any() and not found.won_W.any()
     assert found.relative_change_L.tolist() == [0, 0] and found.cosine_L == pytest.approx([1, 1])
     # The cross-entropy of a distribution with itself is its entropy, not zero.
-    assert found.crossed_W.sum() > 0
+    assert found.cross_entropy_W.sum() > 0
 
 
 def test_layers_are_compared_where_they_stand() -> None:

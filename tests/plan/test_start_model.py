@@ -192,7 +192,7 @@ def test_a_configuration_with_a_new_tokenizer_or_one_that_is_there(shelf: Worksp
             r"tokenizer\.vocab_size: 340 tokens are too few",
         ),
         ({"config": "nowhere/config.json"}, ModelError, r"model\.config: nowhere/config\.json does not exist"),
-        ({"config": "old.jsonl"}, ModelError, r"model\.config: old\.jsonl has no readable configuration"),
+        ({"config": "old.jsonl"}, ModelError, r"old\.jsonl: broken JSON"),
         ({"config": "llama", "tokenizer": "bert-large"}, ModelError, "no tokenizer could be loaded"),
         (
             {"config": "narrow.json", "tokenizer": "llama"},

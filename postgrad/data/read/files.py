@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from postgrad.errors import DataError, suggest_nearest
 
-FILE_SUFFIXES = (".txt", ".md", ".jsonl", ".json", ".csv", ".parquet")
+FILE_SUFFIXES = (".txt", ".md", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 COMPRESSIONS = (".gz", ".zst")
 TEXT_SUFFIXES = (".txt", ".md")
 
@@ -37,7 +37,7 @@ class RawSource:
     Either `path` (relative to `root`) or `hub` is set. `columns` maps roles to columns (`{"text": "abstract"}`). `documents`:
     how a text file is split (`auto`, `file`, `passages`, `paragraphs`, `lines`). `where`: the key path in errors, such as
     `data.sources[0]`. `kind`: the kind of rows; `auto` detects it from the columns. `row_filter`: of each column, the values
-    (as text) that a row must have one of.
+    (as text) that a row must have one of. `no_label`: the whole number that means that a labelled row has no label.
     """
 
     name: str
@@ -49,6 +49,7 @@ class RawSource:
     where: str = "data.sources"
     kind: str = "auto"
     row_filter: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
+    no_label: int | None = -1
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.hub is None):

@@ -19,6 +19,8 @@ LINE_CAP = 128 * 2**20
 """Bytes in one line: more is a broken file, not a document."""
 
 _BLOCK = 2**18
+_ZSTD_WINDOW = 2**31
+"""The longest window that zstandard writes (`zstd --long=31`)."""
 _ZSTD_BLOCK = 2**11
 """A byte of zstandard can decompress to 32,768: 2 KiB of input bound the output of one call."""
 
@@ -83,7 +85,7 @@ def _read_zstd(raw: IO[bytes]) -> Iterator[bytes]:
     try:
         while data := raw.read(_ZSTD_BLOCK):
             while data:
-                frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                frame = frame or zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW).decompressobj()
                 yield frame.decompress(data)
                 data = frame.unused_data if frame.eof else b""
                 frame = None if frame.eof else frame

@@ -38,6 +38,8 @@ class EncodedBatch(NamedTuple):
     marks: np.ndarray | None = None
     values: np.ndarray | None = None
     skipped: tuple[str, ...] = ()
+    omitted: tuple[str, ...] = ()
+    """Parts of rows that the rendered text leaves out."""
 
 
 def encode_parallel(
@@ -191,6 +193,7 @@ def encode_examples(batch: EncodingBatch, tokenizer: Tokenizer, encoder: Encoder
         np.concatenate(marks).astype(MARK_DTYPE) if marks else np.zeros(0, MARK_DTYPE),
         np.array([rendered[index].values for index in indices], np.float32).reshape(len(indices), renderer.width),
         ("no tokens",) * (len(rendered) - len(indices)),
+        tuple(part for each in rendered for part in each.omitted),
     )
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from postgrad.data.problem_type import ProblemType
-from postgrad.data.read.documents import read_labels
+from postgrad.data.read.documents import READING, read_labels
 from postgrad.data.read.files import HubDataset, RawSource, find_files
 from postgrad.data.read.labels import Labels, merge_labels
 from postgrad.data.tokens.store import FORMAT
@@ -104,7 +104,8 @@ def read_all_labels(sources: Sequence[RawSource], cache: Path) -> Labels:
 
 
 def _cached_labels(source: RawSource, cache: Path) -> Labels:
-    key = [FORMAT, source_fingerprint(source, cache), dict(source.columns), source.kind, sorted_filter(source)]
+    fingerprint, columns = source_fingerprint(source, cache), dict(source.columns)
+    key = [FORMAT, READING, fingerprint, columns, source.kind, sorted_filter(source), source.no_label]
     memo_file = cache / "labels" / f"{hash_json(key)}.json"
     try:
         memo = json.loads(memo_file.read_bytes())

@@ -22,7 +22,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -83,6 +83,10 @@ class TokenStore:
         """Type of the labels in `values` or marks: `class`, `multi`, `number` or `tags`."""
         self.skipped: dict[str, int] = header.get("skipped", {})
         """Numbers of skipped documents (part of the empty ones), by reason."""
+        self.unused: dict[str, int] = header.get("unused", {})
+        """Numbers of rows, by the column that nothing reads."""
+        self.omitted: dict[str, int] = header.get("omitted", {})
+        """How often the rendered text leaves out a part of a row, by the part."""
         self.dtype = np.dtype(header["dtype"])
 
     @classmethod
@@ -220,6 +224,8 @@ class Shard:
     bytes: int
     skipped: dict[str, int] = field(default_factory=dict)
     """Numbers of skipped documents (part of the empty ones), by reason."""
+    unused: dict[str, int] = field(default_factory=dict)
+    omitted: dict[str, int] = field(default_factory=dict)
 
     @property
     def read_count(self) -> int:
@@ -249,7 +255,7 @@ class ShardWriter:
         self.number, self.vocabulary = number, vocabulary
         self.dtype = token_dtype(vocabulary)
         self.documents = self.tokens = self.bytes = 0
-        self.skipped: Counter[str] = Counter()
+        self.skipped, self.unused, self.omitted = Counter[str](), Counter[str](), Counter[str]()
         self._open_tokens = 0
         self._tokens = open(folder / "tokens.bin", "xb", buffering=0)  # noqa: SIM115 (closed in `close`)
         self._table = open(folder / "documents.bin", "xb", buffering=0)  # noqa: SIM115
@@ -325,7 +331,8 @@ def publish_shard(
             empty = write(writer)
         finally:
             writer.close()
-        shard = Shard(number, writer.documents, empty, writer.tokens, writer.bytes, dict(writer.skipped))
+        counts = (dict(each) for each in (writer.skipped, writer.unused, writer.omitted))
+        shard = Shard(number, writer.documents, empty, writer.tokens, writer.bytes, *counts)
         shards.append(shard)
         (folder / "shard.json").write_bytes(_to_json(asdict(shard)))
 
@@ -364,10 +371,9 @@ def publish_store(
                 building, shards, "values", _npy_header(VALUE_DTYPE, (documents, extras.width))
             )
         if extras.marks:
-            skipped: Counter[str] = Counter()
-            for shard in shards:
-                skipped.update(shard.skipped)
-            header = {**header, "format": MARKED_FORMAT, "skipped": dict(skipped)}
+            header = {**header, "format": MARKED_FORMAT, "skipped": _add_counts(shard.skipped for shard in shards)}
+        unused, omitted = (_add_counts(getattr(shard, name) for shard in shards) for name in ("unused", "omitted"))
+        header |= ({"unused": unused} if unused else {}) | ({"omitted": omitted} if omitted else {})
         full_header = {
             "format": FORMAT,
             **header,
@@ -388,6 +394,13 @@ def publish_store(
     except OSError as error:
         raise disk_error(error, final) from error
     return remove_leftovers(TokenStore.open(final))
+
+
+def _add_counts(parts: Iterable[dict[str, int]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for part in parts:
+        total.update(part)
+    return dict(total)
 
 
 def _concatenate_shards(building: Path, shards: Sequence[Shard], name: str, head: bytes) -> dict[str, str | int]:

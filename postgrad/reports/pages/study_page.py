@@ -16,7 +16,6 @@ from postgrad.reports.html.charts import (
     scatter,
 )
 from postgrad.reports.html.document import (
-    FOOTER,
     bold_name,
     details,
     facts,
@@ -57,12 +56,8 @@ def study_page(study: StudyResults) -> str:
         ("method", "Method", "Method", _method_section(study)),
     ]
     arm_count, seed_count = len(study.arms), len(study.seeds)
-    header = (
-        f'<p class="over">postgrad · study of {arm_count} arm{"s" * (arm_count != 1)},'
-        f" {seed_count} seed{'s' * (seed_count != 1)}</p>"
-        f"<h1><bdi>{escape_html(study.name, 160)}</bdi></h1>{_headline(study)}"
-    )
-    return render_page(f"{plain_text(study.name, 80)} – postgrad", header, sections, FOOTER)
+    kind = f"study of {arm_count} arm{'s' * (arm_count != 1)}, {seed_count} seed{'s' * (seed_count != 1)}"
+    return render_page(plain_text(study.name, 80), kind, study.name, _headline(study), sections)
 
 
 def _headline(study: StudyResults) -> str:
