@@ -206,9 +206,22 @@ def load_pretrained(
     return LoadResult(model.eval(), tuple(new))
 
 
-def _name_known_tokenizer_class(path: Path) -> None:
-    """Write a tokenizer's configuration so that transformers 4 reads it too: both versions know these names."""
-    config = json.loads(path.read_text())
+def ignored_token_settings(tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
+    """`add_bos_token` and `add_eos_token` where the configuration has another value than the tokenizer follows, as it does.
+
+    Transformers 5 ignores them, and transformers 4 obeyed them for some families.
+    """
+    ids = tokenizer("a")["input_ids"]
+    added = {
+        "add_bos_token": ids[:1] == [tokenizer.bos_token_id],
+        "add_eos_token": ids[-1:] == [tokenizer.eos_token_id],
+    }
+    return {name: value for name, value in added.items() if tokenizer.init_kwargs.get(name) is (not value)}
+
+
+def _make_readable(path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Rewrite a tokenizer's configuration so that transformers 4 reads the same tokenizer from it."""
+    config = json.loads(path.read_text()) | ignored_token_settings(tokenizer)
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(config.get("extra_special_tokens"), list):
@@ -285,7 +298,7 @@ def save_pretrained(
     }
     model.save_pretrained(folder, state_dict=cast)
     tokenizer.save_pretrained(folder)
-    _name_known_tokenizer_class(folder / "tokenizer_config.json")
+    _make_readable(folder / "tokenizer_config.json", tokenizer)
     config = json.loads((folder / "config.json").read_text())
     # The dtype in the config is that of the file, not that of the computation.
     config["dtype"] = str(dtype).removeprefix("torch.")

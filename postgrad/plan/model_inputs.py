@@ -19,7 +19,7 @@ from postgrad.errors import ModelError, StageError
 from postgrad.models.auto_classes import load_config, load_generation_config
 from postgrad.models.layers import get_embedding_weight
 from postgrad.models.location import ModelLocation
-from postgrad.models.pretrained import detect_task, load_pretrained
+from postgrad.models.pretrained import detect_task, ignored_token_settings, load_pretrained
 from postgrad.models.task import Task
 from postgrad.models.task_head_model import decoder_start_token
 from postgrad.tuning.open_model import BaseReference
@@ -71,6 +71,26 @@ class ModelInputs:
             (*inner.suffix_ids, *outer.suffix_ids),
             outer.outer_ids,
         )
+
+    @property
+    def peft_reads_alike(self) -> bool:
+        """Whether PEFT, which puts a soft prompt before everything, puts it where these inputs have it."""
+        return not (self.special_frame.prefix_ids and self.text_prefix.inner_ids)
+
+    def notes(self) -> list[str]:
+        """What a user should know about the ids around a text."""
+        names = self.tokenizer.convert_ids_to_tokens(list(self.special_frame.prefix_ids))
+        said = f"texts begin with {''.join(names)}" if names else "nothing precedes a text"
+        notes = [
+            f"tokenizer_config.json has {name}: {str(not value).lower()}, which transformers 5 ignores and transformers 4 "
+            f"obeyed for some families: {said}"
+            for name, value in ignored_token_settings(self.tokenizer).items()
+        ]
+        if not self.peft_reads_alike:
+            notes.append(
+                f"no folder for PEFT is written: PEFT puts a soft prompt before {''.join(names)}, and here it follows it"
+            )
+        return notes
 
     @property
     def has_soft_prompt(self) -> bool:

@@ -194,8 +194,10 @@ class _PromptBuilder:
     def _encode_item(self, text: str, example: Example) -> ChoiceItem:
         inputs = self.model_inputs
         if self.is_multiple_choice:
-            choices = self.choices(example)
-            return encode_item(inputs.tokenizer, inputs.special_frame, text, choices, separate=self.separate)
+            choices, empty = self.choices(example), inputs.empty_prompt
+            return encode_item(
+                inputs.tokenizer, inputs.special_frame, text, choices, empty=empty, separate=self.separate
+            )
         # A space at the end belongs to the answer's first word.
         return ChoiceItem(inputs.encode_prompt(text.rstrip(" "), soft_prompts=False), ())
 

@@ -82,7 +82,7 @@ def _publish_state(context: RunContext, tuned_model: TunedModel, state: dict[str
     base = context.base_reference(folder)
 
     def write(staged: Path) -> None:
-        save_tuning(tuning, staged, base)
+        save_tuning(tuning, staged, base, for_peft=plan.model.inputs.peft_reads_alike)
         save_chat_template(tokenizer, staged)
 
     publish_folder(folder, write)

@@ -215,6 +215,8 @@ def open_model(
     notes = base.notes
     if reference.fingerprint and base_fingerprint and reference.fingerprint != base_fingerprint:
         notes += (f"{start.name} was trained on another model than {start.base.name} (its fingerprint differs)",)
+    if not (start.folder / TUNING_FILE).exists():
+        notes += tuple(tuning.notes)
     freeze(base.model)
     mark_prefix_lm(base.model.config, reference.is_prefix_lm)
     unmerged: tuple[Tuning, ...] = (tuning,)

@@ -12,8 +12,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from postgrad.data.render.frame import Frame
-from postgrad.errors import DataError, ModelError
-from postgrad.evaluation.choices.loglikelihood import encode_item, encode_items
+from postgrad.errors import DataError
+from postgrad.evaluation.choices import loglikelihood
+from postgrad.evaluation.choices.loglikelihood import ChoiceItem
 from postgrad.plan.model_inputs import get_tokenizer_frame
 from tests.conftest import make_llama, make_tokenizer
 from tests.tiny_stages import make_t5, t5_tokenizer
@@ -37,6 +38,19 @@ def frame_of(tokenizer: PreTrainedTokenizerFast) -> Frame:
     return frame if tokenizer is TOKENIZERS["t5"] else Frame(frame.prefix_ids)
 
 
+def encode_items(
+    tokenizer: PreTrainedTokenizerFast, questions: list[tuple[str, list[str]]], *, separate: bool = False
+) -> list[ChoiceItem]:
+    empty = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    return loglikelihood.encode_items(tokenizer, frame_of(tokenizer), questions, empty=empty, separate=separate)
+
+
+def encode_item(
+    tokenizer: PreTrainedTokenizerFast, context: str, choices: list[str], *, separate: bool = False
+) -> ChoiceItem:
+    return encode_items(tokenizer, [(context, choices)], separate=separate)[0]
+
+
 def ids(tokenizer: PreTrainedTokenizerFast, text: str, **options: Any) -> list[int]:
     return tokenizer(text, **options)["input_ids"]
 
@@ -44,7 +58,7 @@ def ids(tokenizer: PreTrainedTokenizerFast, text: str, **options: Any) -> list[i
 def test_an_answer_is_what_one_text_has_more() -> None:
     """Tokenised together: the space goes to the answer, and a word that would merge with it does."""
     tokenizer = TOKENIZERS["plain"]
-    item = encode_item(tokenizer, frame_of(tokenizer), "one and", [" two.", " three."])
+    item = encode_item(tokenizer, "one and", [" two.", " three."])
     assert item.context == tuple(ids(tokenizer, "one and"))
     assert item.choices == tuple(tuple(ids(tokenizer, f"one and {w}.")[len(item.context) :]) for w in ("two", "three"))
     assert tokenizer.decode(item.choices[0]) == " two."
@@ -52,41 +66,34 @@ def test_an_answer_is_what_one_text_has_more() -> None:
 
 def test_spaces_at_the_end_of_a_question_belong_to_the_answer() -> None:
     tokenizer = TOKENIZERS["plain"]
-    assert encode_item(tokenizer, frame_of(tokenizer), "one and ", ["two."]) == encode_item(
-        tokenizer, frame_of(tokenizer), "one and", [" two."]
-    )
-    assert encode_item(tokenizer, frame_of(tokenizer), "one and\n\n", ["two."]) == encode_item(
-        tokenizer, frame_of(tokenizer), "one and", ["\n\ntwo."]
-    )
+    assert encode_item(tokenizer, "one and ", ["two."]) == encode_item(tokenizer, "one and", [" two."])
+    assert encode_item(tokenizer, "one and\n\n", ["two."]) == encode_item(tokenizer, "one and", ["\n\ntwo."])
     # The mutant that leaves them where they are reads another answer.
     kept = ids(tokenizer, "one and ")
-    assert (
-        tuple(ids(tokenizer, "one and two.")[len(kept) :])
-        != encode_item(tokenizer, frame_of(tokenizer), "one and ", ["two."]).choices[0]
-    )
+    assert tuple(ids(tokenizer, "one and two.")[len(kept) :]) != encode_item(tokenizer, "one and ", ["two."]).choices[0]
 
 
 def test_a_bos_stands_before_a_question_once() -> None:
     tokenizer = TOKENIZERS["bos"]
     bos = tokenizer.bos_token_id
-    item = encode_item(tokenizer, frame_of(tokenizer), "one and", [" two."])
+    item = encode_item(tokenizer, "one and", [" two."])
     assert item.context[0] == bos
     assert bos not in (*item.context[1:], *item.choices[0])
-    assert encode_item(tokenizer, frame_of(tokenizer), "<|begin|>one and", [" two."]) == item
+    assert encode_item(tokenizer, "<|begin|>one and", [" two."]) == item
 
 
 @pytest.mark.parametrize("name", ["plain", "bos"])
 def test_an_empty_question_is_a_bos_or_an_eos(name: str) -> None:
     tokenizer = TOKENIZERS[name]
     first = tokenizer.bos_token_id if name == "bos" else tokenizer.eos_token_id
-    item = encode_item(tokenizer, frame_of(tokenizer), "", ["two.", " two."])
+    item = encode_item(tokenizer, "", ["two.", " two."])
     assert item.context == (first,)
     assert item.choices == tuple(tuple(ids(tokenizer, t, add_special_tokens=False)) for t in ("two.", " two."))
 
 
 def test_an_encoder_decoder_reads_both_apart() -> None:
     tokenizer = TOKENIZERS["t5"]
-    item = encode_item(tokenizer, frame_of(tokenizer), "one and ", ["two", "six plus"], separate=True)
+    item = encode_item(tokenizer, "one and ", ["two", "six plus"], separate=True)
     assert item.context == tuple(ids(tokenizer, "one and"))
     assert item.context[-1] == tokenizer.eos_token_id
     assert item.choices == tuple(tuple(ids(tokenizer, t, add_special_tokens=False)) for t in (" two", " six plus"))
@@ -96,14 +103,7 @@ def test_an_encoder_decoder_reads_both_apart() -> None:
 @pytest.mark.parametrize(("context", "choice"), [("one and", ""), ("", "")])
 def test_a_choice_without_tokens(context: str, choice: str) -> None:
     with pytest.raises(DataError, match=r"no token of its own"):
-        encode_item(TOKENIZERS["plain"], frame_of(TOKENIZERS["plain"]), context, ["two", choice])
-
-
-def test_a_tokenizer_with_nothing_to_begin_with() -> None:
-    tokenizer = make_tokenizer()
-    tokenizer.eos_token = None
-    with pytest.raises(ModelError, match=r"neither BOS nor EOS"):
-        encode_item(tokenizer, frame_of(tokenizer), "", ["two"])
+        encode_item(TOKENIZERS["plain"], context, ["two", choice])
 
 
 text = st.text(st.sampled_from("one two.\n 42*é"), max_size=12)
@@ -133,9 +133,9 @@ def test_texts_are_parted_as_lm_eval_parts_them(lms: dict[str, Any], name: str, 
         ):  # it merges into the question
             questions.remove((context, choices))
             with pytest.raises(DataError, match=r"no token of its own"):
-                encode_item(tokenizer, frame_of(tokenizer), context, choices, separate=APART[name])
+                encode_item(tokenizer, context, choices, separate=APART[name])
     for (context, choices), item in zip(
-        questions, encode_items(tokenizer, frame_of(tokenizer), questions, separate=APART[name]), strict=True
+        questions, encode_items(tokenizer, questions, separate=APART[name]), strict=True
     ):
         for choice, own in zip(choices, item.choices, strict=True):
             if context:

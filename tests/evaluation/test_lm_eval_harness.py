@@ -107,7 +107,7 @@ def plain_loop(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, items
 def test_five_shot_log_likelihoods_are_those_of_a_plain_loop(sort: str) -> None:
     pretrained, tokenizer, task = sorts()[sort]
     items = few_shot(40)
-    encoded = encode_items(tokenizer, get_tokenizer_frame(tokenizer), items, separate=sort != "decoder")
+    encoded = encode_items(tokenizer, get_tokenizer_frame(tokenizer), items, empty=0, separate=sort != "decoder")
     found = score_choices(wrap_model(pretrained, task), encoded, context=ROOM, pad=0)  # type: ignore[arg-type]
     wanted = plain_loop(pretrained, tokenizer, items)
     assert np.array(found.log_likelihoods) == pytest.approx(np.array(wanted), abs=1e-4)
@@ -118,6 +118,7 @@ def test_five_shot_log_likelihoods_are_those_of_a_plain_loop(sort: str) -> None:
         tokenizer,
         get_tokenizer_frame(tokenizer),
         [(c.rsplit("\n\n", 1)[1], o) for c, o in items],
+        empty=0,
         separate=sort != "decoder",
     )
     alone = score_choices(wrap_model(pretrained, task), bare, context=ROOM, pad=0)  # type: ignore[arg-type]
@@ -135,7 +136,7 @@ def test_five_shot_log_likelihoods_are_those_of_lm_eval(sort: str, lm_eval: Any)
     theirs = lm.loglikelihood(
         [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)], disable_tqdm=True
     )
-    encoded = encode_items(tokenizer, get_tokenizer_frame(tokenizer), items, separate=sort != "decoder")
+    encoded = encode_items(tokenizer, get_tokenizer_frame(tokenizer), items, empty=0, separate=sort != "decoder")
     found = score_choices(wrap_model(pretrained, task), encoded, context=ROOM, pad=0)  # type: ignore[arg-type]
     assert np.concatenate(found.log_likelihoods) == pytest.approx(np.array([log_p for log_p, _ in theirs]), abs=1e-4)
     assert np.concatenate(found.greedy).tolist() == [greedy for _, greedy in theirs]

@@ -64,10 +64,16 @@ class ChoiceScores:
 
 
 def encode_item(
-    tokenizer: PreTrainedTokenizerBase, frame: Frame, context: str, choices: Sequence[str], *, separate: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    frame: Frame,
+    context: str,
+    choices: Sequence[str],
+    *,
+    empty: int,
+    separate: bool = False,
 ) -> ChoiceItem:
     """A question and its possible answers as ids; see `encode_items`."""
-    return encode_items(tokenizer, frame, [(context, choices)], separate=separate)[0]
+    return encode_items(tokenizer, frame, [(context, choices)], empty=empty, separate=separate)[0]
 
 
 def encode_items(
@@ -75,13 +81,14 @@ def encode_items(
     frame: Frame,
     questions: Sequence[tuple[str, Sequence[str]]],
     *,
+    empty: int,
     separate: bool = False,
 ) -> list[ChoiceItem]:
     """Questions as ids, split between context and answer as lm-eval does it (`TemplateLM._encode_pair`).
 
     Spaces at the end of the context belong to the answer. Both are tokenised as one text, and the answer begins after as many
     tokens as the context alone has; with `separate` (encoder-decoders) each is tokenised by itself. The context gets the
-    special tokens of `frame`, the answer none. An empty context without special tokens is a BOS, or an EOS where there is none.
+    special tokens of `frame`, the answer none. An empty context without special tokens is the token `empty`, a BOS or EOS.
 
     Raises `DataError` for a choice that has no token of its own.
     """
@@ -100,7 +107,7 @@ def encode_items(
         tails = [tuple(next(alone)) for _ in choices]
         if not separate and context.rstrip():
             tails = [tuple(next(ids))[len(own_ids) :] for _ in choices]
-        before = frame.wrap_once(own_ids) or (_empty_context_token(tokenizer),)
+        before = frame.wrap_once(own_ids) or (empty,)
         if not separate and not own_ids:
             tails = [tail[count_repeated(tail, before) :] for tail in tails]
         for choice, tail in zip(choices, tails, strict=True):
@@ -116,14 +123,6 @@ def encode_items(
 def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     """Texts as ids, without special tokens."""
     return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-
-
-def _empty_context_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token of an empty context."""
-    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if isinstance(token, int):
-            return token
-    raise ModelError("the tokenizer has neither BOS nor EOS for an empty context", where="model")
 
 
 class ChoiceScorer(Protocol):
