@@ -34,6 +34,9 @@ from postgrad.storage.read_json import read_json
 
 transformers_logging.disable_progress_bar()
 
+ADDED_TOKEN_SETTINGS = ("add_bos_token", "add_eos_token")
+"""Settings of a tokenizer that transformers 4 obeyed for some families, and transformers 5 ignores."""
+
 _NO_CODE: dict[str, Any] = {"trust_remote_code": False}
 # Transformers looks for an adapter beside a model, to load it and the base that it names; this subfolder has none.
 _NO_ADAPTER: dict[str, Any] = {"adapter_kwargs": {"subfolder": "no-adapter"}}
@@ -72,9 +75,9 @@ def load_tokenizer_files(name_or_path: str, where: str = "model") -> PreTrainedT
     """
     problem = f"no tokenizer could be loaded from {name_or_path}"
     with _as_model_error(problem, where, "tokenizer.json beside the model"):
-        settings = _find_file(name_or_path, "tokenizer_config.json")
-        if settings is not None:
-            _refuse_foreign_code(read_json(settings, dict, error=ModelError), name_or_path, where, settings.name)
+        file = _find_file(name_or_path, "tokenizer_config.json")
+        settings: dict[str, Any] = read_json(file, dict, error=ModelError) if file else {}
+        _refuse_foreign_code(settings, name_or_path, where, "tokenizer_config.json")
         tokenizer_json = _find_file(name_or_path, "tokenizer.json")
         if tokenizer_json is not None:
             check_tokenizer_file(tokenizer_json, where)
@@ -87,6 +90,8 @@ def load_tokenizer_files(name_or_path: str, where: str = "model") -> PreTrainedT
         # Every text is encoded as a whole, whatever an earlier call has stored.
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
+        # Transformers drops these settings unread where there is a tokenizer.json; see `ignored_token_settings`.
+        tokenizer.init_kwargs |= {name: settings[name] for name in ADDED_TOKEN_SETTINGS if name in settings}
         check_tokenizer_speed(tokenizer, name_or_path, where)
         return tokenizer
 

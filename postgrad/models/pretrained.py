@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 from postgrad.errors import ModelError
 from postgrad.models.auto_classes import (
+    ADDED_TOKEN_SETTINGS,
     first_line,
     load_config,
     load_model_files,
@@ -207,23 +208,32 @@ def load_pretrained(
 
 
 def ignored_token_settings(tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
-    """`add_bos_token` and `add_eos_token` where the configuration has another value than the tokenizer follows, as it does.
-
-    Transformers 5 ignores them, and transformers 4 obeyed them for some families.
-    """
-    ids = tokenizer("a")["input_ids"]
-    added = {
-        "add_bos_token": ids[:1] == [tokenizer.bos_token_id],
-        "add_eos_token": ids[-1:] == [tokenizer.eos_token_id],
+    """`add_bos_token` and `add_eos_token` as the tokenizer follows them, where its configuration has the other value."""
+    return {
+        name: value
+        for name, value in _added_tokens(tokenizer).items()
+        if tokenizer.init_kwargs.get(name) is (not value)
     }
-    return {name: value for name, value in added.items() if tokenizer.init_kwargs.get(name) is (not value)}
+
+
+def _added_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
+    ids = tokenizer("a")["input_ids"]
+    return dict(
+        zip(
+            ADDED_TOKEN_SETTINGS,
+            (ids[:1] == [tokenizer.bos_token_id], ids[-1:] == [tokenizer.eos_token_id]),
+            strict=True,
+        )
+    )
 
 
 def _make_readable(path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Rewrite a tokenizer's configuration so that transformers 4 reads the same tokenizer from it."""
-    config = json.loads(path.read_text()) | ignored_token_settings(tokenizer)
+    config = json.loads(path.read_text())
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    else:
+        config |= _added_tokens(tokenizer)
     if isinstance(config.get("extra_special_tokens"), list):
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
