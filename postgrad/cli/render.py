@@ -60,6 +60,7 @@ def stage_text(result: WrittenStage) -> str:
         [
             f"{result.data}: {result.documents:,} documents, {result.tokens:,} tokens, {size} ({result.kind})",
             *(f"  {i}. {sample}" for i, sample in enumerate(result.samples, 1)),
+            *(f"note: {note}" for note in result.notes),
             f"wrote {result.stage}",
             next_line("check", result.stage),
         ]

@@ -1,9 +1,9 @@
 """Held-out sets: text in overlapping windows, or rows of a task, document by document.
 
 Of a text every token is scored but its first, which has no context (none of the special tokens that a tokenizer adds before a
-text is scored, and then all of the text is), and never the EOS (it is no part of the text, and some models never saw one). A
-document longer than the context is scored in windows that advance by half a context; each window scores only the tokens that
-no earlier window scored.
+text is scored, and then all of the text is), never the token of unknown text (to predict it is no knowledge of the text), and
+never the EOS (it is no part of the text, and some models never saw one). A document longer than the context is scored in
+windows that advance by half a context; each window scores only the tokens that no earlier window scored.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ class HeldOutText:
     """Content hash of each document, to pair documents across tokenizers."""
     prefix: TextPrefix = NO_PREFIX
     """Special tokens that each document begins with, and soft prompts that are inserted at the start of each window."""
+    unknown_id: int | None = None
+    """The token of unknown text, which is never scored: to predict it is no knowledge of the text."""
     reserved_positions: int = 0
     """Positions that each window leaves free: the length of the soft prompt of the model it is compared with."""
     pad: int = 0
@@ -54,12 +56,17 @@ class HeldOutText:
     @property
     def identity(self) -> list[Any]:
         """What its scores depend on besides the model and the context."""
-        return [self.fingerprint, len(self), asdict(self.prefix), self.reserved_positions]
+        return [self.fingerprint, len(self), asdict(self.prefix), self.reserved_positions, self.unknown_id]
 
     @property
     def tokens(self) -> int:
         """Scored tokens."""
-        return sum(len(d) for d in self.documents) - self.lead * len(self)
+        return sum(len(d) for d in self.documents) - self.lead * len(self) - self.unknown_tokens
+
+    @property
+    def unknown_tokens(self) -> int:
+        """Tokens of unknown text."""
+        return sum(int((d[self.lead :] == self.unknown_id).sum()) for d in self.documents)
 
     @property
     def lead(self) -> int:
@@ -97,8 +104,9 @@ class HeldOutText:
                 labels = np.full(len(ids), IGNORED, np.int64)
                 fresh = window.end - window.scored_from
                 labels[len(ids) - 1 - fresh : -1] = ids[len(ids) - fresh :]
+                labels[labels == self.unknown_id] = IGNORED
                 # Positions are the default ones: padding is on the right, where causal attention does not look.
-                yield ScoredRow(i, Row({"input_ids": ids}, labels, fresh))
+                yield ScoredRow(i, Row({"input_ids": ids}, labels, int((labels != IGNORED).sum())))
 
 
 @dataclass(frozen=True)

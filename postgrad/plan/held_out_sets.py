@@ -45,7 +45,7 @@ def make_held_out_text(
     held_out: HeldOutDocuments, model_inputs: ModelInputs, limit: int, notes: list[str]
 ) -> HeldOutText:
     """Running text to be scored by a decoder."""
-    table, encoder = held_out.document_table, model_inputs.encoder
+    table, encoder, unknown_id = held_out.document_table, model_inputs.encoder, model_inputs.unknown_id
     order = np.argsort(table["digest"], kind="stable")
     documents: list[np.ndarray] = []
     positions: list[int] = []
@@ -53,7 +53,7 @@ def make_held_out_text(
     for position in order:
         ids = np.asarray(held_out.store.read(int(held_out.documents[position]))).astype(np.int64)
         ids = ids[:-1] if len(ids) and ids[-1] == encoder.eos else ids
-        if len(ids) <= max(1, model_inputs.lead):
+        if (ids[max(1, model_inputs.lead) :] == unknown_id).all():  # also where there is nothing
             continue
         documents.append(ids)
         positions.append(position)
@@ -74,8 +74,14 @@ def make_held_out_text(
         fingerprint([_sorted_digests(table), limit, encoder.fingerprint]),
         table["digest"][positions].astype(np.uint64),
         prefix=model_inputs.text_prefix,
-    )
-    return text.take_tokens(limit)
+        unknown_id=unknown_id,
+    ).take_tokens(limit)
+    if text.unknown_tokens:
+        share = text.unknown_tokens / (text.tokens + text.unknown_tokens)
+        notes.append(
+            f"{held_out.name}: {100 * share:.2g} % of its tokens are {model_inputs.tokenizer.unk_token}; they are not scored"
+        )
+    return text
 
 
 def _make_held_out_rows(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, islice, takewhile
@@ -15,6 +15,7 @@ from postgrad.config.tunings import AnyTuning, InstructionPromptTuning, PromptTu
 from postgrad.data.render.frame import EMPTY_FRAME, Frame, TextPrefix
 from postgrad.data.render.prompt_template import Template
 from postgrad.data.tokens.encoder import Encoder
+from postgrad.data.tokens.store import TokenStore
 from postgrad.errors import ModelError, StageError
 from postgrad.models.auto_classes import load_config, load_generation_config
 from postgrad.models.layers import get_embedding_weight
@@ -25,6 +26,8 @@ from postgrad.models.task_head_model import decoder_start_token
 from postgrad.tuning.open_model import BaseReference
 
 _MAX_SENTINELS = 1000
+_UNKNOWN_PROBE_TOKENS = 1_000_000
+_UNKNOWN_SHARE_TOLD = 0.001
 
 
 @dataclass(frozen=True)
@@ -183,6 +186,11 @@ class ModelInputs:
         return mask_id
 
     @property
+    def unknown_id(self) -> int | None:
+        """The token of text that the vocabulary lacks."""
+        return find_unknown_id(self.tokenizer, self.encoder)
+
+    @property
     def special_ids(self) -> list[int]:
         """All special ids of the tokenizer."""
         return [int(token) for token in self.tokenizer.all_special_ids]
@@ -326,6 +334,30 @@ def count_virtual_tokens(tuning: AnyTuning | None) -> int:
             return Template.parse(tuning.template).virtual_token_count
         case _:
             return 0
+
+
+def find_unknown_id(tokenizer: PreTrainedTokenizerBase, encoder: Encoder) -> int | None:
+    """The token of text that the vocabulary lacks; None where it also begins or ends texts, as GPT-2's does."""
+    unknown_id = tokenizer.unk_token_id
+    return unknown_id if isinstance(unknown_id, int) and unknown_id not in (*encoder.prefix_ids, encoder.eos) else None
+
+
+def unknown_notes(tokenizer: PreTrainedTokenizerBase, encoder: Encoder, stores: Mapping[str, TokenStore]) -> list[str]:
+    """Notes on texts that the vocabulary lacks a part of, from the first documents of each store."""
+    notes, unknown_id = [], find_unknown_id(tokenizer, encoder)
+    for name, store in stores.items() if unknown_id is not None else ():
+        counted = unknown = 0
+        for number in range(len(store)):
+            ids = store.read(number)
+            counted, unknown = counted + len(ids), unknown + int((ids == unknown_id).sum())
+            if counted >= _UNKNOWN_PROBE_TOKENS:
+                break
+        if unknown >= _UNKNOWN_SHARE_TOLD * counted:
+            notes.append(
+                f"{name}: {100 * unknown / counted:.2g} % of its tokens are {tokenizer.unk_token}, for text that the "
+                "vocabulary lacks; training only teaches that such text is there"
+            )
+    return notes
 
 
 def get_tokenizer_frame(tokenizer: PreTrainedTokenizerBase, *, target: bool = False) -> Frame:

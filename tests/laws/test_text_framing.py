@@ -32,14 +32,15 @@ from postgrad.data.layouts.seq2seq import Seq2SeqRows
 from postgrad.data.tokens.encoder import Encoder
 from postgrad.data.tokens.extend_vocabulary import ExtendedTokenizer, extend_vocabulary
 from postgrad.errors import ModelError
-from postgrad.evaluation.choices.loglikelihood import encode_item
+from postgrad.evaluation.choices.loglikelihood import encode_item, score_choices
 from postgrad.evaluation.held_out import HeldOutText
 from postgrad.models import published_vocabulary
 from postgrad.models.grow_embeddings import grow_embeddings
 from postgrad.models.location import locate_model
+from postgrad.models.model import wrap_model
 from postgrad.models.pretrained import save_pretrained
 from postgrad.plan.held_out_sets import make_held_out_set
-from postgrad.plan.model_inputs import ModelInputs
+from postgrad.plan.model_inputs import ModelInputs, unknown_notes
 from postgrad.plan.objective_rows import make_rows
 from tests.conftest import make_llama, new_text, old_text, write_jsonl
 from tests.tiny_stages import make_t5, save_model, write_rows
@@ -191,6 +192,31 @@ def test_an_encoder_decoder_reads_the_tokenizers_own_ids(
         assert labels[len(inputs.decoder_prefix) - 1 :][: len(answer)] == answer
 
 
+@pytest.mark.parametrize("name", ["BART", "language code in front", "language code behind", "T5"])
+def test_choices_are_scored_behind_what_every_target_begins_with(shelf: Callable[[str], Path], name: str) -> None:
+    folder = shelf(name)
+    inputs, pretrained = read(folder), load_text_models([str(folder)])[0].model
+    question, answers = "say one", ["one and ten", "six", "two six"]
+    options = {"empty": inputs.empty_prompt, "separate": True}
+    item = encode_item(inputs.tokenizer, inputs.special_frame, question, answers, **options)  # type: ignore[arg-type]
+    model = wrap_model(pretrained, inputs.task).eval()
+    found = score_choices(model, [item], context=64, pad=inputs.pad_id, decoder_prefix=inputs.decoder_prefix)
+    for number, answer in enumerate(answers):
+        labels = inputs.tokenizer(text_target=answer)["input_ids"]
+        begin = len(inputs.decoder_prefix) - 1
+        with torch.no_grad():
+            logits = pretrained(
+                input_ids=torch.tensor([inputs.tokenizer(question)["input_ids"]]),
+                decoder_input_ids=torch.tensor([[inputs.decoder_start, *labels[:-1]]]),
+            ).logits.log_softmax(-1)[0]
+        own = labels[begin : begin + len(item.choices[number])]
+        expected = sum(float(logits[begin + i, token]) for i, token in enumerate(own))
+        assert found.log_likelihoods[0][number] == pytest.approx(expected, abs=1e-4)
+    # The mutant: the start token alone.
+    other = score_choices(model, [item], context=64, pad=inputs.pad_id)
+    assert np.allclose(other.log_likelihoods[0], found.log_likelihoods[0]) is (len(inputs.decoder_prefix) == 1)
+
+
 @pytest.mark.parametrize("name", ["BART", "language code in front"])
 def test_what_generation_forces_and_the_tokenizer_contradicts_is_refused(
     shelf: Callable[[str], Path], name: str, tmp_path: Path
@@ -219,6 +245,32 @@ def changed_ids(old: Path, new: Path) -> set[str]:
     return out | {
         text for text, (one, other) in zip(texts, pairs, strict=True) if one != other and known.issuperset(other)
     }
+
+
+# -- text that a vocabulary lacks ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["unigram", "word pieces"])
+def test_unknown_text_is_told_and_not_scored(shelf: Callable[[str], Path], name: str, tmp_path: Path) -> None:
+    folder = shelf(name)
+    inputs, start = read(folder), locate_model(str(folder), folder)
+    file = write_jsonl(tmp_path / "texts.jsonl", ["one and two", "six 漢 two 字", "漢"])
+    (held_out, problem), = load_documents(start, [str(file)], "auto", None, inputs, tmp_path / "cache")  # fmt: skip
+    notes: list[str] = []
+    text = make_held_out_set(held_out, inputs, 10_000, notes, problem=problem)
+    assert isinstance(text, HeldOutText) and inputs.unknown_id is not None
+    rows = [row for _, row in text.iter_rows(64)]
+    labels = [label for row in rows for label in row.labels.tolist() if label != IGNORED]
+    every = [token for document in text.documents for token in document[text.lead :].tolist()]
+    assert labels == [token for token in every if token != inputs.unknown_id] and len(labels) < len(every)
+    assert text.tokens == len(labels) == sum(row.label_count for row in rows)
+    assert len(text) == 2, "a document of unknown text alone has nothing to score"
+    assert len(notes) == 1 and "they are not scored" in notes[0]
+    told = unknown_notes(inputs.tokenizer, inputs.encoder, {"texts": held_out.store})
+    assert len(told) == 1 and inputs.tokenizer.unk_token in told[0]
+    # The mutant: all of it is scored.
+    assert replace(text, unknown_id=None).tokens == len(every)
+    assert unknown_notes(inputs.tokenizer, inputs.encoder, {}) == []
 
 
 STRANGE = [f"quoxel zymurgy {number} breltify" for number in range(12)]
