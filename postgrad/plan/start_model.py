@@ -24,11 +24,12 @@ from postgrad.models.families import SpecialTokens, count_weights, parse_model_n
 from postgrad.models.from_scratch import init_model, make_tokenizer, select_special_tokens, set_dropout, set_token_ids
 from postgrad.models.location import ModelLocation, locate_model, refuse_missing_folder
 from postgrad.models.model_sizes import get_model_sizes
-from postgrad.models.pretrained import load_tokenizer, save_pretrained
+from postgrad.models.pretrained import load_tokenizer
+from postgrad.models.published_vocabulary import publish_pretrained
 from postgrad.plan.held_out_files import inherit_row_format
 from postgrad.plan.row_renderers import make_row_template
 from postgrad.plan.sources import ProgressCallback, SourceSpec, held_out_share, make_text_files
-from postgrad.storage.atomic import publish_folder, remove_folder, verify
+from postgrad.storage.atomic import remove_folder, verify
 from postgrad.storage.file_lock import file_lock
 from postgrad.storage.fingerprint import fingerprint
 
@@ -83,7 +84,7 @@ def _make_new_model(
     with file_lock(cache / "locks" / f"{key}.lock"):
         if not _is_intact(folder):
             model = init_model(config, stage.seed)
-            publish_folder(folder, lambda staged: save_pretrained(model, tokenizer, staged, dtype=torch.float32))
+            publish_pretrained(folder, model, tokenizer, dtype=torch.float32)
     name = spec.from_scratch or f"a new {spec.config}"
     return replace(
         locate_model(str(folder), root),
