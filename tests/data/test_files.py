@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from postgrad.data.read import json_stream, records, text_lines
 from postgrad.data.read.documents import read_documents
-from postgrad.data.read.files import HubDataset, RawSource, find_files
+from postgrad.data.read.files import HubDataset, RawSource, list_files
 from postgrad.data.read.records import read_hub, read_records
 from postgrad.data.read.text_lines import read_lines
 from postgrad.errors import DataError
@@ -140,7 +140,7 @@ def tree(tmp_path: Path) -> Path:
     ],
 )
 def test_files_are_found_in_order(tree: Path, path: str, found: list[str]) -> None:
-    assert [str(file.relative_to(tree)) for file in find_files(path, tree, "data")] == found
+    assert [str(file.relative_to(tree)) for file in list_files(path, tree, "data").files] == found
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_files_are_found_in_order(tree: Path, path: str, found: list[str]) -> No
 )
 def test_what_is_not_found_is_named(tree: Path, path: str, told: str) -> None:
     with pytest.raises(DataError) as caught:
-        find_files(path, tree, "data.sources[3]")
+        list_files(path, tree, "data.sources[3]")
     assert "data.sources[3]" in str(caught.value)
     assert told in str(caught.value)
 
@@ -166,7 +166,7 @@ def test_what_is_not_found_is_named(tree: Path, path: str, told: str) -> None:
 def test_links_are_followed_to_files_and_not_round_in_circles(tree: Path) -> None:
     (tree / "empty" / "loop").symlink_to(tree)
     (tree / "empty" / "link.txt").symlink_to(tree / "b.txt")
-    assert [file.name for file in find_files("empty", tree, "data")] == ["link.txt"]
+    assert [file.name for file in list_files("empty", tree, "data").files] == ["link.txt"]
 
 
 # --- malformed input ----------------------------------------------------------------------------------

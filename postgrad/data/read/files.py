@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from postgrad.data.read.folders import FileListing, choose_files
 from postgrad.errors import DataError, suggest_nearest
 
 FILE_SUFFIXES = (".txt", ".md", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
@@ -38,6 +39,7 @@ class RawSource:
     how a text file is split (`auto`, `file`, `passages`, `paragraphs`, `lines`). `where`: the key path in errors, such as
     `data.sources[0]`. `kind`: the kind of rows; `auto` detects it from the columns. `row_filter`: of each column, the values
     (as text) that a row must have one of. `no_label`: the whole number that means that a labelled row has no label.
+    `splits`: of a folder with several splits, which is read: the first that it has.
     """
 
     name: str
@@ -50,6 +52,7 @@ class RawSource:
     kind: str = "auto"
     row_filter: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
     no_label: int | None = -1
+    splits: tuple[str, ...] = ("train",)
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.hub is None):
@@ -59,6 +62,11 @@ class RawSource:
                 where=self.where,
                 expected="exactly one of `path` and `hub`",
             )
+
+    def list_files(self) -> FileListing:
+        """The files of the source. Raises `DataError` as `list_files` does."""
+        assert self.path is not None
+        return list_files(self.path, self.root, self.where, self.splits)
 
 
 class RawRow(NamedTuple):
@@ -83,10 +91,11 @@ def file_suffix(file: Path) -> str:
     return suffix if suffix in FILE_SUFFIXES else ""
 
 
-def find_files(path: str, root: Path, where: str) -> list[Path]:
+def list_files(path: str, root: Path, where: str, splits: Sequence[str] = ("train",)) -> FileListing:
     """The sorted files of `path` (a file, a folder or a glob pattern, `**` included), relative to `root`.
 
-    Folders are searched recursively for known suffixes, without hidden files. Raises `DataError` when nothing matches.
+    Folders are searched recursively for known suffixes, without hidden files, and one of their splits is taken
+    (`data.read.folders`). Raises `DataError` when nothing matches.
     """
     if not path or "\0" in path:
         raise DataError(f"{path!r} is not a path", where=where, expected="a file, a folder or a pattern")
@@ -103,8 +112,12 @@ def find_files(path: str, root: Path, where: str) -> list[Path]:
         files = {file for file in candidates if file_suffix(file) and file.is_file()}
     except OSError as error:
         raise DataError(f"cannot read {path}: {error_reason(error)}", where=where) from None
-    if files:
-        return sorted(files, key=lambda file: file.parts)
+    if files and target.is_dir():
+        listing = choose_files(target, sorted(files), sorted({*candidates} - files), TEXT_SUFFIXES, splits, where)
+        if listing.files:
+            return listing
+    elif files:
+        return FileListing(tuple(sorted(files, key=lambda file: file.parts)))
     if candidates:
         raise DataError(
             f"{path} has no file of a known kind (only {format_names(file.name for file in sorted(candidates))})",
@@ -124,8 +137,8 @@ def find_files(path: str, root: Path, where: str) -> list[Path]:
 def _walk_files(folder: Path) -> list[Path]:
     files: list[Path] = []
     for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        files += [Path(parent, name) for name in names if not name.startswith(".")]
+        folders[:] = [name for name in folders if not name.startswith((".", "__"))]
+        files += [Path(parent, name) for name in names if not name.startswith((".", "__"))]
     return files
 
 
