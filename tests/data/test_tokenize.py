@@ -817,7 +817,7 @@ def die_at(step: int) -> None:
             return real(*args, **options)
 
         setattr(os, name, shim)
-    real_write = store_module._write_all
+    real_write = store_module.write_all
 
     def write(file: Any, data: bytes) -> None:
         if die():
@@ -825,7 +825,7 @@ def die_at(step: int) -> None:
             os._exit(KILLED)
         real_write(file, data)
 
-    store_module._write_all = write
+    store_module.write_all = write
 
 
 def sweep_kills(source: RawSource, encoder: Encoder, folder: Path, build: Callable[..., TokenStore]) -> Iterator[int]:
