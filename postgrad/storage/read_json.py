@@ -6,6 +6,7 @@ error that names the file, and the field.
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any, TypeVar
@@ -53,7 +54,7 @@ def parse_json(
     """The value of a JSON text, of type `kind`. `where` names the text in errors. Raises `error` for anything else."""
     try:
         # Strict: the number 1 is no string, and the string "1" no number. The parser refuses more than 200 levels.
-        value = TypeAdapter(kind).validate_json(data, strict=True)
+        value = _type_adapter(kind).validate_json(data, strict=True)
         json.loads(data, object_pairs_hook=_refuse_repeated_keys)
     except ValidationError as problem:
         first = problem.errors(include_url=False, include_input=False)[0]
@@ -64,6 +65,12 @@ def parse_json(
     except ValueError as problem:
         raise error(str(problem), where=where, expected=expected, hint=hint) from None
     return value
+
+
+@functools.lru_cache
+def _type_adapter(kind: type[Value]) -> TypeAdapter[Value]:
+    """The validator of a type, which takes milliseconds to make."""
+    return TypeAdapter(kind)
 
 
 def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
