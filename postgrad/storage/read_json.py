@@ -1,0 +1,88 @@
+"""JSON files that postgrad reads as a whole: its own, and the configurations of models and adapters.
+
+A file is a regular one, of bounded size and depth, without repeated keys, and of the declared type. Any other file is an
+error that names the file, and the field.
+"""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from postgrad.errors import PostgradError
+
+MAX_BYTES = 64 * 2**20
+"""Size limit of one file. A record of 100 sources has about 100 kB."""
+
+Value = TypeVar("Value")
+
+
+def read_json(
+    path: Path,
+    kind: type[Value],
+    *,
+    error: type[PostgradError] = PostgradError,
+    expected: str = "",
+    hint: str = "",
+) -> Value:
+    """The value in a JSON file, of type `kind`: a pydantic model, a dataclass, a TypedDict, or a plain type.
+
+    Raises `error`, with `expected` and `hint`, for a file that cannot be read or holds something else.
+    """
+    try:
+        data = read_regular_file(path, MAX_BYTES)
+    except OSError as problem:
+        text = "there is no such file" if isinstance(problem, FileNotFoundError) else problem.strerror or str(problem)
+        raise error(text, where=str(path), expected=expected, hint=hint) from problem
+    return parse_json(data, kind, where=str(path), error=error, expected=expected, hint=hint)
+
+
+def parse_json(
+    data: bytes,
+    kind: type[Value],
+    *,
+    where: str,
+    error: type[PostgradError] = PostgradError,
+    expected: str = "",
+    hint: str = "",
+) -> Value:
+    """The value of a JSON text, of type `kind`. `where` names the text in errors. Raises `error` for anything else."""
+    try:
+        # Strict: the number 1 is no string, and the string "1" no number. The parser refuses more than 200 levels.
+        value = TypeAdapter(kind).validate_json(data, strict=True)
+        json.loads(data, object_pairs_hook=_refuse_repeated_keys)
+    except ValidationError as problem:
+        first = problem.errors(include_url=False, include_input=False)[0]
+        field = ".".join(str(part) for part in first["loc"])
+        text = first["msg"].replace("Invalid JSON: recursion limit exceeded", "the JSON is nested too deeply")
+        text = f"{text[:1].lower()}{text[1:]}".replace("invalid JSON: ", "broken JSON: ")
+        raise error(f"{field}: {text}" if field else text, where=where, expected=expected, hint=hint) from None
+    except ValueError as problem:
+        raise error(str(problem), where=where, expected=expected, hint=hint) from None
+    return value
+
+
+def read_regular_file(path: Path, max_bytes: int) -> bytes:
+    """The bytes of a regular file of at most `max_bytes`. Raises `OSError` for a pipe, a device, a folder or a larger file."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(0, "this is not a regular file")
+    with path.open("rb") as file:
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise OSError(0, f"the file is larger than {max_bytes:,} bytes")
+    return data
+
+
+def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, refused when a key repeats: a flipped bit that makes two names equal must not hide an entry."""
+    entries: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in entries:
+            raise ValueError(f"the key {key!r} is repeated")
+        entries[key] = value
+    return entries
