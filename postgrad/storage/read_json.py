@@ -28,13 +28,14 @@ def read_json(
     error: type[PostgradError] = PostgradError,
     expected: str = "",
     hint: str = "",
+    max_bytes: int | None = None,
 ) -> Value:
     """The value in a JSON file, of type `kind`: a pydantic model, a dataclass, a TypedDict, or a plain type.
 
     Raises `error`, with `expected` and `hint`, for a file that cannot be read or holds something else.
     """
     try:
-        data = read_regular_file(path, MAX_BYTES)
+        data = read_regular_file(path, MAX_BYTES if max_bytes is None else max_bytes)
     except OSError as problem:
         text = "there is no such file" if isinstance(problem, FileNotFoundError) else problem.strerror or str(problem)
         raise error(text, where=str(path), expected=expected, hint=hint) from problem
