@@ -16,7 +16,6 @@ import yaml
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from postgrad.commands.cache import cache_folder
 from postgrad.commands.results import Result
 from postgrad.config.stage_file import parse_recorded_stage
 from postgrad.distributed.world import World
@@ -31,6 +30,7 @@ from postgrad.models.pretrained import load_tokenizer, save_pretrained, stored_d
 from postgrad.plan.plan import Plan, make_plan
 from postgrad.stats.forgetting import LossChange
 from postgrad.storage.atomic import publish_folder
+from postgrad.storage.cache_folder import cache_folder
 from postgrad.training.checkpoints import Checkpoints
 from postgrad.tuning.open_model import LoadedModel, open_model
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import yaml
 from transformers import AutoConfig
 
-from postgrad.commands.cache import cache_folder
 from postgrad.commands.results import Result
 from postgrad.data.read.documents import read_documents
 from postgrad.data.read.files import RawSource as Files
@@ -22,6 +21,7 @@ from postgrad.models.location import ModelLocation, locate_model
 from postgrad.models.pretrained import load_tokenizer
 from postgrad.plan.model_inputs import make_encoder
 from postgrad.storage.atomic import write_atomically
+from postgrad.storage.cache_folder import cache_folder
 
 _REPLAY_SHARE = 0.10
 _MIN_DOCUMENTS = 40

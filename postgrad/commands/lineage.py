@@ -6,7 +6,6 @@ from pathlib import Path
 
 import yaml
 
-from postgrad.commands.cache import cache_folder
 from postgrad.commands.score_files import DEFAULT_CONTEXT, score_model
 from postgrad.config.stage_file import parse_recorded_stage
 from postgrad.evaluation.held_out import HeldOutSet
@@ -16,6 +15,7 @@ from postgrad.lineage.tree import Lineage, Stages, lineage_matrix, read_lineage,
 from postgrad.models.location import ModelLocation, locate_model
 from postgrad.plan.plan import make_plan
 from postgrad.plan.start_model import resolve_start_model
+from postgrad.storage.cache_folder import cache_folder
 
 
 def trace_lineage(run: Path | str, *, cache: Path | None = None) -> Lineage:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from postgrad.commands.cache import cache_folder
 from postgrad.commands.results import Result
 from postgrad.config import stage as s
 from postgrad.config.renamed_keys import upgrade_stage
@@ -33,6 +32,7 @@ from postgrad.plan.plan import Plan, make_plan
 from postgrad.plan.seen_sources import make_replay_source
 from postgrad.run.events import RunEvent, RunFinished
 from postgrad.run.run import run_stage
+from postgrad.storage.cache_folder import cache_folder
 from postgrad.tuning.open_model import open_model, start_fingerprint
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 96

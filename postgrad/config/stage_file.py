@@ -122,6 +122,11 @@ def _read_yaml_file(path: Path, description: str) -> Any:
         raise StageError(f"not YAML: {error}", where=str(path)) from error
 
 
+def dump_stage(raw: Mapping[str, Any]) -> str:
+    """A resolved stage as YAML."""
+    return yaml.safe_dump(raw, sort_keys=False, allow_unicode=True, width=100)
+
+
 def json_schema() -> str:
     """The JSON Schema of a stage file, for editors."""
     return json.dumps(Stage.model_json_schema(), indent=2)

@@ -43,6 +43,13 @@ def _find_parent(child: Path, parent: Parent) -> Path:
                     where="lineage",
                     expected=f"the run with id {parent.id}, not {record.id}",
                 )
+            if parent.step is None and parent.fingerprint and parent.fingerprint != record.fingerprints.model:
+                raise StageError(
+                    f"the model of {folder} is no longer the one that {child.name} started from",
+                    where="lineage",
+                    expected=f"the fingerprint {parent.fingerprint}, not {record.fingerprints.model}",
+                    hint="restore the folder from a backup, or train the stage again from the present model",
+                )
             return folder.resolve()
     raise StageError(
         f"the parent of {child.name} is missing", where="lineage", expected=f"a run folder at {parent.path}"

@@ -17,7 +17,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from postgrad.config import stage as s
 from postgrad.config.objectives import NextTokenObjective
 from postgrad.data.tokens.train_vocabulary import VocabularySource, train_vocabulary
-from postgrad.errors import CheckpointError, ModelError, StageError
+from postgrad.errors import ModelError, StageError
 from postgrad.models.families import SpecialTokens, count_weights, parse_model_name, solve_config
 from postgrad.models.from_scratch import init_model, make_tokenizer, select_special_tokens, set_dropout, set_token_ids
 from postgrad.models.location import ModelLocation, locate_model
@@ -25,9 +25,10 @@ from postgrad.models.pretrained import load_tokenizer, refuse_foreign_code, save
 from postgrad.plan.held_out_files import inherit_row_format
 from postgrad.plan.row_renderers import make_row_template
 from postgrad.plan.sources import ProgressCallback, SourceSpec, held_out_share, make_text_files
-from postgrad.storage.atomic import publish_folder, remove_folder, verify
+from postgrad.storage.atomic import publish_folder, remove_folder
 from postgrad.storage.file_lock import file_lock
 from postgrad.storage.fingerprint import fingerprint
+from postgrad.storage.verification import is_intact
 
 _FORMAT = 1
 _MIN_POSITIONS = 512
@@ -75,7 +76,9 @@ def _make_new_model(
     folder = cache.resolve() / "fresh" / key
     (cache / "locks").mkdir(parents=True, exist_ok=True)
     with file_lock(cache / "locks" / f"{key}.lock"):
-        if not _is_intact(folder):
+        if not is_intact(folder, cache):
+            if folder.exists():
+                remove_folder(folder)
             model = init_model(config, stage.seed)
             publish_folder(folder, lambda staged: save_pretrained(model, tokenizer, staged, dtype=torch.float32))
     name = spec.from_scratch or f"a new {spec.config}"
@@ -84,18 +87,6 @@ def _make_new_model(
         name=name,
         scratch_recipe=_describe_new_model(spec, config, tokenizer, stage.seed),
     )
-
-
-def _is_intact(path: Path) -> bool:
-    """Whether a cached model exists and is complete; a broken one is removed."""
-    if not path.exists():
-        return False
-    try:
-        verify(path)
-    except CheckpointError:
-        remove_folder(path)
-        return False
-    return True
 
 
 def _load_config(name: str, root: Path) -> PreTrainedConfig:

@@ -7,6 +7,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from postgrad.config.stage_file import dump_stage
 from postgrad.distributed.world import World
 from postgrad.hardware.execution import Execution
 from postgrad.lineage.record import RECORD, STAGE, ExecutionSummary, read_record
@@ -19,7 +20,7 @@ from postgrad.run.context import RunContext, prepare_model
 from postgrad.run.events import Phase, PhaseStarted, RunFinished, WarningMessage
 from postgrad.run.run_folder import Interrupt, claim_run_folder
 from postgrad.run.tuned_model import TunedModel, make_tuned_model
-from postgrad.run.write_record import dump_stage, utc_timestamp
+from postgrad.run.write_record import utc_timestamp
 from postgrad.storage.atomic import remove_staging, write_atomically
 from postgrad.tuning.open_model import start_fingerprint
 
@@ -43,7 +44,7 @@ def claim_run(plan: Plan, world: World, interrupt: Interrupt, *, command: str, c
     execution = _resolve_execution(plan, tuned_model, saved_plan, world)
     prepare_model(plan, tuned_model.model, execution)
     if world.is_main:
-        write_atomically(plan.output / STAGE, dump_stage(plan.stage))
+        write_atomically(plan.output / STAGE, dump_stage(plan.stage.model_dump(mode="json")))
         write_plan(plan.output, _make_saved_plan(plan, fingerprints, execution, saved_plan))
         remove_staging(plan.output)
     world.barrier()

@@ -110,9 +110,9 @@ class _Evaluator:
             with tuning.disable() if tuning.additive else nullcontext():
                 scores = self._score([evaluation.subset(held_out) for held_out in evaluation.scored_sets_before])
             if world.is_main:
-                before_after.write_scores(path, scores)
+                self.context.write_scores("start.npz", scores)
         world.barrier()
-        return before_after.read_scores(path)
+        return self.context.read_scores("start.npz")
 
     def _score(self, sets: Sequence[HeldOutSet]) -> AllScores:
         with self.run.weights.full_precision():

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from postgrad.data.loading.loader import Loader
-from postgrad.lineage.metrics import METRICS, read_evaluations
+from postgrad.errors import CheckpointError
+from postgrad.lineage.metrics import METRICS, read_metrics
 from postgrad.lineage.record import PenaltyRecord, SparseUpdateRecord
 from postgrad.lineage.saved_plan import write_plan
 from postgrad.plan.checkpoint_selection import CheckpointSelector
@@ -93,13 +94,14 @@ def prepare_training(context: RunContext) -> Phase[TrainingSession]:
     checkpoint = checkpoints.find_newest(warnings.append)
     for warning in warnings:
         yield WarningMessage(warning)
-    metrics = MetricsLog(context.folder / METRICS)
+    metrics = MetricsLog(context.folder / METRICS, context.saved_plan.id)
     if checkpoint:
         restore_run(run, checkpoint)
     elif world.is_main:
         checkpoints.require_room(_BYTES_PER_TRAINABLE * context.counts.trainable)
     if world.is_main:  # steps after the checkpoint are trained and logged again; a new run drops step 0 too
-        metrics.rewind(run.step if checkpoint else -1)
+        for problem in _rewind_metrics(metrics, run.step if checkpoint else -1, context):
+            yield WarningMessage(problem)
     yield RunStarted(plan, context.execution, run.step, context.counts)
     base = context.base_reference(checkpoints.step_folder(0))
     metadata = CheckpointMetadata(context.fingerprints["stage"], tuned_model.options, base)
@@ -123,10 +125,25 @@ def _apply_strengths(context: RunContext, run: Run, loader: Loader) -> Phase[Non
     set_strengths(run, saved_plan.penalty_strengths)
 
 
+def _rewind_metrics(metrics: MetricsLog, step: int, context: RunContext) -> list[str]:
+    """Remove the lines after a checkpoint; returns what is wrong with the others.
+
+    Raises `CheckpointError` when the checkpoint to publish depends on them.
+    """
+    damage = metrics.rewind(step)
+    if damage and context.plan.evaluation.selection_rule is not None:
+        raise CheckpointError(
+            f"{damage[0]}; `save.choose` selects the published checkpoint by these lines",
+            where=str(metrics.path),
+            hint=f"restore the file from a backup, or remove {metrics.path.parent / 'checkpoints'} to train again",
+        )
+    return damage
+
+
 def _make_selector(context: RunContext) -> CheckpointSelector | None:
     """The selector with the evaluations so far, which the first rank reads for all."""
     rule, world = context.plan.evaluation.selection_rule, context.world
     if rule is None:
         return None
-    evaluations = read_evaluations(context.folder / METRICS) if world.is_main else []
+    evaluations = read_metrics(context.folder / METRICS).evaluations if world.is_main else []
     return CheckpointSelector(rule, world.all_gather(evaluations)[0])  # type: ignore[arg-type]

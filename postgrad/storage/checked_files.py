@@ -21,7 +21,7 @@ import numpy as np
 
 from postgrad.errors import PostgradError
 from postgrad.storage.atomic import write_atomically
-from postgrad.storage.read_json import MAX_BYTES, read_json, read_regular_file
+from postgrad.storage.read_json import MAX_BYTES, Value, parse_json, read_json, read_regular_file
 
 CHECKSUM, _OWNER = "checksum", "owner"
 _OWNER_LENGTH = 8
@@ -52,24 +52,29 @@ def write_checked_json(path: Path, document: Mapping[str, Any], owner: str = "")
 
 def read_checked_json(
     path: Path,
+    kind: type[Value],
     owner: str = "",
     *,
     error: type[PostgradError] = PostgradError,
     hint: str = "",
     max_bytes: int = MAX_BYTES,
-) -> dict[str, Any]:
-    """A JSON document without its checksum. Raises `error` for one that is missing, unreadable, changed, or another owner's."""
+) -> Value:
+    """A JSON document of type `kind`, without its checksum.
+
+    Raises `error` for one that is missing, unreadable, changed, or another owner's.
+    """
     document: dict[str, Any] = read_json(path, dict[str, Any], error=error, hint=hint, max_bytes=max_bytes)
     if problem := find_damage(document, owner):
-        raise error(problem, where=str(path), hint=hint)
+        edited = f"for a file that you edited, remove its key `{CHECKSUM}`"
+        raise error(problem, where=str(path), hint=f"{hint}; {edited}" if hint else edited)
     document.pop(CHECKSUM, None)
-    return document
+    return parse_json(json.dumps(document).encode(), kind, where=str(path), error=error, hint=hint)
 
 
-def read_cached_json(path: Path, owner: str = "", *, max_bytes: int = MAX_BYTES) -> dict[str, Any] | None:
+def read_cached_json(path: Path, kind: type[Value], owner: str = "") -> Value | None:
     """A JSON document of a cache; None when it is missing or broken."""
     try:
-        return read_checked_json(path, owner, max_bytes=max_bytes)
+        return read_checked_json(path, kind, owner)
     except PostgradError:
         return None
 
@@ -121,7 +126,7 @@ def _unpack_arrays(data: bytes) -> dict[str, np.ndarray]:
 
 
 def _find_other_owner(own: str, owner: str) -> str:
-    return "the file belongs to another run" if own and owner and own != owner[:_OWNER_LENGTH] else ""
+    return "the file belongs to another run or cache entry" if own and owner and own != owner[:_OWNER_LENGTH] else ""
 
 
 def _digest(plain: Mapping[str, Any]) -> str:

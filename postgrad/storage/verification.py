@@ -19,8 +19,6 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pydantic import TypeAdapter, ValidationError
-
 from postgrad.errors import CheckpointError, DiskError
 from postgrad.storage.atomic import FileEntry, Manifest, check_sha256, check_size, read_manifest
 from postgrad.storage.checked_files import read_cached_json, write_checked_json
@@ -64,7 +62,7 @@ def is_intact(folder: Path, cache: Path) -> bool:
 def verify_files(folder: Path, entries: Mapping[str, FileEntry], cache: Path) -> None:
     """Verify the listed files of a folder. Raises `CheckpointError` with the first file that differs."""
     memo_file = cache / "verified" / f"{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]}.json"
-    known = _read_memo(memo_file)
+    known = read_cached_json(memo_file, dict[str, _VerifiedFile]) or {}
     verified: dict[str, _VerifiedFile] = {}
     for name, entry in entries.items():
         path = folder / name
@@ -82,13 +80,6 @@ def verify_files(folder: Path, entries: Mapping[str, FileEntry], cache: Path) ->
     _verify_sample(
         folder, {name: known[name] for name in verified.keys() & known.keys() if verified[name] is known[name]}
     )
-
-
-def _read_memo(memo_file: Path) -> dict[str, _VerifiedFile]:
-    try:
-        return TypeAdapter(dict[str, _VerifiedFile]).validate_python(read_cached_json(memo_file) or {})
-    except ValidationError:
-        return {}
 
 
 def _read_whole(path: Path, state: list[int]) -> _VerifiedFile:

@@ -2,32 +2,48 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from pathlib import Path
 
-from postgrad.lineage.metrics import MetricsRow, read_metrics
+from postgrad.lineage.metrics import MetricsRow, StepRow, format_row, scan_metrics
 from postgrad.storage.atomic import disk_error, write_atomically
 
 
 class MetricsLog:
     """The append-only `metrics.jsonl` of a run. A kill can truncate its last line only."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, run_id: str = "") -> None:
+        self.path, self.run_id = path, run_id
 
-    def rewind(self, step: int) -> None:
-        """Remove the lines after `step`, which a resumed run writes again."""
+    def rewind(self, step: int) -> list[str]:
+        """Remove the lines after `step`, which a resumed run writes again. Returns what is wrong with the others.
+
+        A damaged line before the last line of `step` stays as it is.
+        """
+        damage: list[str] = []
+        kept: list[bytes] = []
+        damaged_lines: list[bytes] = []
+        steps = 0
+        for line in scan_metrics(self.path, self.run_id):
+            if line.row is None:
+                damage.append(line.damage)
+                damaged_lines.append(line.text)
+            elif line.row.step <= step:
+                kept += [*damaged_lines, format_row(line.row, self.run_id).encode()]
+                damaged_lines = []
+                steps += isinstance(line.row, StepRow)
+        if steps < step and not damage:
+            damage = [f"{self.path} has {steps:,} of the {step:,} steps before the checkpoint"]
         if self.path.exists():
-            lines = [json.dumps(row.as_json()) + "\n" for row in read_metrics(self.path) if row.step <= step]
-            write_atomically(self.path, "".join(lines))
+            write_atomically(self.path, b"".join(kept))
+        return damage
 
     def write(self, row: MetricsRow) -> None:
         """Append one row."""
         try:
             with self.path.open("a") as file:
-                file.write(json.dumps(row.as_json()) + "\n")
+                file.write(format_row(row, self.run_id))
         except OSError as error:
             raise disk_error(error, self.path) from error
 

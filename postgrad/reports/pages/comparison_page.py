@@ -41,17 +41,23 @@ from postgrad.reports.sections.curves import (
     change_series,
     read_curves,
 )
+from postgrad.reports.sections.overview import damage_notice
 from postgrad.reports.sections.task_section import comparison_task_table
 
 _MAX_SAMPLES, _MAX_FORESTS, _MAX_FOREST_ROWS = 6, 5, 40
 
 
 def comparison_page(
-    records: Sequence[Record], metrics: Sequence[Iterable[MetricsRow]], title: str, baseline: str | None
+    records: Sequence[Record],
+    metrics: Sequence[Iterable[MetricsRow]],
+    title: str,
+    baseline: str | None,
+    damage: Sequence[str] = (),
 ) -> str:
     """Several runs from one base side by side; `metrics[i]` are the rows of `records[i]` (may be shorter).
 
-    `baseline` names the arm against which the removed share of forgetting is measured.
+    `baseline` names the arm against which the removed share of forgetting is measured. `damage`: of the metrics
+    files.
     """
     names = arm_names(records)
     curves = [read_curves(metrics[i] if i < len(metrics) else ()) for i in range(len(records))]
@@ -73,7 +79,7 @@ def comparison_page(
     header = (
         f'<p class="over">postgrad \u00b7 comparison of {number}</p>'
         f"<h1><bdi>{escape_html(title or 'Comparison', 160)}</bdi></h1>"
-        f"{_headline(records, names, baseline)}{notice}"
+        f"{damage_notice(damage)}{_headline(records, names, baseline)}{notice}"
     )
     return render_page(f"{title or 'Comparison'} \u2013 postgrad", header, sections, FOOTER)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from postgrad.config.stage_file import dump_stage
 from postgrad.errors import StageError
-from postgrad.lineage.metrics import METRICS, read_metrics
-from postgrad.lineage.record import PLAN, RECORD, STAGE, Fingerprints, ModelSummary, Record, read_record
+from postgrad.lineage.metrics import read_run_metrics
+from postgrad.lineage.record import PLAN, RECORD, Fingerprints, ModelSummary, Record, read_record
 from postgrad.lineage.saved_plan import read_plan
 from postgrad.reports.html import document
 from postgrad.reports.pages import run_page
@@ -20,7 +21,8 @@ def rewrite_report(run_folder: Path) -> Path:
         record = _unfinished_record(run_folder)
     else:
         raise StageError(f"{run_folder} is not a run folder", expected="the output folder of `postgrad train`")
-    html = run_page.run_page(record, read_metrics(run_folder / METRICS))
+    metrics = read_run_metrics(run_folder, record)
+    html = run_page.run_page(record, metrics, metrics.damage)
     return document.write_page(run_folder / "report.html", html)
 
 
@@ -34,7 +36,7 @@ def _unfinished_record(run_folder: Path) -> Record:
         status="running",
         created=saved.created,
         stage=saved.stage,
-        stage_yaml=(run_folder / STAGE).read_text(),
+        stage_yaml=dump_stage(saved.stage),
         model=ModelSummary(start_model=str(start)),
         fingerprints=Fingerprints.model_validate(saved.fingerprints),
         execution=saved.execution,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from postgrad.lineage.metrics import MetricsRow
 from postgrad.lineage.record import Record
@@ -12,7 +12,7 @@ from postgrad.reports.sections.curves import read_curves
 from postgrad.reports.sections.drift_section import drift_section
 from postgrad.reports.sections.method_section import method_section, reproduce_section
 from postgrad.reports.sections.mixture_section import mixture_section
-from postgrad.reports.sections.overview import headline, notice_boxes, run_facts, verdict_cards
+from postgrad.reports.sections.overview import damage_notice, headline, notice_boxes, run_facts, verdict_cards
 from postgrad.reports.sections.published_step import published_step_section
 from postgrad.reports.sections.relearning_section import relearning_section
 from postgrad.reports.sections.result_section import result_section
@@ -24,8 +24,8 @@ from postgrad.reports.sections.training_section import training_section
 _MAX_SAMPLES = 12
 
 
-def run_page(record: Record, metrics: Iterable[MetricsRow]) -> str:
-    """One run as a page: what was learned and kept, how, and how to reproduce it."""
+def run_page(record: Record, metrics: Iterable[MetricsRow], damage: Sequence[str] = ()) -> str:
+    """One run as a page: what was learned and kept, how, and how to reproduce it. `damage`: of the metrics file."""
     curves = read_curves(metrics)
     name = plain_text(record.name, 120)
     sections = [
@@ -45,7 +45,7 @@ def run_page(record: Record, metrics: Iterable[MetricsRow]) -> str:
     header = (
         '<p class="over">postgrad \u00b7 report of one stage</p>'
         f"<h1><bdi>{escape_html(name)}</bdi></h1>{headline(record, curves)}{run_facts(record, curves)}"
-        f"{notice_boxes(record, curves)}{verdict_cards(record)}"
+        f"{damage_notice(damage)}{notice_boxes(record, curves)}{verdict_cards(record)}"
     )
     return render_page(f"{name} \u2013 postgrad", header, sections, FOOTER)
 

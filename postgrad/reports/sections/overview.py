@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from postgrad.lineage.record import Record, SetChange, SetScore
 from postgrad.reports.html.document import bold_name, format_time, verdict_badge
@@ -25,6 +26,7 @@ _CONTAMINATION_WARNING_SHARE = 0.01
 """Share of held-out documents that may overlap with the training text before the page warns."""
 _VERBS = {"learnt": "Learned", "kept": "Kept", "forgot": "Forgot"}
 _SETS_PER_ROLE = 3
+_DAMAGE_SHOWN = 3
 
 
 def headline(record: Record, curves: Curves) -> str:
@@ -147,6 +149,15 @@ def notice_boxes(record: Record, curves: Curves) -> str:
         notices.append(("bad", f"{number} training losses are not finite; they are gaps in the curves."))
     notices += _contamination_notices(record)
     return "".join(f'<div class="notice{f" t-{tone}" if tone else ""}"><p>{text}</p></div>' for tone, text in notices)
+
+
+def damage_notice(damage: Sequence[str]) -> str:
+    """A box with the damage of the files that a page is made from."""
+    if not damage:
+        return ""
+    more = f" {format_count(len(damage) - _DAMAGE_SHOWN)} more." if len(damage) > _DAMAGE_SHOWN else ""
+    shown = ". ".join(escape_html(each, 300) for each in damage[:_DAMAGE_SHOWN])
+    return f'<div class="notice t-bad"><p><b>A file of the run is damaged.</b> {shown}.{more}</p></div>'
 
 
 def _status_notices(record: Record, curves: Curves) -> list[tuple[str, str]]:
