@@ -18,7 +18,7 @@ from postgrad.lineage.record import BeforeAfter, SetChange, SetScore
 from postgrad.lineage.record import ScoresRecord as RecordScores
 from postgrad.models.model import Model
 from postgrad.stats.forgetting import LossChange, paired_change
-from postgrad.storage.checked_files import read_arrays, write_arrays
+from postgrad.storage.array_files import read_arrays, write_arrays
 from postgrad.storage.fingerprint import fingerprint
 
 AllScores = dict[str, Scores]
@@ -50,7 +50,7 @@ def score_sets(
     """Score every set with `scorer`. With the model's `identity` (a fingerprint) scores are cached."""
     out: AllScores = {}
     for held_out in sets:
-        path = None
+        path, key = None, ""
         if identity and cache and world.size == 1:  # several ranks might see different states of the cache
             key = fingerprint([identity, *held_out.identity, context])
             path = cache / "scores" / f"{key}.npz"

@@ -34,7 +34,7 @@ from postgrad.models.location import ModelLocation
 from postgrad.plan.model_inputs import ModelInputs
 from postgrad.plan.perplexity_filter import compute_bits_per_byte, make_scorer, resolve_scoring_model
 from postgrad.plan.selection_summary import FilterResult, describe_method, summarize_result
-from postgrad.storage.checked_files import read_cached_arrays, write_arrays
+from postgrad.storage.array_files import read_cached_arrays, write_arrays
 from postgrad.storage.file_lock import file_lock
 from postgrad.storage.fingerprint import fingerprint
 from postgrad.tuning.open_model import start_fingerprint

@@ -25,7 +25,7 @@ from postgrad.models.model import Model, wrap_model
 from postgrad.models.pretrained import load_tokenizer
 from postgrad.models.task import Task
 from postgrad.plan.model_inputs import ModelInputs, make_encoder
-from postgrad.storage.checked_files import read_cached_arrays, write_arrays
+from postgrad.storage.array_files import read_cached_arrays, write_arrays
 from postgrad.tuning.open_model import get_task, open_model
 
 _SCORING_BATCH_TOKENS = 1 << 16

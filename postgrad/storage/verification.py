@@ -59,10 +59,11 @@ def is_intact(folder: Path, cache: Path) -> bool:
     return True
 
 
-def verify_files(folder: Path, entries: Mapping[str, FileEntry], cache: Path) -> None:
-    """Verify the listed files of a folder. Raises `CheckpointError` with the first file that differs."""
-    memo_file = cache / "verified" / f"{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]}.json"
-    known = read_cached_json(memo_file, dict[str, _VerifiedFile]) or {}
+def verify_files(folder: Path, entries: Mapping[str, FileEntry], cache: Path | None) -> None:
+    """Verify the listed files of a folder; without `cache` whole. Raises `CheckpointError` with the first file that differs."""
+    name_hash = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]
+    memo_file = cache / "verified" / f"{name_hash}.json" if cache else None
+    known = (memo_file and read_cached_json(memo_file, dict[str, _VerifiedFile])) or {}
     verified: dict[str, _VerifiedFile] = {}
     for name, entry in entries.items():
         path = folder / name
@@ -74,7 +75,7 @@ def verify_files(folder: Path, entries: Mapping[str, FileEntry], cache: Path) ->
             check_sha256(path, earlier.sha256, entry)
         if time.time_ns() - max(found.st_mtime_ns, found.st_ctime_ns) >= _CLOCK_GRAIN_NS:
             verified[name] = earlier
-    if verified != known:
+    if memo_file and verified != known:
         with suppress(DiskError):  # a read-only cache
             write_checked_json(memo_file, {name: asdict(each) for name, each in verified.items()})
     _verify_sample(

@@ -193,8 +193,8 @@ class TokenStore:
         stop = length if stop is None else min(stop, length)
         return arrays[shards[document]][first + min(start, length) : first + max(stop, 0)]
 
-    def verify(self, cache: Path) -> None:
-        """Verify the files: whole once, then sampled blocks. Raises `DataError` for one that has changed."""
+    def verify(self, cache: Path | None = None) -> None:
+        """Verify the files: whole once, then sampled blocks; without `cache` whole. Raises `DataError` for a changed one."""
         try:
             verify_files(self.path, self.header["files"], cache)
         except CheckpointError as error:
