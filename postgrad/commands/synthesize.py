@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import json
 import math
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from transformers import AutoConfig, PreTrainedTokenizerBase
@@ -39,6 +40,7 @@ from postgrad.models.pretrained import load_tokenizer
 from postgrad.models.task import Task
 from postgrad.plan.model_inputs import make_encoder
 from postgrad.storage.atomic import write_atomically
+from postgrad.storage.checked_files import read_checked_json, write_checked_json
 from postgrad.storage.fingerprint import fingerprint
 from postgrad.tuning.open_model import get_task, open_model, start_fingerprint
 
@@ -88,6 +90,10 @@ class _SynthesisState:
     tokens: int = 0
     ended: int = 0
     left_out: dict[str, int] | None = None
+    crc32: int | None = None
+    """Of the file so far; None in files of earlier versions."""
+    chosen: int | None = None
+    """Conversations that were kept for their diversity."""
 
 
 @dataclass(frozen=True)
@@ -226,9 +232,10 @@ def finalize_output(out: Path, select: Callable[[list[str]], list[str]] | None =
         partial_file(out).rename(out)
     else:
         chosen = select(partial_file(out).read_text("utf-8").splitlines(keepends=True))
-        state = {**json.loads(_state_file(out).read_text()), "chosen": len(chosen)}
+        state = _read_state(out, _state_file(out))
+        state.chosen = len(chosen)
         write_atomically(out, "".join(chosen))  # the partial file stays until everything else is written
-        write_atomically(_state_file(out), json.dumps(state))
+        write_checked_json(_state_file(out), asdict(state))
         partial_file(out).unlink()
     _state_file(out).rename(summary_file(out))
 
@@ -249,8 +256,9 @@ def generate_until_target(
     with part.open("a+b") as file:
         file.truncate(state.size)
         file.seek(0)
-        for line in file:
-            seen.find_or_add(dedup_text(json.loads(line)))
+        for text in _read_accepted(file, state, part):
+            seen.find_or_add(text)
+        crc32 = state.crc32 or 0
         while state.tokens < request.tokens:
             numbers = range(state.next, state.next + request.batch_size)
             for number, candidate in zip(numbers, draw(numbers), strict=True):
@@ -264,13 +272,15 @@ def generate_until_target(
                     continue
                 provenance = {**common, "number": number, "ended": candidate.ended, **candidate.provenance}
                 row = {**candidate.row, GENERATED_COLUMN: provenance}
-                file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+                line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+                file.write(line)
+                crc32 = zlib.crc32(line, crc32)
                 state.documents += 1
                 state.ended += candidate.ended
                 state.tokens += candidate.tokens
             file.flush()
-            state.next, state.size, state.left_out = numbers.stop, file.tell(), dict(left_out)
-            write_atomically(_state_file(out), json.dumps(asdict(state)))
+            state.next, state.size, state.left_out, state.crc32 = numbers.stop, file.tell(), dict(left_out), crc32
+            write_checked_json(_state_file(out), asdict(state))
             yield SynthesisProgress(state.documents, state.tokens, request.tokens)
             if state.next >= _MAX_ATTEMPTS * max(state.documents, request.batch_size):
                 raise DataError(
@@ -282,6 +292,25 @@ def generate_until_target(
                     hint="raise --max-tokens for documents without an end, --max-repetition or --dedup-threshold for the rest,"
                     " or give --prompts",
                 )
+
+
+def _read_accepted(file: BinaryIO, state: _SynthesisState, part: Path) -> list[str]:
+    """The texts accepted so far. Raises `StageError` when the file is not what was written."""
+    content = file.read()
+    found = zlib.crc32(content)
+    try:
+        rows = [json.loads(line) for line in content.splitlines()]
+        texts = [dedup_text(row) for row in rows]
+    except (ValueError, KeyError, TypeError, IndexError):
+        texts = None
+    if texts is None or state.crc32 not in (None, found):
+        raise StageError(
+            f"{part} has changed since it was written, so it cannot be resumed",
+            where="--out",
+            hint=f"remove {part.name} and {part.name}.json",
+        )
+    state.crc32 = found
+    return texts
 
 
 def summary_file(out: Path) -> Path:
@@ -307,15 +336,9 @@ class SynthesizedText(Result):
 
 def read_synthesized(model: str, out: Path) -> SynthesizedText:
     """The summary of a file of generated text."""
-    state = json.loads(summary_file(out).read_text())
+    state = _read_state(out, summary_file(out))
     return SynthesizedText(
-        str(model),
-        out,
-        state["documents"],
-        state["tokens"],
-        state["ended"],
-        state["left_out"] or {},
-        state.get("chosen"),
+        str(model), out, state.documents, state.tokens, state.ended, state.left_out or {}, state.chosen
     )
 
 
@@ -392,23 +415,24 @@ def _state_file(out: Path) -> Path:
     return out.with_name(f"{out.name}.part.json")
 
 
+def _read_state(out: Path, path: Path) -> _SynthesisState:
+    """A state or summary. Raises `StageError` when it cannot be read."""
+    return read_checked_json(path, _SynthesisState, error=StageError, hint=_remove_hint(out))
+
+
+def _remove_hint(out: Path) -> str:
+    return f"remove {partial_file(out).name} and {_state_file(out).name}"
+
+
 def _load_state(out: Path, options_fingerprint: str) -> _SynthesisState:
     """The saved state. Raises `StageError` when it is of other options, or cannot be read."""
     if not _state_file(out).exists():
         return _SynthesisState(options_fingerprint)
-    remove = f"remove {partial_file(out).name} and {_state_file(out).name}"
-    try:
-        state = _SynthesisState(**json.loads(_state_file(out).read_text("utf-8")))
-    except (ValueError, TypeError):
-        raise StageError(
-            f"{_state_file(out)} is corrupt, so {out.name} cannot be resumed",
-            where="--out",
-            hint=remove,
-        ) from None
+    state = _read_state(out, _state_file(out))
     if state.options_fingerprint != options_fingerprint:
         raise StageError(
             f"{partial_file(out)} was begun with another model or other options",
             where="--out",
-            hint=f"use the same ones, or {remove}",
+            hint=f"use the same ones, or {_remove_hint(out)}",
         )
     return state

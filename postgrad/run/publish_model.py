@@ -14,8 +14,7 @@ from postgrad.run.events import Phase, PhaseStarted
 from postgrad.run.run_folder import MODEL
 from postgrad.run.training_session import TrainingSession
 from postgrad.run.tuned_model import TunedModel
-from postgrad.storage.atomic import publish_folder, remove_folder, verify
-from postgrad.storage.verification import is_intact
+from postgrad.storage.atomic import publish_folder, verify
 from postgrad.training.checkpoint_state import restore_run
 from postgrad.tuning.adapter_folder import save_tuning
 from postgrad.tuning.attach import attach
@@ -27,15 +26,12 @@ def publish(context: RunContext, session: TrainingSession) -> Phase[list[int]]:
     yield from _restore_selected(session)
     yield PhaseStarted("publishing the model")
     tuned_model, weights = context.load_tuned_model(), session.run.weights
-    folder, world = context.folder / MODEL, context.world
-    if not world.any_rank(world.is_main and is_intact(folder, context.cache)):
+    if not (context.folder / MODEL).exists():
         # Collective: gathers the shards of all ranks.
         state = weights.full_state() if tuned_model.tuning.is_full else weights.state()
-        if world.is_main:
-            if folder.exists():  # damaged
-                remove_folder(folder)
+        if context.world.is_main:
             _publish_state(context, tuned_model, state)
-    world.barrier()
+    context.world.barrier()
     return session.tokens_by_source
 
 

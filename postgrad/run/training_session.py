@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from postgrad.data.loading.loader import Loader
-from postgrad.errors import CheckpointError
 from postgrad.lineage.metrics import METRICS, read_metrics
 from postgrad.lineage.record import PenaltyRecord, SparseUpdateRecord
 from postgrad.lineage.saved_plan import write_plan
@@ -100,8 +99,7 @@ def prepare_training(context: RunContext) -> Phase[TrainingSession]:
     elif world.is_main:
         checkpoints.require_room(_BYTES_PER_TRAINABLE * context.counts.trainable)
     if world.is_main:  # steps after the checkpoint are trained and logged again; a new run drops step 0 too
-        for problem in _rewind_metrics(metrics, run.step if checkpoint else -1, context):
-            yield WarningMessage(problem)
+        metrics.rewind(run.step if checkpoint else -1)
     yield RunStarted(plan, context.execution, run.step, context.counts)
     base = context.base_reference(checkpoints.step_folder(0))
     metadata = CheckpointMetadata(context.fingerprints["stage"], tuned_model.options, base)
@@ -123,21 +121,6 @@ def _apply_strengths(context: RunContext, run: Run, loader: Loader) -> Phase[Non
         for line in strength_lines(saved_plan.penalty_strengths):
             yield InfoMessage(line)
     set_strengths(run, saved_plan.penalty_strengths)
-
-
-def _rewind_metrics(metrics: MetricsLog, step: int, context: RunContext) -> list[str]:
-    """Remove the lines after a checkpoint; returns what is wrong with the others.
-
-    Raises `CheckpointError` when the checkpoint to publish depends on them.
-    """
-    damage = metrics.rewind(step)
-    if damage and context.plan.evaluation.selection_rule is not None:
-        raise CheckpointError(
-            f"{damage[0]}; `save.choose` selects the published checkpoint by these lines",
-            where=str(metrics.path),
-            hint=f"restore the file from a backup, or remove {metrics.path.parent / 'checkpoints'} to train again",
-        )
-    return damage
 
 
 def _make_selector(context: RunContext) -> CheckpointSelector | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import stat
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -54,7 +55,7 @@ def parse_json(
     """The value of a JSON text, of type `kind`. `where` names the text in errors. Raises `error` for anything else."""
     try:
         # Strict: the number 1 is no string, and the string "1" no number. The parser refuses more than 200 levels.
-        value = TypeAdapter(kind).validate_json(data, strict=True)
+        value: Value = _get_adapter(kind).validate_json(data, strict=True)
         json.loads(data, object_pairs_hook=_refuse_repeated_keys)
     except ValidationError as problem:
         first = problem.errors(include_url=False, include_input=False)[0]
@@ -65,6 +66,11 @@ def parse_json(
     except ValueError as problem:
         raise error(str(problem), where=where, expected=expected, hint=hint) from None
     return value
+
+
+@lru_cache(maxsize=64)
+def _get_adapter(kind: type[Any]) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
 
 
 def read_regular_file(path: Path, max_bytes: int) -> bytes:

@@ -14,9 +14,11 @@ import os
 import random
 import time
 import zlib
+from bisect import bisect_right
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 
 from postgrad.errors import CheckpointError, DiskError
@@ -24,7 +26,7 @@ from postgrad.storage.atomic import FileEntry, Manifest, check_sha256, check_siz
 from postgrad.storage.checked_files import read_cached_json, write_checked_json
 
 SAMPLED_BLOCKS = 4
-_BLOCK_BYTES = 2**18
+_BLOCK_BYTES = 2**16
 _MAX_BLOCKS = 2**12
 """Blocks of a file; those of a larger file are larger."""
 _CLOCK_GRAIN_NS = 2e9
@@ -61,47 +63,61 @@ def is_intact(folder: Path, cache: Path) -> bool:
 
 def verify_files(folder: Path, entries: Mapping[str, FileEntry], cache: Path | None) -> None:
     """Verify the listed files of a folder; without `cache` whole. Raises `CheckpointError` with the first file that differs."""
-    name_hash = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]
-    memo_file = cache / "verified" / f"{name_hash}.json" if cache else None
-    known = (memo_file and read_cached_json(memo_file, dict[str, _VerifiedFile])) or {}
+    memo_file = _memo_file(folder, cache) if cache else None
+    known = _read_memo(memo_file) if memo_file else {}
     verified: dict[str, _VerifiedFile] = {}
+    unchanged: dict[str, _VerifiedFile] = {}
     for name, entry in entries.items():
         path = folder / name
         found = check_size(path, entry)
         state = [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
         earlier = known.get(name)
-        if earlier is None or earlier.state != state or earlier.sha256 != entry["sha256"]:
-            earlier = _read_whole(path, state)
-            check_sha256(path, earlier.sha256, entry)
+        if earlier and earlier.state == state and earlier.sha256 == entry["sha256"]:
+            verified[name] = unchanged[name] = earlier
+            continue
+        file = _read_whole(path, state)
+        check_sha256(path, file.sha256, entry)
         if time.time_ns() - max(found.st_mtime_ns, found.st_ctime_ns) >= _CLOCK_GRAIN_NS:
-            verified[name] = earlier
+            verified[name] = file
     if memo_file and verified != known:
         with suppress(DiskError):  # a read-only cache
-            write_checked_json(memo_file, {name: asdict(each) for name, each in verified.items()})
-    _verify_sample(
-        folder, {name: known[name] for name in verified.keys() & known.keys() if verified[name] is known[name]}
-    )
+            write_checked_json(memo_file, {name: asdict(each) for name, each in verified.items()}, memo_file.stem)
+    _verify_sample(folder, unchanged)
+
+
+def _memo_file(folder: Path, cache: Path) -> Path:
+    return cache / "verified" / f"{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]}.json"
+
+
+def _read_memo(memo_file: Path) -> dict[str, _VerifiedFile]:
+    return read_cached_json(memo_file, dict[str, _VerifiedFile], memo_file.stem) or {}
 
 
 def _read_whole(path: Path, state: list[int]) -> _VerifiedFile:
-    """Read a file once, for its sha256 and the crc32 of each block."""
+    """Read a file once, for its sha256 and the crc32 of each block. Raises `CheckpointError` when it cannot be read."""
     size = _BLOCK_BYTES
     while size * _MAX_BLOCKS < state[0]:
         size *= 2
     hasher, crc32 = hashlib.sha256(), bytearray()
-    with path.open("rb", buffering=0) as file:
-        while block := file.read(size):
-            hasher.update(block)
-            crc32 += zlib.crc32(block).to_bytes(4, "little")
+    try:
+        with path.open("rb") as file:
+            while block := file.read(size):
+                hasher.update(block)
+                crc32 += zlib.crc32(block).to_bytes(4, "little")
+    except OSError as error:
+        raise CheckpointError(f"the file cannot be read ({error.strerror})", where=str(path)) from error
     return _VerifiedFile(state, hasher.hexdigest(), size, base64.b64encode(crc32).decode())
 
 
 def _verify_sample(folder: Path, files: Mapping[str, _VerifiedFile]) -> None:
     """Compare random blocks, each as likely as any other. Raises `CheckpointError` for one that differs."""
-    blocks = [(name, i) for name, each in files.items() for i in range(-(-each.state[0] // each.block_bytes))]
-    for name, i in random.sample(blocks, min(SAMPLED_BLOCKS, len(blocks))):
-        each = files[name]
-        with (folder / name).open("rb", buffering=0) as file:
+    counts = [-(-each.state[0] // each.block_bytes) for each in files.values()]
+    ends = list(accumulate(counts))
+    for block in random.sample(range(sum(counts)), min(SAMPLED_BLOCKS, sum(counts))):
+        number = bisect_right(ends, block)
+        name, each = list(files.items())[number]
+        i = block - ends[number] + counts[number]
+        with (folder / name).open("rb") as file:
             file.seek(i * each.block_bytes)
             found = zlib.crc32(file.read(each.block_bytes)).to_bytes(4, "little")
         if found != base64.b64decode(each.crc32)[4 * i : 4 * i + 4]:

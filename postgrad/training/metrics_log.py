@@ -6,7 +6,7 @@ import os
 import time
 from pathlib import Path
 
-from postgrad.lineage.metrics import MetricsRow, StepRow, format_row, scan_metrics
+from postgrad.lineage.metrics import MetricsRow, format_row, scan_metrics
 from postgrad.storage.atomic import disk_error, write_atomically
 
 
@@ -16,28 +16,18 @@ class MetricsLog:
     def __init__(self, path: Path, run_id: str = "") -> None:
         self.path, self.run_id = path, run_id
 
-    def rewind(self, step: int) -> list[str]:
-        """Remove the lines after `step`, which a resumed run writes again. Returns what is wrong with the others.
-
-        A damaged line before the last line of `step` stays as it is.
-        """
-        damage: list[str] = []
+    def rewind(self, step: int) -> None:
+        """Remove the lines after `step`, which a resumed run writes again. A damaged line between the others stays as it is."""
         kept: list[bytes] = []
-        damaged_lines: list[bytes] = []
-        steps = 0
+        damaged: list[bytes] = []
         for line in scan_metrics(self.path, self.run_id):
             if line.row is None:
-                damage.append(line.damage)
-                damaged_lines.append(line.text)
+                damaged.append(line.text)
             elif line.row.step <= step:
-                kept += [*damaged_lines, format_row(line.row, self.run_id).encode()]
-                damaged_lines = []
-                steps += isinstance(line.row, StepRow)
-        if steps < step and not damage:
-            damage = [f"{self.path} has {steps:,} of the {step:,} steps before the checkpoint"]
+                kept += [*damaged, format_row(line.row, self.run_id).encode()]
+                damaged = []
         if self.path.exists():
             write_atomically(self.path, b"".join(kept))
-        return damage
 
     def write(self, row: MetricsRow) -> None:
         """Append one row."""
