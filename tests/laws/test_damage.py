@@ -20,18 +20,23 @@ from typing import Any
 import pytest
 
 from postgrad.commands.compare import compare_runs
+from postgrad.commands.evaluate import evaluate
 from postgrad.commands.lineage import trace_lineage
 from postgrad.commands.load_model import load_model
 from postgrad.commands.pages import write_page
 from postgrad.config.stage_file import parse_stage
+from postgrad.data.tokens import store as store_module
 from postgrad.errors import PostgradError
+from postgrad.lineage import metrics
 from postgrad.lineage.record import read_record, write_record
 from postgrad.lineage.saved_plan import read_plan, write_plan
 from postgrad.plan.plan import Plan, make_plan
 from postgrad.reports.pages.rewrite_report import rewrite_report
 from postgrad.run.events import RunFinished
 from postgrad.run.run import run_stage
-from tests.tiny_lineage import LineageRuns
+from postgrad.storage import array_files, checked_files, verification
+from postgrad.storage.fingerprint import model_fingerprint
+from tests.tiny_lineage import LineageRuns, tiny_stage
 
 MODELS_OF = {"model/config.json", "model/model.safetensors", "model/tokenizer.json", "model/manifest.json"}
 RUN_FILES = [
@@ -194,3 +199,118 @@ def test_all_damage_to_a_run_is_found_or_without_effect(sweep: Sweep) -> None:
     tried = cases(10**6, 0)
     assert len([case for case in tried if case[3] == "flip"]) >= 200
     assert failures(sweep, tried) == []
+
+
+# --- mutants: without a guard the same damage is not found ---
+
+
+def patched(monkeypatch: pytest.MonkeyPatch, guard: str) -> None:
+    """Take one guard away."""
+    match guard:
+        case "checksums":
+            for module in (checked_files, metrics):
+                monkeypatch.setattr(module, "find_damage", lambda document, owner="": "")
+        case "verification":
+            monkeypatch.setattr(verification, "verify_files", lambda folder, entries, cache: None)
+        case "owners":
+            monkeypatch.setattr(array_files, "find_other_owner", lambda own, owner: "")
+
+
+MUTANTS: dict[str, list[tuple[str, str, str, str, int]]] = {
+    "checksums": [("record", "replay", "record.json", "flip", n) for n in range(20)],
+    "verification": [("load", "replay", "model/model.safetensors", "flip", n) for n in range(3)],
+    "owners": [("compare", "replay", "scores/after.npz", "swapped", 0)],
+}
+
+
+@pytest.mark.parametrize("guard", MUTANTS)
+def test_without_a_guard_damage_is_not_found(sweep: Sweep, guard: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = MUTANTS[guard]
+    assert failures(sweep, tried) == []
+    patched(monkeypatch, guard)
+    assert failures(sweep, tried)
+
+
+# --- caches ---
+
+
+@dataclass
+class CacheSweep:
+    """Work that fills a cache of every kind and reads it again."""
+
+    base: Path
+    home: Path
+
+    @property
+    def cache(self) -> Path:
+        return self.home / "cache"
+
+    def work(self) -> str:
+        """What follows from the files of the cache: a plan with a new model, and scores."""
+        source = {"name": "new", "path": str(self.base / "new.jsonl"), "select": [{"kind": "duplicates"}]}
+        raw = tiny_stage(self.base, self.home / "run", data={"sequence_length": 32, "sources": [source]})
+        raw["model"] = {"from_scratch": "llama-100k", "tokenizer": {"vocab_size": 300}}
+        plan = make_plan(parse_stage(raw, "test"), self.home, self.cache)
+        store = plan.data.sources[0].store
+        tokens = [store.read(i).tolist() for i in range(len(store))]
+        scores = evaluate(str(self.base / "base"), [str(self.base / "old-heldout.jsonl")], cache=self.cache)
+        start = plan.model.start.folder
+        assert start is not None
+        facts = [plan.fingerprints(), plan.as_record().as_json(), model_fingerprint(start), tokens, plan.notes]
+        overlaps = {name: each.as_json() for name, each in plan.data.overlaps.items()}
+        return json.dumps([facts, overlaps, scores.as_dict()])
+
+    def files(self) -> list[Path]:
+        return sorted(p for p in self.cache.rglob("*") if p.is_file() and "locks" not in p.parts)
+
+
+def try_cache_damage(sweep: CacheSweep, path: Path, kind: str, undamaged: str) -> str:
+    content = path.read_bytes()
+    neighbours = [p for p in sweep.files() if p.suffix == path.suffix and p != path]
+    changed = DAMAGES[kind](content, random.Random(f"{kind} {path.name}"), (neighbours or [path])[0])
+    path.unlink()
+    if changed is not None:
+        path.write_bytes(changed)
+    try:
+        return "" if sweep.work() == undamaged else "another result"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def cache_sweep(base: Path, tmp_path_factory: pytest.TempPathFactory) -> CacheSweep:
+    return CacheSweep(base, tmp_path_factory.mktemp("cached"))
+
+
+def cache_failures(sweep: CacheSweep, kinds: list[str], every: int = 1) -> list[str]:
+    undamaged = sweep.work()
+    assert sweep.work() == undamaged
+    found = {"stores", "selection", "contamination", "vocabularies", "fresh", "scores", "hashes.json"}
+    assert found <= {path.name for path in sweep.cache.iterdir()}
+    tried = list(product(sweep.files(), kinds))[::every]
+    problems = [(path, kind, try_cache_damage(sweep, path, kind, undamaged)) for path, kind in tried]
+    return [f"{path.relative_to(sweep.cache)} {kind}: {problem}" for path, kind, problem in problems if problem]
+
+
+def test_damage_to_a_cache_changes_nothing(cache_sweep: CacheSweep) -> None:
+    assert cache_failures(cache_sweep, list(DAMAGES), every=11) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_no_damage_to_a_cache_changes_anything(cache_sweep: CacheSweep) -> None:
+    assert cache_failures(cache_sweep, list(DAMAGES)) == []
+
+
+def test_a_cache_that_is_not_verified_gives_another_result(
+    cache_sweep: CacheSweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undamaged = cache_sweep.work()
+    tokens = next(path for path in cache_sweep.files() if path.name == "tokens.bin")
+    monkeypatch.setattr(store_module, "verify_files", lambda folder, entries, cache: None)
+    assert try_cache_damage(cache_sweep, tokens, "swapped", undamaged) or try_cache_damage(
+        cache_sweep, tokens, "flip", undamaged
+    )
