@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import torch
-import yaml
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -137,7 +136,7 @@ def blend(
     run, out = Path(run), Path(out) if out else None
     _check_options(weights, granularity, weight, max_forgetting, out)
     record = read_record(run)
-    stage = parse_recorded_stage(yaml.safe_load(record.stage_yaml or ""), record.name)
+    stage = parse_recorded_stage(record.stage, record.name)
     plan = make_plan(stage, Path(record.stage_folder or "."), cache or cache_folder())
     sets = list(plan.evaluation.scored_sets)
     if not any(h.role == "retained" for h in sets):

@@ -214,7 +214,7 @@ def _check_comparable(run: Path, record: Record, first_run: Path, first: Record)
             hint=on_text,
         )
     for name in record.changes.keys() & first.changes.keys():
-        if record.fingerprints.sets[name] != first.fingerprints.sets[name]:
+        if record.set_fingerprint(name) != first.set_fingerprint(name):
             raise StageError(f"the held-out set '{name}' of {run} differs from that of {first_run}", where="compare")
 
 

@@ -12,6 +12,7 @@ import yaml
 from transformers import AutoConfig
 
 from postgrad.commands.results import Result
+from postgrad.config.stage_file import parse_recorded_stage
 from postgrad.data.read.documents import read_documents
 from postgrad.data.read.files import RawSource as Files
 from postgrad.data.tokens.tokenize import build_store
@@ -145,7 +146,7 @@ def _suggested_rates(start: ModelLocation, model: str) -> tuple[str, str, str]:
     if start.run is not None and (start.run / RECORD).exists():
         record = read_record(start.run)
         curve = [rate for _, rate in record.schedule_curve]
-        if curve and record.stage["tuning"]["kind"] == "full":
+        if curve and parse_recorded_stage(record.stage, record.name).tuning.kind == "full":
             peak, floor = (f"{rate:.1e}".replace("e-0", "e-") for rate in (max(curve), max(curve) / 10))
             return peak, floor, f"that of {model}; {comment}"
     return "2.0e-5", "2.0e-6", comment

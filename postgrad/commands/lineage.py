@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import yaml
-
 from postgrad.commands.score_files import DEFAULT_CONTEXT, score_model
 from postgrad.config.stage_file import parse_recorded_stage
 from postgrad.evaluation.held_out import HeldOutSet
@@ -43,18 +41,16 @@ def _load_first_start(record: Record, cache: Path) -> ModelLocation:
     folder = Path(record.stage_folder or ".")
     if record.model.new_model is None:
         return locate_model(record.model.source or record.model.start_model, folder)
-    return resolve_start_model(
-        parse_recorded_stage(yaml.safe_load(record.stage_yaml or ""), record.name), folder, cache
-    )
+    return resolve_start_model(parse_recorded_stage(record.stage, record.name), folder, cache)
 
 
 def _load_stage_sets(stages: Stages, key: str, cache: Path) -> dict[str, HeldOutSet]:
     """The held-out sets of the stage whose record has `key`, read again."""
     for _, record in stages:
         if any(set_key(record, name) == key for name in record.changes):
-            raw = yaml.safe_load(record.stage_yaml or "")
-            raw["evaluation"]["tasks"] = []  # their files may have moved, and the matrix has no column for them
-            stage = parse_recorded_stage(raw, record.name)
+            stage = parse_recorded_stage(record.stage, record.name)
+            # The files of tasks may have moved, and the matrix has no column for them.
+            stage = stage.model_copy(update={"evaluation": stage.evaluation.model_copy(update={"tasks": []})})
             plan = make_plan(stage, Path(record.stage_folder or "."), cache)
             return {f"{h.name}:{h.fingerprint}": h for h in plan.evaluation.sets}
     return {}

@@ -584,6 +584,17 @@ class Record(RecordPart):
         """Whether the model predicts labels."""
         return self.model.task in ("classify", "tag")
 
+    def set_fingerprint(self, name: str) -> str:
+        """The fingerprint of a held-out set. Raises `StageError` when the record lacks it."""
+        found = self.fingerprints.sets.get(name)
+        if found is None:
+            raise StageError(
+                f"the record of {self.name} has no fingerprint of the set {name}",
+                where="fingerprints.sets",
+                hint=f"restore {RECORD} from a backup, or {_DAMAGED_RECORD_HINT}",
+            )
+        return found
+
     def changes_with_role(self, role: str) -> dict[str, SetChange]:
         """The changes of the held-out sets of one role."""
         return {name: change for name, change in self.changes.items() if change.role == role}

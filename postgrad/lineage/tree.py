@@ -92,7 +92,7 @@ def _columns(stages: Stages) -> tuple[dict[str, str], dict[str, int]]:
     learned_at: dict[str, int] = {}
     for i, (_, record) in enumerate(stages, start=1):
         for name, change in _comparable_changes(record).items():
-            key = columns.setdefault(record.fingerprints.sets[name], set_key(record, name))
+            key = columns.setdefault(record.set_fingerprint(name), set_key(record, name))
             if not learned_at.setdefault(key, 0) and change.role == "learned":
                 learned_at[key] = i
     return columns, learned_at
@@ -106,9 +106,9 @@ def _recorded_losses(stages: Stages, columns: dict[str, str], keys: list[str]) -
         if record.model.context_length != context_length:
             continue
         for name in _comparable_changes(record):
-            j = keys.index(columns[record.fingerprints.sets[name]])
-            losses[i - 1, j] = record.scores.before[name].nats
-            losses[i, j] = record.scores.after[name].nats
+            j = keys.index(columns[record.set_fingerprint(name)])
+            for row, scores in ((i - 1, record.scores.before), (i, record.scores.after)):
+                losses[row, j] = scores[name].nats if name in scores else np.nan
     return losses
 
 
@@ -147,4 +147,4 @@ def _comparable_changes(record: Record) -> dict[str, SetChange]:
 
 def set_key(record: Record, name: str) -> str:
     """`name:fingerprint` of a held-out set of a run."""
-    return f"{name}:{record.fingerprints.sets[name]}"
+    return f"{name}:{record.set_fingerprint(name)}"

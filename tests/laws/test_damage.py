@@ -102,10 +102,11 @@ class Sweep:
         return json.dumps([digest.hexdigest(), ids, loaded.model.config.to_diff_dict()], default=str)
 
     def train(self, run: Path) -> str:
-        """Repeat the command of a finished run."""
+        """Repeat the command of a finished run; without a record it measures the model again."""
         last = list(run_stage(self.plan(self.stage), command="t", cache=self.runs.cache))[-1]
-        assert isinstance(last, RunFinished) and last.already_complete
-        return json.dumps(last.record.as_json())
+        assert isinstance(last, RunFinished)
+        found = last.record.as_json()
+        return json.dumps([found[key] for key in ("id", "status", "fingerprints", "token_ledger", "scores", "changes")])
 
     def child(self, run: Path) -> str:
         """Plan a stage that starts from the run and replays what it has seen."""
@@ -133,12 +134,18 @@ class Sweep:
         changed = DAMAGES[kind](content, random.Random(f"{kind} {file} {seed}"), other)
         if changed == content:
             return ""
+        saved = self.runs.folder / "saved"
         try:
+            if command == "train":  # which writes
+                shutil.copytree(run, saved)
             path.unlink()
             if changed is not None:
                 path.write_bytes(changed)
             return self.judge(key, lambda: self.outcome(command, run), run)
         finally:
+            if command == "train":
+                shutil.rmtree(run)
+                saved.rename(run)
             path.write_bytes(content)
 
     def judge(self, key: str, command: Callable[[], str], run: Path) -> str:

@@ -112,7 +112,7 @@ def test_what_is_no_run_is_told_with_one_that_is(tmp_path: Path) -> None:
     with pytest.raises(StageError, match=r"not a run folder[\s\S]*such as .*one"):
         read_lineage(tmp_path / "model")
     (tmp_path / "one" / "record.json").write_text("{")
-    with pytest.raises(StageError, match=r"record\.json: not JSON"):
+    with pytest.raises(StageError, match=r"record\.json: broken JSON"):
         read_lineage(tmp_path / "one")
     (tmp_path / "one" / "record.json").write_text(json.dumps({"format": 99}))
     with pytest.raises(StageError, match=r"record format 99[\s\S]*expected: 2[\s\S]*upgrade postgrad"):

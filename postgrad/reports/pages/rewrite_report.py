@@ -29,10 +29,10 @@ def rewrite_report(run_folder: Path) -> Path:
 def _unfinished_record(run_folder: Path) -> Record:
     """The record of a run that has not written one yet, from its plan."""
     saved = read_plan(run_folder)
-    start = saved.start_model or saved.stage["model"]
+    start = saved.start_model or saved.stage.get("model", "")
     return Record(
         id=saved.id,
-        name=saved.stage["name"],
+        name=str(saved.stage.get("name", run_folder.name)),
         status="running",
         created=saved.created,
         stage=saved.stage,

@@ -22,8 +22,8 @@ from postgrad.reports.html.verdicts import tone_of, verdict_of
 from postgrad.reports.sections.curves import Curves
 from postgrad.reports.sections.held_out_tables import loss_unit, main_metric, set_names
 
-_CONTAMINATION_WARNING_SHARE = 0.01
-"""Share of held-out documents that may overlap with the training text before the page warns."""
+_CONTAMINATION_WARNING_PARTS = 100
+"""The page warns when more than one in so many held-out documents overlaps with the training text."""
 _VERBS = {"learnt": "Learned", "kept": "Kept", "forgot": "Forgot"}
 _SETS_PER_ROLE = 3
 _DAMAGE_SHOWN = 3
@@ -188,7 +188,7 @@ def _gate_notices(record: Record) -> list[tuple[str, str]]:
 def _contamination_notices(record: Record) -> list[tuple[str, str]]:
     notices = []
     for name, overlap in record.contamination.items():
-        if overlap.duplicates or overlap.half_overlap > _CONTAMINATION_WARNING_SHARE * overlap.documents:
+        if overlap.duplicates or overlap.half_overlap * _CONTAMINATION_WARNING_PARTS > overlap.documents:
             text = (
                 f"<b>The training data contains held-out text.</b> {bold_name(name)}: {format_count(overlap.duplicates)} of"
                 f" {format_count(overlap.documents)} documents are duplicates, {format_count(overlap.half_overlap)} share at"
