@@ -97,6 +97,23 @@ def test_a_parent_that_was_replaced_is_refused(tmp_path: Path) -> None:
         read_lineage(last)
 
 
+def test_a_parent_with_another_model_is_refused(tmp_path: Path) -> None:
+    last = three(tmp_path)
+    for place, model in (("one", "m1"), ("two", "m2")):
+        record = read_record(tmp_path / place)
+        record.fingerprints.model = model
+        write_record(tmp_path / place, record)
+    child = read_record(last)
+    write_record(
+        last, child.model_copy(update={"parents": [child.parents[0].model_copy(update={"fingerprint": "m2"})]})
+    )
+    assert len(read_lineage(last)) == 3
+    record.fingerprints.model = "another"
+    write_record(tmp_path / "two", record)
+    with pytest.raises(StageError, match=r"two is no longer the one that three started from[\s\S]*m2, not another"):
+        read_lineage(last)
+
+
 def test_a_circle_is_refused(tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     run(one, {})
