@@ -22,6 +22,9 @@ from small_llama import make_llama
 
 from postgrad.data.tokens.store import ShardWriter, TokenStore, publish_shard, publish_store
 from postgrad.hardware import machine
+from postgrad.models.location import ModelLocation
+from postgrad.models.pretrained import load_pretrained
+from postgrad.models.task import Task
 from postgrad.storage import verification
 from postgrad.storage.atomic import publish_folder
 
@@ -76,7 +79,7 @@ def main() -> None:
         numbers = np.random.default_rng(1).integers(0, len(store), options.batch)
 
         def read() -> None:
-            type(model).from_pretrained(folder / "model")
+            load_pretrained(ModelLocation("model", folder / "model"), Task.CAUSAL)
             opened = TokenStore.open(store.path)
             np.concatenate([opened.read(int(i)) for i in numbers]).sum()
 

@@ -590,7 +590,7 @@ class Record(RecordPart):
         if found is None:
             raise StageError(
                 f"the record of {self.name} has no fingerprint of the set {name}",
-                where="fingerprints.sets",
+                where=f"{RECORD}: fingerprints.sets",
                 hint=f"restore {RECORD} from a backup, or {_DAMAGED_RECORD_HINT}",
             )
         return found

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
-from typing_extensions import TypedDict
 
 from postgrad.distributed.world import World
 from postgrad.errors import DataError
@@ -132,13 +131,6 @@ def _group_by_seed(answers: Sequence[str], items: int) -> tuple[tuple[str, ...],
 # --- files -----------------------------------------------------------------------------------------
 
 
-class _StoredAnswers(TypedDict):
-    """The answers to a task in a file."""
-
-    said: list[list[str]]
-    references: list[list[str]]
-
-
 def write_answers(path: Path, answers: Mapping[str, TaskPredictions], owner: str = "") -> None:
     """Write all answers with their references, as JSON; `owner`: the run's id."""
     content = {name: {"said": each.predictions_KI, "references": each.references_I} for name, each in answers.items()}
@@ -155,16 +147,19 @@ def read_answers(path: Path, owner: str = "") -> AllAnswers:
     )
     try:
         # Files of earlier versions have no key around the tasks.
-        stored = TypeAdapter(dict[str, _StoredAnswers]).validate_python(raw.get(_ANSWERS, raw))
-    except ValidationError as error:
-        where = ".".join(str(part) for part in error.errors()[0]["loc"])
-        raise DataError(f"{where}: {error.errors()[0]['msg']}", where=str(path), hint=hint) from None
-    answers: AllAnswers = {}
-    for name, each in stored.items():
-        if any(len(said) != len(each["references"]) for said in each["said"]):
-            raise DataError(f"{name}: an answer without a reference", where=str(path), hint=hint)
-        answers[name] = TaskPredictions(tuple(map(tuple, each["said"])), tuple(map(tuple, each["references"])))
-    return answers
+        stored = TypeAdapter(dict[str, dict[str, list[list[str]]]]).validate_python(raw.get(_ANSWERS, raw))
+        return {name: _parse_answers(each) for name, each in stored.items()}
+    except (ValidationError, KeyError, ValueError) as error:
+        problem = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        raise DataError(f"these are no answers ({problem})", where=str(path), hint=hint) from None
+
+
+def _parse_answers(stored: Mapping[str, list[list[str]]]) -> TaskPredictions:
+    """Raises `KeyError` or `ValueError` for anything else than answers and their references."""
+    predictions_KI, references_I = stored["said"], stored["references"]
+    if any(len(predictions_I) != len(references_I) for predictions_I in predictions_KI):
+        raise ValueError("an answer without a reference")
+    return TaskPredictions(tuple(map(tuple, predictions_KI)), tuple(map(tuple, references_I)))
 
 
 def _read_cached_answers(path: Path, key: str) -> TaskPredictions | None:

@@ -98,21 +98,21 @@ def read_manifest(folder: Path) -> Manifest:
 def check_size(path: Path, entry: FileEntry) -> os.stat_result:
     """The status of a listed file. Raises `CheckpointError` when it is missing or has another size."""
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError:
-        found = None
-    if found is None or not stat.S_ISREG(found.st_mode):
+        status = None
+    if status is None or not stat.S_ISREG(status.st_mode):
         raise CheckpointError("the file is missing", where=str(path))
-    if found.st_size != entry["size"]:
+    if status.st_size != entry["size"]:
         raise CheckpointError(
-            f"the file has {found.st_size:,} bytes", where=str(path), expected=f"{entry['size']:,} bytes"
+            f"the file has {status.st_size:,} bytes", where=str(path), expected=f"{entry['size']:,} bytes"
         )
-    return found
+    return status
 
 
-def check_sha256(path: Path, found: str, entry: FileEntry) -> None:
+def check_sha256(path: Path, digest: str, entry: FileEntry) -> None:
     """Raise `CheckpointError` when the sha256 of a file is not the listed one."""
-    if found != entry["sha256"]:
+    if digest != entry["sha256"]:
         raise CheckpointError(
             "the content of the file has changed since it was written",
             where=str(path),

@@ -17,7 +17,7 @@ from typing import Any
 
 from postgrad.errors import PostgradError
 from postgrad.storage.atomic import write_atomically
-from postgrad.storage.read_json import MAX_BYTES, Value, parse_json, read_json
+from postgrad.storage.read_json import MAX_BYTES, Value, parse_json, read_file, validate_json
 
 CHECKSUM = "checksum"
 OWNER_LENGTH = 8
@@ -58,12 +58,13 @@ def read_checked_json(
 
     Raises `error` for one that is missing, unreadable, changed, or another owner's.
     """
-    document: dict[str, Any] = read_json(path, dict[str, Any], error=error, hint=hint, max_bytes=max_bytes)
+    data, where = read_file(path, max_bytes, error=error, hint=hint), str(path)
+    document: dict[str, Any] = parse_json(data, dict[str, Any], where=where, error=error, hint=hint)
     if problem := find_damage(document, owner):
         edited = f"for a file that you edited, remove its key `{CHECKSUM}`"
-        raise error(problem, where=str(path), hint=f"{hint}; {edited}" if hint else edited)
+        raise error(problem, where=where, hint=f"{hint}; {edited}" if hint else edited)
     document.pop(CHECKSUM, None)
-    return parse_json(json.dumps(document).encode(), kind, where=str(path), error=error, hint=hint)
+    return validate_json(json.dumps(document), kind, where=where, error=error, hint=hint)
 
 
 def read_cached_json(path: Path, kind: type[Value], owner: str = "") -> Value | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from postgrad.config.stage_file import dump_stage
 from postgrad.errors import StageError
 from postgrad.lineage.metrics import read_run_metrics
-from postgrad.lineage.record import PLAN, RECORD, Fingerprints, ModelSummary, Record, read_record
+from postgrad.lineage.record import PLAN, RECORD, Fingerprints, ModelSummary, Record, read_record, validate_part
 from postgrad.lineage.saved_plan import read_plan
 from postgrad.reports.html import document
 from postgrad.reports.pages import run_page
@@ -38,7 +38,7 @@ def _unfinished_record(run_folder: Path) -> Record:
         stage=saved.stage,
         stage_yaml=dump_stage(saved.stage),
         model=ModelSummary(start_model=str(start)),
-        fingerprints=Fingerprints.model_validate(saved.fingerprints),
+        fingerprints=validate_part(Fingerprints, saved.fingerprints, str(run_folder / PLAN)),
         execution=saved.execution,
         plan=saved.plan,
     )
