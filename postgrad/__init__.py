@@ -81,6 +81,7 @@ if TYPE_CHECKING:
     from postgrad.run.events import RunStarted as RunStarted
     from postgrad.run.events import RunStopped as RunStopped
     from postgrad.run.events import StepCompleted as StepCompleted
+    from postgrad.run.events import StepSkipped as StepSkipped
     from postgrad.run.events import WarningMessage as WarningMessage
     from postgrad.studies.study_results import StudyOutcome as StudyOutcome
     from postgrad.studies.study_results import run_study as run_study
@@ -116,7 +117,7 @@ _NAMES = {
     "plan.plan": ("Plan",),
     "run.events": (
         "CheckpointSaved", "EvaluationCompleted", "InfoMessage", "PhaseStarted", "RunEvent", "RunFinished", "RunStarted",
-        "RunStopped", "StepCompleted", "WarningMessage",
+        "RunStopped", "StepCompleted", "StepSkipped", "WarningMessage",
     ),
     "studies.study_results": ("StudyOutcome", "run_study"),
 }  # fmt: skip

@@ -11,7 +11,9 @@
     ├── InterruptError       the user interrupted the command
     ├── CheckpointError      a checkpoint that is incomplete or was changed
     ├── DiskError            a full disk, or a folder that cannot be written
-    └── NonFiniteError       a loss or gradient that is not a number
+    ├── OutOfMemoryError     more memory than this machine or accelerator has
+    ├── NonFiniteError       too many steps whose loss or gradient is not finite
+    └── DistributedError     another process of the run that failed, hangs, was killed or reads other files
 
 Each error states the problem, its place, what was expected, and a hint.
 """
@@ -19,15 +21,24 @@ Each error states the problem, its place, what was expected, and a hint.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from postgrad.foreign_text import mask_secrets, visible_text
 
 
 class PostgradError(Exception):
     """A problem with its place (`file:line` or `key.path`), what was expected, and a hint."""
 
     exit_code = 2
+    reported_by: int | None = None
+    """Of several processes, the rank that prints an error which all of them raise; None: each that raises it."""
 
     def __init__(self, problem: str, *, where: str = "", expected: str = "", hint: str = "") -> None:
+        # Names and values in a message come from files.
+        problem, where, expected, hint = (mask_secrets(visible_text(text)) for text in (problem, where, expected, hint))
         self.problem, self.where, self.expected, self.hint = problem, where, expected, hint
         lines = [f"{where}: {problem}" if where else problem]
         if expected:
@@ -35,6 +46,10 @@ class PostgradError(Exception):
         if hint:
             lines.append(f"  hint:     {hint}")
         super().__init__("\n".join(lines))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        parts = {"where": self.where, "expected": self.expected, "hint": self.hint}
+        return partial(type(self), self.problem, **parts), (), {"reported_by": self.reported_by}
 
 
 class StageError(PostgradError):
@@ -83,8 +98,20 @@ class DiskError(PostgradError):
     exit_code = 1
 
 
+class OutOfMemoryError(PostgradError):
+    """More memory than this machine or accelerator has."""
+
+    exit_code = 1
+
+
 class NonFiniteError(PostgradError):
-    """A loss or gradient that is not finite; the weights were not changed."""
+    """Too many steps whose loss or gradient is not finite; these changed no weight."""
+
+    exit_code = 1
+
+
+class DistributedError(PostgradError):
+    """Another process of the run failed, hangs, was killed or reads other files."""
 
     exit_code = 1
 
@@ -95,7 +122,34 @@ def suggest_nearest(word: str, known: Iterable[str]) -> str:
     return f"did you mean '{close[0]}'?" if close else ""
 
 
+def suggest_path(missing: Path) -> str:
+    """A hint for a path that does not exist: a similar name in the nearest existing folder, or the names in it."""
+    parent = missing.parent
+    while not parent.is_dir() and parent != parent.parent:
+        missing, parent = parent, parent.parent
+    try:
+        names = sorted(entry.name for entry in parent.iterdir() if not entry.name.startswith("."))
+    except OSError:
+        return ""
+    return suggest_nearest(missing.name, names) or (
+        f"{parent} has {format_names(names)}" if names else f"{parent} is empty"
+    )
+
+
+def format_names(names: Iterable[str], limit: int = 6) -> str:
+    """The first names, and how many more there are."""
+    listed = list(names)
+    return ", ".join(listed[:limit]) + (f" and {len(listed) - limit} more" if len(listed) > limit else "")
+
+
 def suggest_nearest_or_all(word: str, known: Iterable[str]) -> str:
     """The same hint, or, when no known word is near, all of them."""
     known = list(known)
     return suggest_nearest(word, known) or f"known: {', '.join(known)}"
+
+
+def require_choice(what: str, value: str, choices: Collection[str], *, where: str) -> None:
+    """Raise `StageError` when a value is none of the choices, naming them and the nearest; `what` names the value."""
+    if value not in choices:
+        hint = suggest_nearest(value, choices)
+        raise StageError(f"there is no {what} {value!r}", where=where, expected=", ".join(choices), hint=hint)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,80 +11,27 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import hypothesis
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from postgrad.models.pretrained import save_pretrained
 from tests.tiny_lineage import runs  # noqa: F401 (a fixture)
+from tests.tiny_models import VOCABULARY as VOCABULARY
+from tests.tiny_models import make_llama as make_llama
+from tests.tiny_models import make_tokenizer as make_tokenizer
+from tests.tiny_models import new_text as new_text
+from tests.tiny_models import old_text as old_text
 
 torch.set_num_threads(1)
-
-VOCABULARY = 320
-
-
-def old_text(count: int, seed: int = 0) -> list[str]:
-    """Documents of one kind: short sentences about numbers."""
-    rng = random.Random(seed)
-    words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-    return [
-        " ".join(f"{rng.choice(words)} and {rng.choice(words)}." for _ in range(rng.randint(3, 12)))
-        for _ in range(count)
-    ]
-
-
-def new_text(count: int, seed: int = 1) -> list[str]:
-    """Documents of another kind: assignments."""
-    rng = random.Random(seed)
-
-    def line() -> str:
-        return f"x{rng.randint(0, 9)} = y{rng.randint(0, 9)} * {rng.randint(0, 99)};"
-
-    return ["\n".join(line() for _ in range(rng.randint(2, 9))) for _ in range(count)]
+hypothesis.settings.register_profile("tests", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("tests")
 
 
 def write_jsonl(path: Path, documents: list[str]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))
     return path
-
-
-def make_tokenizer(vocabulary: int = VOCABULARY, *, bos: bool = False) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on the tests' own texts."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|end|>", "<|begin|>"] if bos else ["<|end|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(old_text(50) + new_text(50), trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|end|>", bos_token="<|begin|>" if bos else None
-    )
-
-
-def make_llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
-    """A two-layer Llama with random weights."""
-    torch.manual_seed(seed)
-    config = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "tie_word_embeddings": True,
-        "bos_token_id": None,
-        "eos_token_id": 0,
-        **changes,
-    }
-    return LlamaForCausalLM(LlamaConfig(**config)).eval()
 
 
 @pytest.fixture(scope="session")

@@ -6,21 +6,16 @@ import json
 import os
 import random
 import signal
-import string
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import processors
 from torch import Tensor
 from transformers import (
-    BertConfig,
-    BertForMaskedLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    T5Config,
-    T5ForConditionalGeneration,
 )
 
 from postgrad.config.stage_file import parse_stage
@@ -37,61 +32,20 @@ from postgrad.run.tuned_model import make_tuned_model
 from postgrad.storage.atomic import MANIFEST
 from postgrad.training.loop import train_steps
 from postgrad.training.step import Run
-from tests.conftest import make_llama, make_tokenizer, new_text, old_text, write_jsonl
+from tests.conftest import write_jsonl
+from tests.tiny_models import WORDS as WORDS
+from tests.tiny_models import bert_tokenizer as bert_tokenizer
+from tests.tiny_models import make_bert as make_bert
+from tests.tiny_models import make_bpe as make_bpe
+from tests.tiny_models import make_llama, make_tokenizer, new_text, old_text
+from tests.tiny_models import make_t5 as make_t5
+from tests.tiny_models import t5_tokenizer as t5_tokenizer
 
 LENGTH = 48
 """Positions in a row."""
-WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "and", "yes", "no", "plus"]
 
 
 # -- tokenizers and models -------------------------------------------------------------------------------------------
-
-
-def bert_tokenizer() -> PreTrainedTokenizerFast:
-    """A WordPiece tokenizer with a vocabulary written by hand; `[CLS] x [SEP]`, `[CLS] x [SEP] y [SEP]`."""
-    letters = [c for c in string.printable if not c.isspace()]
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters), *WORDS]
-    tokenizer = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        mask_token="[MASK]",
-        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
-    )
-
-
-def make_bpe(special: list[str], vocabulary: int = 320) -> Tokenizer:
-    """A byte-level BPE tokenizer trained on the tests' own texts, with its special tokens first."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(old_text(50) + new_text(50), trainer)
-    return tokenizer
-
-
-def t5_tokenizer(sentinels: int = 20) -> PreTrainedTokenizerFast:
-    """A tokenizer that ends a text with `</s>` and has sentinels; `x </s>`, `x </s> y </s>`."""
-    tokenizer = make_bpe(["<pad>", "</s>", *(f"<extra_id_{i}>" for i in range(sentinels))])
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
 
 
 def roberta_tokenizer() -> PreTrainedTokenizerFast:
@@ -118,40 +72,6 @@ def bos_tokenizer() -> PreTrainedTokenizerFast:
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 0)]
     )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
-
-
-def make_bert(vocabulary: int, seed: int = 0) -> BertForMaskedLM:
-    """A two-layer BERT with random weights, without dropout."""
-    torch.manual_seed(seed)
-    config = BertConfig(
-        vocab_size=vocabulary,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    return BertForMaskedLM(config).eval()
-
-
-def make_t5(vocabulary: int, seed: int = 0) -> T5ForConditionalGeneration:
-    """A T5 of two and two layers with random weights, without dropout."""
-    torch.manual_seed(seed)
-    config = T5Config(
-        vocab_size=vocabulary,
-        d_model=32,
-        d_kv=8,
-        d_ff=64,
-        num_layers=2,
-        num_heads=4,
-        dropout_rate=0.0,
-        decoder_start_token_id=0,
-        pad_token_id=0,
-        eos_token_id=1,
-    )
-    return T5ForConditionalGeneration(config).eval()
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> Path:

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.sparse import csr_array
 
-from postgrad.data.filter.ngrams import FEATURE_COUNT, WORD_PATTERN, count_buckets, hash_ngrams
+from postgrad.data.filter.ngrams import FEATURE_COUNT, count_buckets, hash_ngrams
+from postgrad.data.words import match_words_and_signs, split_spaces
 from postgrad.errors import DataError
 from postgrad.stats.bootstrap import percentile_interval, ratio_interval, resample_counts
 
@@ -62,7 +63,7 @@ def make_passages(documents: Sequence[str], name: str) -> Passages:
     rest, taken = "", list[str]()
     for number, document in enumerate(documents):
         begin = 0
-        for word in WORD_PATTERN.finditer(document):
+        for word in match_words_and_signs(document):
             taken.append(word.group())
             if len(taken) == PASSAGE_WORDS:
                 texts.append(rest + document[begin : word.end()])
@@ -252,7 +253,7 @@ def fertility(
     texts = [document[:20_000] for document in documents[:max_documents]]
     ids = encode(texts)
     tokens = max(1, sum(map(len, ids)))
-    words = max(1, sum(len(text.split()) for text in texts))
+    words = max(1, sum(len(split_spaces(text)) for text in texts))
     bytes_ = sum(len(text.encode()) for text in texts)
     strange = set(unknown)
     return Fertility(tokens / words, bytes_ / tokens, sum(i in strange for row in ids for i in row) / tokens)

@@ -14,13 +14,14 @@ from postgrad.check.teacher_cost import check_teachers
 from postgrad.distributed.world import World
 from postgrad.hardware import machine
 from postgrad.hardware.execution import Execution, get_model_dimensions
-from postgrad.hardware.memory import MemoryEstimate, estimate_memory, format_bytes
+from postgrad.hardware.memory import MemoryEstimate, estimate_memory, format_bytes, memory_errors
 from postgrad.models.model import verify_model
 from postgrad.models.task import Task
 from postgrad.optim import lr_schedules
 from postgrad.plan.plan import Plan
 from postgrad.reports.html.notation import format_duration
 from postgrad.run.build import choose_execution, make_loader
+from postgrad.run.memory_hints import training_hint
 from postgrad.run.relearning import relearning_notes
 from postgrad.run.task_scores import sharding_notes
 from postgrad.run.tuned_model import ParameterCounts, TunedModel, make_tuned_model
@@ -32,6 +33,11 @@ def check_stage(plan: Plan, *, cache: Path, show: int = 0) -> dict[str, Any]:
 
     `show`: number of rows of each source under `shown`, as the model sees them.
     """
+    with memory_errors("check", training_hint(plan)):
+        return _check_stage(plan, cache, show)
+
+
+def _check_stage(plan: Plan, cache: Path, show: int) -> dict[str, Any]:
     machine.tune_allocator()
     world = World(machine.default_device())
     subject = make_tuned_model(plan, world)

@@ -17,6 +17,7 @@ from postgrad.config.objectives import (
 )
 from postgrad.data.problem_type import ProblemType
 from postgrad.data.read.documents import detect_source_columns
+from postgrad.data.read.files import format_names
 from postgrad.data.read.labels import Labels
 from postgrad.data.read.row_kinds import RUNNING_TEXT_KINDS
 from postgrad.data.render.chat import ChatRenderer
@@ -25,8 +26,8 @@ from postgrad.data.render.renderer import Renderer
 from postgrad.data.render.renderers import ClassRenderer, PlainRenderer, TagRenderer
 from postgrad.data.tokens.source_files import read_all_labels
 from postgrad.errors import DataError
+from postgrad.foreign_text import plain_text
 from postgrad.plan.sources import ResolvedSource
-from postgrad.reports.html.notation import plain_text
 
 _MAX_LABEL_NAMES = 6
 
@@ -52,8 +53,16 @@ def _describe_rows(source: ResolvedSource, cache: Path) -> str:
     details = [
         f"column{'s' * (len(columns.required) > 1)} {', '.join(columns.required)}",
         *_describe_labels(source, kind, cache),
+        *_describe_unused(source),
     ]
     return f"{count:,} rows of kind {kind} ({'; '.join(details)})"
+
+
+def _describe_unused(source: ResolvedSource) -> list[str]:
+    """The columns that nothing reads, each with its rows."""
+    unused = source.store.unused
+    listed = [f"{plain_text(name, 40)} ({count:,} rows)" for name, count in unused.items()]
+    return [f"not read: {format_names(listed, 12)}"] if listed else []
 
 
 def _describe_labels(source: ResolvedSource, kind: str, cache: Path) -> list[str]:

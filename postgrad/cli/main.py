@@ -15,6 +15,8 @@ import typer
 
 from postgrad.cli import measure_verbs, model_verbs, stage_verbs
 from postgrad.cli.options import Verb
+from postgrad.cli.streams import lasting_streams, stop_on_signals
+from postgrad.cli.terminal import guard_streams
 from postgrad.errors import PostgradError
 from postgrad.version import __version__
 
@@ -60,26 +62,45 @@ def _global_options(version: Annotated[bool, typer.Option("--version", help="Pri
 
 def main() -> None:
     """Run the command line; errors of postgrad are printed without a traceback."""
-    _run_guarded(app)
+    with stop_on_signals(), lasting_streams() as output_error:
+        try:
+            _run_guarded(app)
+        finally:
+            if error := output_error():
+                print(f"error: standard output: {error.strerror}; the result is incomplete", file=sys.stderr)
+                raise SystemExit(1)
 
 
 def _run_guarded(run: Callable[[], object]) -> None:
     try:
         run()
     except PostgradError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if error.reported_by in (None, int(os.environ.get("RANK", "0"))):
+            _print_error(f"error: {error}")
         raise SystemExit(error.exit_code) from None
     except SystemExit as ended:
         if ended.code == 130:  # typer's exit code for Ctrl-C
             print("stopped", file=sys.stderr)
             raise SystemExit(3) from None
         raise
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (MemoryError, RuntimeError) as error:
+        from postgrad.hardware.memory import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        detail = (str(error).strip().splitlines() or ["no detail"])[0]
+        print(
+            f"error: out of memory: {detail}\n  hint:     a smaller model or batch, or shorter texts", file=sys.stderr
+        )
         raise SystemExit(1) from None
     except OSError as error:  # a file that vanished, or that may not be read
-        print(f"error: {error.filename or 'the system'}: {error.strerror or error}", file=sys.stderr)
+        _print_error(f"error: {error.filename or 'the system'}: {error.strerror or error}")
         raise SystemExit(1) from None
+
+
+def _print_error(text: str) -> None:
+    with guard_streams():
+        print(text, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -25,21 +25,19 @@ from postgrad.errors import InterruptError, StageError
 
 def evaluate(
     model: ModelArgument,
-    files: Annotated[list[str] | None, typer.Argument(help="Text to score.", show_default=False)] = None,
+    files: Annotated[list[str] | None, typer.Argument(help="Text to score.")] = None,
     tasks: Tasks = None,
     shots: Annotated[
         int | None,
-        typer.Option(min=0, help="With --tasks or --harness: demonstrations before each question.", show_default=False),
+        typer.Option(min=0, help="With --tasks or --harness: demonstrations before each question."),
     ] = None,
-    harness: Annotated[
-        str | None, typer.Option(help="Tasks of lm-eval, with commas between them.", show_default=False)
-    ] = None,
+    harness: Annotated[str | None, typer.Option(help="Tasks of lm-eval, with commas between them.")] = None,
     harness_include: Annotated[
         Path | None,
-        typer.Option(help="With --harness: a folder of your own task files for lm-eval.", show_default=False),
+        typer.Option(help="With --harness: a folder of your own task files for lm-eval."),
     ] = None,
     harness_limit: Annotated[
-        int | None, typer.Option(min=1, help="With --harness: items of each task, at most.", show_default=False)
+        int | None, typer.Option(min=1, help="With --harness: items of each task, at most.")
     ] = None,
     context: Context = None,
     document_unit: DocumentUnit = "auto",
@@ -89,12 +87,10 @@ def evaluate(
 
 
 def compare(
-    models: Annotated[
-        list[str], typer.Argument(help="Runs of one start model, or any models (with --text).", show_default=False)
-    ],
+    models: Annotated[list[str], typer.Argument(help="Runs of one start model, or any models (with --text).")],
     text: Annotated[
         list[str] | None,
-        typer.Option(help="Text to compare on. Default: the held-out sets of the runs.", show_default=False),
+        typer.Option(help="Text to compare on. Default: the held-out sets of the runs."),
     ] = None,
     tasks: Tasks = None,
     report: Report = None,
@@ -121,12 +117,12 @@ def compare(
 
 
 def shift(
-    model: Annotated[str, typer.Option(help="The model: a folder, run, checkpoint or Hub name.", show_default=False)],
+    model: Annotated[str, typer.Option(help="The model: a folder, run, checkpoint or Hub name.")],
     old: Annotated[
         list[str],
-        typer.Option(help="Text the model was trained on, or its own; may be repeated.", show_default=False),
+        typer.Option(help="Text the model was trained on, or its own; may be repeated."),
     ],
-    new: Annotated[list[str], typer.Option(help="Text to train on; may be repeated.", show_default=False)],
+    new: Annotated[list[str], typer.Option(help="Text to train on; may be repeated.")],
     context: Context = None,
     report: Report = None,
     base: Base = None,
@@ -145,11 +141,11 @@ def shift(
 
 def probe(
     model: ModelArgument,
-    train: Annotated[str, typer.Argument(help="Labelled texts or tagged words to train on.", show_default=False)],
-    test: Annotated[str, typer.Argument(help="The same kind of rows, to test on once.", show_default=False)],
+    train: Annotated[str, typer.Argument(help="Labelled texts or tagged words to train on.")],
+    test: Annotated[str, typer.Argument(help="The same kind of rows, to test on once.")],
     dev: Annotated[
         str | None,
-        typer.Option(help="The same kind of rows, to choose by. Default: a tenth of TRAIN.", show_default=False),
+        typer.Option(help="The same kind of rows, to choose by. Default: a tenth of TRAIN."),
     ] = None,
     kind: Annotated[str, typer.Option(help="Kind of rows: auto, labelled, tagged.")] = "auto",
     pooling: Annotated[
@@ -158,7 +154,7 @@ def probe(
     stack: Annotated[str, typer.Option(help="Of an encoder-decoder: auto, encoder, decoder.")] = "auto",
     context: Annotated[
         int | None,
-        typer.Option(help="Tokens the model reads at once. Default: its own limit, up to 512.", show_default=False),
+        typer.Option(help="Tokens the model reads at once. Default: its own limit, up to 512."),
     ] = None,
     report: Report = None,
     base: Base = None,
@@ -181,7 +177,7 @@ def probe(
 
 
 def lineage(
-    run: Annotated[Path, typer.Argument(help="The last run of the lineage.", show_default=False)],
+    run: Annotated[Path, typer.Argument(help="The last run of the lineage.")],
     report: Report = None,
     as_json: Json = False,
 ) -> None:
@@ -198,8 +194,8 @@ def lineage(
 
 def importance(
     model: ModelArgument,
-    files: Annotated[list[str], typer.Argument(help="Text, or rows of the model's task.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="The file to write (.safetensors).", show_default=False)],
+    files: Annotated[list[str], typer.Argument(help="Text, or rows of the model's task.")],
+    out: Annotated[Path, typer.Option(help="The file to write (.safetensors).")],
     tokens: Annotated[str, typer.Option(help="Labels to measure, such as 100k.")] = "100k",
     kind: Annotated[
         str,
@@ -207,7 +203,7 @@ def importance(
     ] = "fisher",
     accumulate: Annotated[
         Path | None,
-        typer.Option(help="Older importance to add to, after its decay (online EWC).", show_default=False),
+        typer.Option(help="Older importance to add to, after its decay (online EWC)."),
     ] = None,
     decay: Annotated[float, typer.Option(help="Factor of the older importance.")] = 0.9,
     dtype: Annotated[str, typer.Option(help="Dtype of the file: float32 or bfloat16.")] = "float32",

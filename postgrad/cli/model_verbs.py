@@ -17,22 +17,19 @@ def generate(
     model: ModelArgument,
     prompt: Annotated[
         str | None,
-        typer.Option(help="Prompt to continue. Without it: an interactive session.", show_default=False),
+        typer.Option(help="Prompt to continue. Without it: an interactive session."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 100,
     temperature: Annotated[float, typer.Option(help="0 always takes the most likely token.")] = 0.8,
     top_p: Annotated[float, typer.Option(help="Nucleus sampling threshold.")] = 0.95,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
-    compare_with: Annotated[
-        str | None, typer.Option(help="A second model, for the same prompt.", show_default=False)
-    ] = None,
+    compare_with: Annotated[str | None, typer.Option(help="A second model, for the same prompt.")] = None,
     chat: Annotated[
         bool | None,
         typer.Option(
             "--chat/--no-chat",
             help="Answer in the model's chat template, or continue the prompt. Default: continue a --prompt; in an interactive "
             "session answer, if the model has a template.",
-            show_default=False,
         ),
     ] = None,
     base: Base = None,
@@ -58,15 +55,13 @@ def generate(
 
 
 def export(
-    model: Annotated[str, typer.Argument(help="A run, a checkpoint or a model.", show_default=False)],
-    folder: Annotated[
-        Path, typer.Argument(help="The Hugging Face folder to write; must not exist.", show_default=False)
-    ],
+    model: Annotated[str, typer.Argument(help="A run, a checkpoint or a model.")],
+    folder: Annotated[Path, typer.Argument(help="The Hugging Face folder to write; must not exist.")],
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto (as it is stored).")] = "auto",
     base: Base = None,
     merge_with: Annotated[
         list[str] | None,
-        typer.Option(help="Another LoRA run of the same base, RUN=WEIGHT; may be repeated.", show_default=False),
+        typer.Option(help="Another LoRA run of the same base, RUN=WEIGHT; may be repeated."),
     ] = None,
     weight: Annotated[float, typer.Option(help="With --merge-with: the weight of the first run.")] = 1.0,
     method: Annotated[
@@ -74,7 +69,7 @@ def export(
     ] = "cat",
     density: Annotated[
         float | None,
-        typer.Option(help="Fraction of the values that ties, dare and pruning keep.", show_default=False),
+        typer.Option(help="Fraction of the values that ties, dare and pruning keep."),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -88,20 +83,16 @@ def export(
 
 
 def blend(
-    run: Annotated[Path, typer.Argument(help="A finished run.", show_default=False)],
+    run: Annotated[Path, typer.Argument(help="A finished run.")],
     weights: Annotated[str, typer.Option(help="Weights of the trained model.")] = "0,0.2,0.4,0.5,0.6,0.7,0.8,0.9,1",
     granularity: Annotated[str, typer.Option(help="model, or block: also each block alone.")] = "model",
-    average: Annotated[
-        int | None, typer.Option(min=1, help="Blend with the mean of so many last checkpoints.", show_default=False)
-    ] = None,
+    average: Annotated[int | None, typer.Option(min=1, help="Blend with the mean of so many last checkpoints.")] = None,
     max_forgetting: Annotated[
         str | None,
-        typer.Option(help="Choose the most learning within this rise on retained sets, e.g. 1%.", show_default=False),
+        typer.Option(help="Choose the most learning within this rise on retained sets, e.g. 1%."),
     ] = None,
-    weight: Annotated[float | None, typer.Option(help="Choose this weight.", show_default=False)] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Write the chosen model here, a plain folder.", show_default=False)
-    ] = None,
+    weight: Annotated[float | None, typer.Option(help="Choose this weight.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the chosen model here, a plain folder.")] = None,
     report: Report = None,
     as_json: Json = False,
 ) -> None:
@@ -129,16 +120,14 @@ def blend(
 
 
 def grow(
-    model: Annotated[str, typer.Argument(help="A model folder, run or Hub name.", show_default=False)],
-    files: Annotated[list[str], typer.Argument(help="New text, on which tokens are learnt.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="The plain folder to write; must not exist.", show_default=False)],
+    model: Annotated[str, typer.Argument(help="A model folder, run or Hub name.")],
+    files: Annotated[list[str], typer.Argument(help="New text, on which tokens are learnt.")],
+    out: Annotated[Path, typer.Option(help="The plain folder to write; must not exist.")],
     tokens: Annotated[int, typer.Option(help="Tokens to add, at most.")] = 1000,
     head: Annotated[
         str, typer.Option(help="New rows of an untied output head: mean of their pieces, or zero.")
     ] = "mean",
-    old: Annotated[
-        list[str] | None, typer.Option(help="Old text, to verify that it is split as before.", show_default=False)
-    ] = None,
+    old: Annotated[list[str] | None, typer.Option(help="Old text, to verify that it is split as before.")] = None,
     base: Base = None,
     as_json: Json = False,
 ) -> None:
@@ -152,16 +141,13 @@ def grow(
 
 
 def synthesize(
-    model: Annotated[str, typer.Argument(help="The model that generates: the start model.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="The JSONL file to write.", show_default=False)],
+    model: Annotated[str, typer.Argument(help="The model that generates: the start model.")],
+    out: Annotated[Path, typer.Option(help="The JSONL file to write.")],
     tokens: Annotated[str, typer.Option(help="Tokens of accepted text: 500k, 2M.")] = "1M",
     max_tokens: Annotated[int, typer.Option(help="Tokens of a document, at most.")] = 512,
     prompts: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Texts whose first tokens begin the documents; with --chat, rows with example questions.",
-            show_default=False,
-        ),
+        typer.Option(help="Texts whose first tokens begin the documents; with --chat, rows with example questions."),
     ] = None,
     prompt_tokens: Annotated[int, typer.Option(help="With --prompts: tokens taken from each text.")] = 0,
     temperature: Annotated[float, typer.Option(help="Sampling temperature; 1 is the model's own distribution.")] = 1.0,
@@ -173,13 +159,11 @@ def synthesize(
     chat: Annotated[bool, typer.Option("--chat", help="Generate questions and answers, with a chat template.")] = False,
     shots: Annotated[
         int | None,
-        typer.Option(help="With --chat and --prompts: example questions before each. Default: 3.", show_default=False),
+        typer.Option(help="With --chat and --prompts: example questions before each. Default: 3."),
     ] = None,
     answer: Annotated[
         str | None,
-        typer.Option(
-            help="With --chat: a different model that writes the answers, such as the latest one.", show_default=False
-        ),
+        typer.Option(help="With --chat: a different model that writes the answers, such as the latest one."),
     ] = None,
     diverse_share: Annotated[
         str, typer.Option(help="With --chat: fraction of the conversations to keep, the most diverse.")

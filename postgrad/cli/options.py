@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from postgrad.cli.terminal import guard_streams
 from postgrad.errors import MissingExtra, StageError
 
 if TYPE_CHECKING:
@@ -21,26 +22,24 @@ if TYPE_CHECKING:
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Base = Annotated[
     str | None,
-    typer.Option(help="Base model of an adapter's folder, if it has moved.", show_default=False),
+    typer.Option(help="Base model of an adapter's folder, if it has moved."),
 ]
 Tasks = Annotated[
     Path | None,
-    typer.Option(help="Evaluate the tasks of this YAML file: a list as under evaluation.tasks.", show_default=False),
+    typer.Option(help="Evaluate the tasks of this YAML file: a list as under evaluation.tasks."),
 ]
-StageFile = Annotated[Path, typer.Argument(help="The stage file (YAML).", show_default=False)]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Any number of overrides, key.sub=value.", show_default=False)
-]
-ModelArgument = Annotated[str, typer.Argument(help="A model folder, run, checkpoint or Hub name.", show_default=False)]
-Report = Annotated[Path | None, typer.Option(help="Write an HTML page here.", show_default=False)]
+StageFile = Annotated[Path, typer.Argument(help="The stage file (YAML).")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Any number of overrides, key.sub=value.")]
+ModelArgument = Annotated[str, typer.Argument(help="A model folder, run, checkpoint or Hub name.")]
+Report = Annotated[Path | None, typer.Option(help="Write an HTML page here.")]
 Context = Annotated[
     int | None,
-    typer.Option(help="Tokens the model reads at once. Default: its own limit, up to 1024.", show_default=False),
+    typer.Option(help="Tokens the model reads at once. Default: its own limit, up to 1024."),
 ]
 DocumentUnit = Annotated[
     str, typer.Option(help="What a document is in a text file: auto, file, passages, paragraphs, lines.")
 ]
-TextColumn = Annotated[str | None, typer.Option(help="The column that holds the text.", show_default=False)]
+TextColumn = Annotated[str | None, typer.Option(help="The column that holds the text.")]
 
 RENAMED_OPTIONS: Mapping[str, Mapping[str, str]] = {
     "restore": {"--until": "--min-recovered", "--keep": "--self-distill-share", "--rate": "--learning-rate"},
@@ -75,6 +74,11 @@ class Verb(TyperCommand):
             if option in renamed:
                 raise StageError("no such option", where=option, hint=f"it is now {renamed[option]}")
         return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the verb with guarded streams."""
+        with guard_streams():
+            return super().invoke(ctx)
 
 
 def require_training() -> None:

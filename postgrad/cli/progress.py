@@ -9,9 +9,10 @@ import time
 from collections.abc import Iterable
 from typing import Protocol, runtime_checkable
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from postgrad.cli.terminal import make_console, raw_stream
+from postgrad.foreign_text import visible_text
 from postgrad.hardware.memory import format_bytes
 from postgrad.lineage.metrics import EvaluationRow
 from postgrad.reports.html.notation import format_duration
@@ -20,8 +21,8 @@ from postgrad.run import events as r
 _PLAIN_EVERY_SECONDS, _COUNT_EVERY_SECONDS = 5.0, 2.0
 
 
-class Screen(Protocol):
-    """Shows the progress of a command."""
+class Screen:
+    """Shows the progress of a command; this one shows nothing."""
 
     def show_tokenizing(self, name: str, done: int, total: int) -> None:
         """Bytes of a source that are tokenised."""
@@ -42,7 +43,7 @@ def make_screen(as_json: bool) -> Screen:
     Of several processes only the first one shows anything.
     """
     if os.environ.get("RANK", "0") != "0":
-        return _SilentScreen()
+        return Screen()
     if as_json:
         return _JsonScreen()
     return _BarScreen() if sys.stderr.isatty() else _PlainScreen()
@@ -154,35 +155,20 @@ class ProgressLine:
 
     def __call__(self, activity: str, done: int, total: int) -> None:
         now = time.perf_counter()
-        if sys.stderr.isatty() and now - self.start_time > _COUNT_EVERY_SECONDS and now - self.last_shown > 0.2:
+        stream = raw_stream(sys.stderr)
+        if stream.isatty() and now - self.start_time > _COUNT_EVERY_SECONDS and now - self.last_shown > 0.2:
             self.last_shown = now
-            print(f"\r{activity}: {done / total:.0%}\x1b[K", end="", file=sys.stderr, flush=True)
+            print(f"\r{visible_text(activity)}: {done / total:.0%}\x1b[K", end="", file=stream, flush=True)
 
     def __enter__(self) -> ProgressLine:
         return self
 
     def __exit__(self, *_: object) -> None:
         if self.last_shown:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+            print("\r\x1b[K", end="", file=raw_stream(sys.stderr), flush=True)
 
 
-class _SilentScreen:
-    """Shows nothing."""
-
-    def show_tokenizing(self, name: str, done: int, total: int) -> None:
-        pass
-
-    def show_measuring(self, done: int, total: int) -> None:
-        pass
-
-    def show(self, event: r.RunEvent) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
-class _PlainScreen:
+class _PlainScreen(Screen):
     """Lines, a few a minute."""
 
     def __init__(self) -> None:
@@ -190,49 +176,49 @@ class _PlainScreen:
         self._last_line_time = 0.0
 
     def show_tokenizing(self, name: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        if now - self._last_line_time > _PLAIN_EVERY_SECONDS:
-            self._last_line_time = now
+        if self._is_due():
             self._line(f"tokenising {name}: {format_bytes(done)} of {format_bytes(total)}")
 
     def show_measuring(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if now - self._last_line_time > _PLAIN_EVERY_SECONDS:
-            self._last_line_time = now
+        if self._is_due():
             self._line(f"measuring: {done:,} of {total:,} labels")
 
     def show(self, event: r.RunEvent) -> None:
         if isinstance(event, r.RunStarted):
             self.steps = event.plan.steps
         if isinstance(event, r.StepCompleted):
-            now = time.monotonic()
-            if event.report.step in (1, self.steps) or now - self._last_line_time > _PLAIN_EVERY_SECONDS:
-                self._last_line_time = now
+            if self._is_due(always=event.report.step in (1, self.steps)):
                 self._line(_step_text(event, self.steps))
         elif line := event_text(event):
             self._line(line)
 
-    def close(self) -> None:
-        pass
+    def _is_due(self, *, always: bool = False) -> bool:
+        """Whether a line of a count is to be written: `always`, or when the last one was some seconds ago."""
+        now = time.monotonic()
+        is_due = always or now - self._last_line_time > _PLAIN_EVERY_SECONDS
+        self._last_line_time = now if is_due else self._last_line_time
+        return is_due
 
     @staticmethod
     def _line(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-class _BarScreen:
+class _BarScreen(Screen):
     """One moving line, and lasting lines above it."""
 
     def __init__(self) -> None:
-        self.console = Console(stderr=True, highlight=False)
+        self.console = make_console(stderr=True)
         self.progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=20),
-            TextColumn("{task.percentage:>3.0f}%"),
-            TextColumn("{task.fields[more]}"),
+            TextColumn("{task.percentage:>3.0f}%", markup=False),
+            TextColumn("{task.fields[more]}", markup=False),
             console=self.console,
             transient=True,
             refresh_per_second=4,
+            redirect_stdout=False,  # the streams are guarded already
+            redirect_stderr=False,
         )
         self.is_started = False
         self.task: TaskID | None = None
@@ -275,7 +261,7 @@ class _BarScreen:
                         worst = max(rises, key=lambda n: rises[n])
                         self.forgetting = f"{worst} {rises[worst]:+.3f}"
                 if line := event_text(event):
-                    self.console.print(line, markup=False)
+                    self.console.print(line)
 
     def close(self) -> None:
         if self.is_started:
@@ -283,14 +269,8 @@ class _BarScreen:
             self.is_started, self.task = False, None
 
 
-class _JsonScreen:
+class _JsonScreen(Screen):
     """One JSON object a line on standard error; the result itself goes to standard output."""
-
-    def show_tokenizing(self, name: str, done: int, total: int) -> None:
-        pass
-
-    def show_measuring(self, done: int, total: int) -> None:
-        pass
 
     def show(self, event: r.RunEvent) -> None:
         match event:
@@ -308,6 +288,3 @@ class _JsonScreen:
             case _:
                 return
         print(json.dumps(row), file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        pass

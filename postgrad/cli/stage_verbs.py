@@ -42,27 +42,19 @@ def demo(
 
 
 def init(
-    name: Annotated[str, typer.Argument(help="The stage's name; NAME.yaml is written.", show_default=False)],
-    data: Annotated[
-        str | None, typer.Option(help="The new text, or rows: a file, folder or glob.", show_default=False)
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="The model to continue: a folder, a run or a Hub name.", show_default=False)
-    ] = None,
-    replay: Annotated[str | None, typer.Option(help="Old text to replay.", show_default=False)] = None,
+    name: Annotated[str, typer.Argument(help="The stage's name; NAME.yaml is written.")],
+    data: Annotated[str | None, typer.Option(help="The new text, or rows: a file, folder or glob.")] = None,
+    model: Annotated[str | None, typer.Option(help="The model to continue: a folder, a run or a Hub name.")] = None,
+    replay: Annotated[str | None, typer.Option(help="Old text to replay.")] = None,
     test: Annotated[
         str | None,
-        typer.Option(
-            help="Test rows (classify, probe, few-shot). Default for the last two: a fifth of --data.",
-            show_default=False,
-        ),
+        typer.Option(help="Test rows (classify, probe, few-shot). Default for the last two: a fifth of --data."),
     ] = None,
     template: Annotated[
         str | None,
         typer.Option(
             help="A training strategy: continue, instruct, mixed, classify, probe, mlm, text2text, from-scratch, few-shot. "
-            "It uses built-in data and a small model for what is not given.",
-            show_default=False,
+            "It uses built-in data and a small model for what is not given."
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite NAME.yaml.")] = False,
@@ -112,12 +104,11 @@ def check(
     if as_json or not result.rows:
         print_result(result, as_json, f"{result.text}\n{following}")
         return
-    from rich.console import Console
-
     from postgrad.check.preview_text import print_rows
+    from postgrad.cli.terminal import make_console
 
     print(f"{result.text}\n")
-    print_rows(list(result.rows), Console(highlight=False))
+    print_rows(list(result.rows), make_console(stderr=False))
     print(f"\n{following}")
 
 
@@ -138,18 +129,18 @@ def train(stage: StageFile, overrides: Overrides = None, as_json: Json = False) 
 
 
 def restore(
-    run: Annotated[Path, typer.Argument(help="The run that has forgotten.", show_default=False)],
+    run: Annotated[Path, typer.Argument(help="The run that has forgotten.")],
     teacher: Annotated[
         str | None,
-        typer.Option(help="The earlier model. Default: the run's start model.", show_default=False),
+        typer.Option(help="The earlier model. Default: the run's start model."),
     ] = None,
     prompts: Annotated[
         list[str] | None,
-        typer.Option(help="Old text used as prompts. Default: the text that the run replayed.", show_default=False),
+        typer.Option(help="Old text used as prompts. Default: the text that the run replayed."),
     ] = None,
     retained: Annotated[
         list[str] | None,
-        typer.Option(help="Held-out old text. Default: the run's own retained sets.", show_default=False),
+        typer.Option(help="Held-out old text. Default: the run's own retained sets."),
     ] = None,
     min_recovered: Annotated[str, typer.Option(help="Fraction of the forgetting to recover.")] = "90%",
     max_cost: Annotated[str, typer.Option(help="Fraction of the gain on new text that may be lost.")] = "5%",
@@ -158,12 +149,8 @@ def restore(
         str,
         typer.Option(help="Fraction of the tokens that distil the current model on new text (0% disables it)."),
     ] = "50%",
-    learning_rate: Annotated[
-        float | None, typer.Option(help="Learning rate. Default: the peak of the run.", show_default=False)
-    ] = None,
-    output: Annotated[
-        str | None, typer.Option(help="The new run's folder. Default: RUN-restored.", show_default=False)
-    ] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Learning rate. Default: the peak of the run.")] = None,
+    output: Annotated[str | None, typer.Option(help="The new run's folder. Default: RUN-restored.")] = None,
     as_json: Json = False,
 ) -> None:
     """Recover what a run has forgotten, by on-policy distillation from the earlier model. The same command resumes."""
@@ -201,12 +188,8 @@ def advise(
     overrides: Overrides = None,
     max_forgetting: Annotated[str, typer.Option(help="Largest relative rise of the loss on old text, e.g. 1%.")] = "1%",
     pilots: Annotated[int, typer.Option(help="Short pilot runs, 4 to 12.")] = 5,
-    replay: Annotated[
-        str | None, typer.Option(help="Old text to replay, if the stage has none.", show_default=False)
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="The stage file to write. Default: STAGE-advised.yaml.", show_default=False)
-    ] = None,
+    replay: Annotated[str | None, typer.Option(help="Old text to replay, if the stage has none.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The stage file to write. Default: STAGE-advised.yaml.")] = None,
     as_json: Json = False,
 ) -> None:
     """Find the replay share and peak learning rate that keep forgetting within a bound, and write that stage."""
@@ -225,9 +208,7 @@ def advise(
         print_result({**result.as_dict(), **following}, as_json, advice_text(result))
 
 
-def report(
-    run: Annotated[Path, typer.Argument(help="A run folder.", show_default=False)], as_json: Json = False
-) -> None:
+def report(run: Annotated[Path, typer.Argument(help="A run folder.")], as_json: Json = False) -> None:
     """Write a run's HTML page again, also while the run is going on."""
     from postgrad.reports.pages.rewrite_report import rewrite_report
 
@@ -239,8 +220,7 @@ def study(
     files: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Study files (YAML), run one after the other, and key.sub=value for all of them; or `init NAME`.",
-            show_default=False,
+            help="Study files (YAML), run one after the other, and key.sub=value for all of them; or `init NAME`."
         ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the plan and the estimated time.")] = False,

@@ -9,12 +9,12 @@ import sys
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
-from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from postgrad.cli.terminal import make_console
 from postgrad.lineage.metrics import EvaluationRow
 from postgrad.reports.html.notation import format_duration, format_signed
 from postgrad.studies.run_step import StepProgress, StepWarning
@@ -94,7 +94,7 @@ class StudyProgress:
         return ratio * sum(s * (1 - self.fractions.get(k, 0.0)) for k, s in self.expected.items())
 
 
-class StudyScreen(Protocol):
+class StudyScreen:
     """Shows the progress of a study."""
 
     def show_message(self, text: str) -> None:
@@ -141,7 +141,7 @@ def _evaluation_text(row: EvaluationRow) -> str:
     return ", ".join(f"{name} {format_signed(entry.change)}" for name, entry in row.sets.items())
 
 
-class _PlainStudyScreen:
+class _PlainStudyScreen(StudyScreen):
     """A line when a run starts and ends, and a few in between."""
 
     def __init__(self) -> None:
@@ -174,24 +174,27 @@ class _PlainStudyScreen:
             case StepWarning(key, message):
                 self._line(f"{_step_slug(progress, key)}: warning: {message}")
 
-    def close(self) -> None:
-        pass
-
     def _line(self, text: str) -> None:
         self._last_line_time = time.monotonic()
         print(text, file=sys.stderr, flush=True)
 
 
-class _LiveStudyScreen:
+class _LiveStudyScreen(StudyScreen):
     """A live table of the arms, and lasting lines above it."""
 
     def __init__(self) -> None:
-        self.console = Console(stderr=True, highlight=False)
+        self.console = make_console(stderr=True)
         self.live: Live | None = None
 
     def show_message(self, text: str) -> None:
         if self.live is None:
-            self.live = Live(console=self.console, refresh_per_second=4, transient=True)
+            self.live = Live(
+                console=self.console,
+                refresh_per_second=4,
+                transient=True,
+                redirect_stdout=False,  # the streams are guarded already
+                redirect_stderr=False,
+            )
             self.live.start()
         self.live.update(f"{text} ...")
 
@@ -200,9 +203,9 @@ class _LiveStudyScreen:
         assert self.live is not None
         match event:
             case StepFailed(key, error):
-                self.console.print(f"{_step_slug(progress, key)} FAILED: {error}", markup=False)
+                self.console.print(f"{_step_slug(progress, key)} FAILED: {error}")
             case StepWarning(key, message):
-                self.console.print(f"{_step_slug(progress, key)}: warning: {message}", markup=False)
+                self.console.print(f"{_step_slug(progress, key)}: warning: {message}")
         self.live.update(progress_table(progress))
 
     def close(self) -> None:
@@ -234,7 +237,7 @@ def _progress_bar(fraction: float) -> str:
     return "━" * full + "·" * (_BAR - full) + f" {fraction:>4.0%}"
 
 
-class _JsonStudyScreen:
+class _JsonStudyScreen(StudyScreen):
     """One JSON object a line on standard error; the result itself goes to standard output."""
 
     def show_message(self, text: str) -> None:
@@ -257,9 +260,6 @@ class _JsonStudyScreen:
                 self._line({"event": "failed", "step": _step_slug(progress, key), "key": key, "error": error})
             case StepWarning(key, message):
                 self._line({"event": "warning", "step": _step_slug(progress, key), "message": message})
-
-    def close(self) -> None:
-        pass
 
     @staticmethod
     def _line(row: Mapping[str, Any]) -> None:

@@ -25,10 +25,10 @@ from postgrad.lineage.record import Record, read_record
 from postgrad.models import interpolate
 from postgrad.models.location import locate_model
 from postgrad.models.model import wrap_model
-from postgrad.models.pretrained import load_tokenizer, save_pretrained, stored_dtype
+from postgrad.models.pretrained import load_tokenizer, stored_dtype
+from postgrad.models.published_vocabulary import publish_pretrained
 from postgrad.plan.plan import Plan, make_plan
 from postgrad.stats.forgetting import LossChange
-from postgrad.storage.atomic import publish_folder
 from postgrad.storage.cache_folder import cache_folder
 from postgrad.training.checkpoints import Checkpoints
 from postgrad.tuning.open_model import LoadedModel, open_model
@@ -245,7 +245,7 @@ def _start_weights(record: Record, plan: Plan, loaded_model: LoadedModel) -> dic
 
 def _average_checkpoints(run: Path, record: Record, count: int) -> dict[str, Tensor]:
     """The mean of the last checkpoints' weights."""
-    folders = Checkpoints(run / "checkpoints", None).list_folders()[-count:]
+    folders = Checkpoints(run / "checkpoints").list_folders()[-count:]
     if len(folders) < count:
         raise StageError(
             f"{run} has {len(folders)} checkpoints",
@@ -287,4 +287,4 @@ def _publish_blend(out: Path, model: PreTrainedModel, record: Record) -> None:
     start = locate_model(record.model.source or record.model.start_model, Path(record.stage_folder or "."))
     dtype = stored_dtype(start)
     with torch.no_grad():
-        publish_folder(out, lambda staged: save_pretrained(model, load_tokenizer(start), staged, dtype=dtype))
+        publish_pretrained(out, model, load_tokenizer(start), dtype=dtype)

@@ -28,6 +28,7 @@ from postgrad.storage.checked_files import read_cached_json, write_checked_json
 
 _DOCUMENT_CHARACTERS = 2000
 _HELD_OUT_EVERY = 15
+_SKIPPED_FOLDERS = "site-packages dist-packages test tests idlelib lib2to3 pydoc_data encodings __pycache__"
 _LISTING_CHARACTERS = 16_000
 """Maximum characters of a module's bytecode listing, which is several times as long as its source."""
 
@@ -38,15 +39,8 @@ def write_texts(folder: Path) -> dict[str, int]:
     if known := read_cached_json(done, dict[str, int]):
         return known
     texts: dict[str, list[str]] = {"old": [], "old-heldout": [], "new": [], "new-heldout": []}
-    for number, path in enumerate(standard_library_files()):
-        try:
-            source = path.read_text("utf-8")
-            module = ast.parse(source)
-        except (SyntaxError, ValueError, UnicodeDecodeError, RecursionError):
-            continue
-        held = (
-            "" if number % _HELD_OUT_EVERY else "-heldout"
-        )  # whole modules, so that no document's neighbour is trained on
+    for number, _, source, module in _parsed_modules():
+        held = _held_out_suffix(number)
         texts[f"old{held}"] += extract_docstrings(module)
         texts[f"new{held}"] += split_documents(strip_prose(source))
     texts["old"] += language_reference()
@@ -71,13 +65,8 @@ def write_corpus(folder: Path) -> dict[str, int]:
     kinds = ("old", "comments", "code", "listing")
     texts: dict[str, list[str]] = {f"{kind}{held}": [] for kind in kinds for held in ("", "-heldout")}
     texts |= {f"code-{part}": [] for part in (1, 2, 3)}
-    for number, path in enumerate(standard_library_files()):
-        try:
-            source = path.read_text("utf-8")
-            module = ast.parse(source)
-        except (SyntaxError, ValueError, UnicodeDecodeError, RecursionError):
-            continue
-        held = "" if number % _HELD_OUT_EVERY else "-heldout"
+    for number, _, source, module in _parsed_modules():
+        held = _held_out_suffix(number)
         code = split_documents(strip_prose(source))
         texts[f"old{held}"] += extract_docstrings(module)
         texts[f"comments{held}"] += split_documents(extract_comments(source))
@@ -100,6 +89,11 @@ def write_corpus(folder: Path) -> dict[str, int]:
 def is_builtin_corpus(folder: Path) -> bool:
     """Whether a folder is a complete output of `write_corpus`, so that overwriting it loses nothing of the user's."""
     return (folder / "kinds.json").exists()
+
+
+def _held_out_suffix(number: int) -> str:
+    """Whole modules are held out, so that no document's neighbour is trained on."""
+    return "" if number % _HELD_OUT_EVERY else "-heldout"
 
 
 def _subsample(documents: list[str], limit: int) -> list[str]:
@@ -137,18 +131,19 @@ def _json_lines(documents: list[str]) -> str:
 def standard_library_files() -> list[Path]:
     """The source files of the running Python's standard library, without tests and installed packages."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    left_out = {
-        "site-packages",
-        "dist-packages",
-        "test",
-        "tests",
-        "idlelib",
-        "lib2to3",
-        "pydoc_data",
-        "encodings",
-        "__pycache__",
-    }
-    return [p for p in sorted(root.rglob("*.py")) if not left_out & set(p.relative_to(root).parts)]
+    skipped = set(_SKIPPED_FOLDERS.split())
+    return [p for p in sorted(root.rglob("*.py")) if not skipped & set(p.relative_to(root).parts)]
+
+
+def _parsed_modules() -> Iterator[tuple[int, Path, str, ast.Module]]:
+    """Each module that this Python can parse: its number among all, its file, its source and its syntax tree."""
+    for number, path in enumerate(standard_library_files()):
+        try:
+            source = path.read_text("utf-8")
+            module = ast.parse(source)
+        except (SyntaxError, ValueError, UnicodeDecodeError, RecursionError):
+            continue
+        yield number, path, source, module
 
 
 def language_reference() -> list[str]:
@@ -211,68 +206,12 @@ def split_documents(text: str) -> list[str]:
 
 # -- rows -------------------------------------------------------------------------------------------------------------
 
-LIBRARY_PARTS: Mapping[str, tuple[str, ...]] = {
-    "network": (
-        "http",
-        "urllib",
-        "email",
-        "socket",
-        "ssl",
-        "ftplib",
-        "imaplib",
-        "smtplib",
-        "poplib",
-        "xmlrpc",
-        "socketserver",
-    ),
-    "files": (
-        "os",
-        "shutil",
-        "pathlib",
-        "zipfile",
-        "tarfile",
-        "glob",
-        "tempfile",
-        "gzip",
-        "bz2",
-        "lzma",
-        "posixpath",
-        "ntpath",
-    ),
-    "numbers": (
-        "statistics",
-        "decimal",
-        "_pydecimal",
-        "fractions",
-        "random",
-        "datetime",
-        "_pydatetime",
-        "calendar",
-        "numbers",
-    ),
-    "concurrency": (
-        "asyncio",
-        "threading",
-        "concurrent",
-        "multiprocessing",
-        "queue",
-        "subprocess",
-        "sched",
-        "selectors",
-    ),
-    "language": (
-        "ast",
-        "inspect",
-        "dis",
-        "tokenize",
-        "typing",
-        "types",
-        "importlib",
-        "pdb",
-        "bdb",
-        "traceback",
-        "unittest",
-    ),
+LIBRARY_PARTS: Mapping[str, str] = {
+    "network": "http urllib email socket ssl ftplib imaplib smtplib poplib xmlrpc socketserver",
+    "files": "os shutil pathlib zipfile tarfile glob tempfile gzip bz2 lzma posixpath ntpath",
+    "numbers": "statistics decimal _pydecimal fractions random datetime _pydatetime calendar numbers",
+    "concurrency": "asyncio threading concurrent multiprocessing queue subprocess sched selectors",
+    "language": "ast inspect dis tokenize typing types importlib pdb bdb traceback unittest",
 }
 """Parts of the standard library by the first names of their modules: the classes of the labelled rows."""
 _MIN_SUMMARY, _MAX_SUMMARY = 20, 200
@@ -291,6 +230,10 @@ class DocumentedFunction:
     held_out: bool
 
 
+Rows = Iterator[tuple[DocumentedFunction, dict[str, Any]]]
+"""Rows with the functions that they are of."""
+
+
 @cache
 def documented_functions() -> tuple[DocumentedFunction, ...]:
     """The documented functions of the standard library, without duplicates; a fifth of them is held out."""
@@ -299,11 +242,7 @@ def documented_functions() -> tuple[DocumentedFunction, ...]:
 
 def _iter_functions() -> Iterator[DocumentedFunction]:
     root = Path(sysconfig.get_paths()["stdlib"])
-    for path in standard_library_files():
-        try:
-            module = ast.parse(path.read_text("utf-8"))
-        except (SyntaxError, ValueError, UnicodeDecodeError, RecursionError):
-            continue
+    for _, path, _, module in _parsed_modules():
         named = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
         for name, node in _qualified_functions(module):
             if node.name.startswith("_"):
@@ -333,25 +272,19 @@ def _qualified_functions(module: ast.Module) -> Iterator[tuple[str, ast.Function
                     yield name, child
 
 
-def _instruction_rows(
-    functions: Sequence[DocumentedFunction], _: random.Random
-) -> Iterator[tuple[DocumentedFunction, dict[str, Any]]]:
+def _instruction_rows(functions: Sequence[DocumentedFunction], _: random.Random) -> Rows:
     for f in functions:
         yield f, {"instruction": f"What does {f.module}.{f.name} do?", "output": f.summary}
 
 
-def _labelled_rows(
-    functions: Sequence[DocumentedFunction], _: random.Random
-) -> Iterator[tuple[DocumentedFunction, dict[str, Any]]]:
-    part = {module: name for name, modules in LIBRARY_PARTS.items() for module in modules}
+def _labelled_rows(functions: Sequence[DocumentedFunction], _: random.Random) -> Rows:
+    part = {module: name for name, modules in LIBRARY_PARTS.items() for module in modules.split()}
     for f in functions:
         if (name := part.get(f.module.split(".")[0])) is not None:
             yield f, {"text": f.description, "label": name}
 
 
-def _tagged_rows(
-    functions: Sequence[DocumentedFunction], _: random.Random
-) -> Iterator[tuple[DocumentedFunction, dict[str, Any]]]:
+def _tagged_rows(functions: Sequence[DocumentedFunction], _: random.Random) -> Rows:
     for f in functions:
         words = re.findall(r"\w+|[^\w\s]", f.description)
         tags = ["B-PARAMETER" if word in f.parameters else "O" for word in words]
@@ -359,27 +292,19 @@ def _tagged_rows(
             yield f, {"tokens": words, "tags": tags}
 
 
-def _pair_rows(
-    functions: Sequence[DocumentedFunction], _: random.Random
-) -> Iterator[tuple[DocumentedFunction, dict[str, Any]]]:
+def _pair_rows(functions: Sequence[DocumentedFunction], _: random.Random) -> Rows:
     for f in functions:
-        yield (
-            f,
-            {"source": f"summarise: def {f.name.rpartition('.')[2]}({', '.join(f.parameters)})", "target": f.summary},
-        )
+        signature = f"{f.name.rpartition('.')[2]}({', '.join(f.parameters)})"
+        yield f, {"source": f"summarise: def {signature}", "target": f.summary}
 
 
-def _choice_rows(
-    functions: Sequence[DocumentedFunction], rng: random.Random
-) -> Iterator[tuple[DocumentedFunction, dict[str, Any]]]:
+def _choice_rows(functions: Sequence[DocumentedFunction], rng: random.Random) -> Rows:
     for f in functions:
         others = [other.summary for other in rng.sample(functions, 6) if other.summary != f.summary][:3]
         options = [*others, f.summary]
         rng.shuffle(options)
-        yield (
-            f,
-            {"question": f"What does {f.module}.{f.name} do?", "choices": options, "answer": options.index(f.summary)},
-        )
+        question = f"What does {f.module}.{f.name} do?"
+        yield f, {"question": question, "choices": options, "answer": options.index(f.summary)}
 
 
 ROW_GENERATORS = {

@@ -13,6 +13,7 @@ from postgrad.errors import StageError
 from postgrad.evaluation.perplexity import Scores
 from postgrad.evaluation.pseudo_perplexity import score_masked_tokens
 from postgrad.hardware import machine
+from postgrad.hardware.memory import memory_errors
 from postgrad.models.location import ModelLocation, locate_model
 from postgrad.models.task import Task
 from postgrad.plan.held_out_sets import make_masked_held_out_text
@@ -34,6 +35,7 @@ class TextEvaluation(Result):
     """Whether a prefix of each text is read in both directions; only the tokens after it are scored."""
 
 
+@memory_errors("eval", "a smaller --context")
 def evaluate(
     model: str,
     files: Sequence[str],

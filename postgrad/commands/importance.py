@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -30,6 +29,7 @@ from postgrad.evaluation.fisher import (
     mas_measure,
 )
 from postgrad.hardware import machine
+from postgrad.hardware.memory import memory_errors
 from postgrad.models.location import ModelLocation, locate_model
 from postgrad.models.model import wrap_model
 from postgrad.penalties.importance_file import (
@@ -42,7 +42,7 @@ from postgrad.penalties.importance_file import (
 from postgrad.plan.model_inputs import ModelInputs
 from postgrad.plan.objective_rows import make_rows
 from postgrad.run.losses import make_objectives
-from postgrad.storage.atomic import disk_error
+from postgrad.storage.atomic import publish_file
 from postgrad.storage.cache_folder import cache_folder
 from postgrad.tuning.open_model import open_model, start_fingerprint
 
@@ -85,6 +85,7 @@ class MeasuredImportance(Result):
         return {**asdict(self.metadata), **data}
 
 
+@memory_errors("importance", "a smaller --context")
 def measure_importance(
     model: str,
     files: Sequence[str],
@@ -150,13 +151,7 @@ def measure_importance(
             mean=sum(float(t.double().sum()) for t in tensors.values()) / count,
             onto={**asdict(older.metadata), "decay": decay},
         )
-    staging = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        write_importance(staging, tensors, metadata, _DTYPES[dtype])
-        os.replace(staging, out)
-    except OSError as error:
-        staging.unlink(missing_ok=True)
-        raise disk_error(error, out) from error
+    publish_file(out, lambda staging: write_importance(staging, tensors, metadata, _DTYPES[dtype]))
     return MeasuredImportance(
         metadata,
         out,

@@ -9,7 +9,6 @@ from itertools import islice
 from pathlib import Path
 
 import yaml
-from transformers import AutoConfig
 
 from postgrad.commands.results import Result
 from postgrad.config.stage_file import parse_recorded_stage
@@ -19,8 +18,9 @@ from postgrad.data.tokens.tokenize import build_store
 from postgrad.errors import StageError
 from postgrad.lineage.record import RECORD, read_record
 from postgrad.models.location import ModelLocation, locate_model
+from postgrad.models.model_sizes import load_model_sizes
 from postgrad.models.pretrained import load_tokenizer
-from postgrad.plan.model_inputs import make_encoder
+from postgrad.plan.model_inputs import make_encoder, unknown_notes
 from postgrad.storage.atomic import write_atomically
 from postgrad.storage.cache_folder import cache_folder
 
@@ -64,6 +64,7 @@ class WrittenStage(Result):
     """How the text was read, such as `text` or `chat`."""
     samples: tuple[str, ...]
     """The first 100 characters of the first three documents."""
+    notes: tuple[str, ...]
 
 
 def write_stage(
@@ -83,9 +84,10 @@ def write_stage(
     name = stage_path.stem
     root = stage_path.resolve().parent
     start = locate_model(model, root)
-    config = AutoConfig.from_pretrained(start.name_or_path)
-    encoder = make_encoder(load_tokenizer(start), int(config.vocab_size))
-    positions = getattr(config, "max_position_embeddings", None) or 1024
+    sizes = load_model_sizes(start)
+    tokenizer = load_tokenizer(start)
+    encoder = make_encoder(tokenizer, sizes.vocab_size)
+    positions = sizes.positions or 1024
     files = Files("new", data, root=root, where="--data")
     store = build_store(files, encoder, cache)
     unit = ""
@@ -137,7 +139,10 @@ def write_stage(
         retained="" if replay else "\n  # retained: [old-heldout.jsonl]   # old text, to measure forgetting",
     )
     write_atomically(stage_path, text)
-    return WrittenStage(stage_path, data, len(store), store.tokens, store.bytes, store.kind, tuple(samples))
+    notes = unknown_notes(tokenizer, encoder, {data: store})
+    return WrittenStage(
+        stage_path, data, len(store), store.tokens, store.bytes, store.kind, tuple(samples), tuple(notes)
+    )
 
 
 def _suggested_rates(start: ModelLocation, model: str) -> tuple[str, str, str]:

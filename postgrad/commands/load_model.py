@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from postgrad.data.layouts.classification import truncated_lengths
 from postgrad.data.layouts.rows import Row
@@ -22,6 +22,7 @@ from postgrad.data.tokens.encode import token_marks
 from postgrad.errors import DataError, ModelError
 from postgrad.hardware import machine
 from postgrad.models.location import locate_model
+from postgrad.models.model_sizes import load_model_sizes
 from postgrad.models.pretrained import load_tokenizer
 from postgrad.models.task import Task
 from postgrad.plan.model_inputs import ModelInputs, make_encoder, make_model_inputs
@@ -176,7 +177,8 @@ def load_model(model: str, base: str | None = None) -> TrainedModel:
     start = locate_model(str(model), Path.cwd(), base)
     opened = open_model(start)
     torch.nn.Module.to(opened.model, machine.default_device())
-    return TrainedModel(opened.model.eval(), load_tokenizer(start), opened.task, opened.frame.prefix_ids)
+    virtual_tokens = (*opened.frame.outer_ids, *opened.frame.prefix_ids)
+    return TrainedModel(opened.model.eval(), load_tokenizer(start), opened.task, virtual_tokens)
 
 
 def load_classifier(model: str, base: str | None = None) -> Classifier:
@@ -194,10 +196,10 @@ def load_classifier(model: str, base: str | None = None) -> Classifier:
             hint="load a language model with postgrad.load_model",
         )
     tokenizer = load_tokenizer(start)
-    config: Any = AutoConfig.from_pretrained(start.name_or_path)
-    context = min(getattr(config, "max_position_embeddings", None) or _DEFAULT_CONTEXT, _DEFAULT_CONTEXT)
+    sizes = load_model_sizes(start)
+    context = sizes.limit_context(_DEFAULT_CONTEXT)
     model_inputs = make_model_inputs(
-        opened.task, start, tokenizer, make_encoder(tokenizer, int(config.vocab_size)), length=context, seed=0
+        opened.task, start, tokenizer, make_encoder(tokenizer, sizes.vocab_size), length=context, seed=0
     )
     own_config: Any = opened.model.config
     labels = tuple(str(own_config.id2label[i]) for i in range(own_config.num_labels))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from postgrad.commands import blend_page, probe_page, shift_page
 from postgrad.commands.blend import Blend
 from postgrad.commands.compare import RunComparison
 from postgrad.commands.probe import LayerProbe
@@ -11,8 +12,7 @@ from postgrad.commands.shift import MeasuredShift
 from postgrad.lineage.metrics import read_run_metrics
 from postgrad.lineage.tree import Lineage
 from postgrad.reports.html import document
-from postgrad.reports.pages import blend_page, comparison_page, lineage_page, probe_page, shift_page
-from postgrad.reports.result_models import BlendResult, ProbeSummary, ShiftResult
+from postgrad.reports.pages import comparison_page, lineage_page
 
 PageResult = RunComparison | Lineage | LayerProbe | MeasuredShift | Blend
 
@@ -33,8 +33,8 @@ def _page(result: PageResult) -> str:
         case Lineage():
             return lineage_page.lineage_page(result)
         case LayerProbe():
-            return probe_page.probe_page(ProbeSummary.model_validate(result.as_dict()))
+            return probe_page.probe_page(result)
         case MeasuredShift():
-            return shift_page.shift_page(ShiftResult.model_validate(result.as_dict()))
+            return shift_page.shift_page(result)
         case Blend():
-            return blend_page.blend_page(BlendResult.model_validate(result.as_dict()))
+            return blend_page.blend_page(result)

@@ -12,7 +12,6 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig
 
 from postgrad.commands.results import Result
 from postgrad.config import stage as s
@@ -26,7 +25,7 @@ from postgrad.data.tokens.held_out_split import held_out_mask
 from postgrad.data.tokens.source_files import read_all_labels
 from postgrad.data.tokens.store import TokenStore
 from postgrad.data.tokens.tokenize import build_store
-from postgrad.errors import DataError, ModelError, StageError, suggest_nearest
+from postgrad.errors import DataError, ModelError, StageError, require_choice
 from postgrad.evaluation.classification_metrics import compare_metrics, compute_metrics, main_metric
 from postgrad.evaluation.held_out import HeldOutRows
 from postgrad.evaluation.layer_features import ComputeStates, layer_features
@@ -42,7 +41,9 @@ from postgrad.evaluation.linear_probe import (
 from postgrad.hardware import machine
 from postgrad.hardware.execution import choose_threads
 from postgrad.lineage.record import Interval
+from postgrad.models.auto_classes import load_config
 from postgrad.models.location import ModelLocation, locate_model
+from postgrad.models.model_sizes import get_model_sizes
 from postgrad.models.pretrained import ClassifierSpec, load_pretrained, load_tokenizer
 from postgrad.models.task import Task
 from postgrad.models.task_head import Pooling, TaskHeadConfig
@@ -196,7 +197,7 @@ def compute_frozen_features(
     """
     cache = cache or cache_folder()
     start = locate_model(model, Path.cwd(), base)
-    config: Any = AutoConfig.from_pretrained(start.name_or_path)
+    config: Any = load_config(start.name_or_path)
     files = {"train": _source("train", train, kind), "test": _source("test", test, kind)}
     files |= {"dev": _source("dev", dev, kind)} if dev else {}
     task = Task.TAG if files["train"].kind == "tagged" else Task.CLASSIFY
@@ -319,14 +320,7 @@ def _use_threads(product: tuple[int, int, int], device: torch.device) -> Iterato
 
 def _source(part: str, path: str, kind: str) -> RawSource:
     """A file of labelled texts or tagged words."""
-    kinds = ("auto", "labelled", "tagged")
-    if kind not in kinds:
-        raise StageError(
-            f"there is no kind {kind!r}",
-            where="--kind",
-            expected=", ".join(kinds),
-            hint=suggest_nearest(kind, kinds),
-        )
+    require_choice("kind", kind, ("auto", "labelled", "tagged"), where="--kind")
     item = s.HeldOutFile.model_validate(s.expand_held_out_file(path))
     row_format = {**item.model_dump(), "hub": None}
     if kind == "auto":  # texts with labels look like text
@@ -337,17 +331,8 @@ def _source(part: str, path: str, kind: str) -> RawSource:
 
 def _resolve_pooling(config: Any, task: Task, pooling: str, stack: str) -> tuple[Stack, Pooling | None]:
     """The stack of the model that is probed, and how the tokens of a text become one vector."""
-    for value, option, known in (
-        (pooling, "--pooling", ("auto", *get_args(Pooling))),
-        (stack, "--stack", ("auto", "encoder", "decoder")),
-    ):
-        if value not in known:
-            raise StageError(
-                f"there is no {option[2:]} {value!r}",
-                where=option,
-                expected=", ".join(known),
-                hint=suggest_nearest(value, known),
-            )
+    require_choice("pooling", pooling, ("auto", *get_args(Pooling)), where="--pooling")
+    require_choice("stack", stack, ("auto", "encoder", "decoder"), where="--stack")
     if stack != "auto" and not config.is_encoder_decoder:
         raise StageError(
             f"a {config.model_type} model has a single stack, so no {stack} can be chosen",
@@ -375,7 +360,8 @@ def _resolve_pooling(config: Any, task: Task, pooling: str, stack: str) -> tuple
 
 
 def _make_model_inputs(start: ModelLocation, config: Any, task: Task, context: int | None) -> ModelInputs:
-    limit = getattr(config, "max_position_embeddings", None)
+    sizes = get_model_sizes(config)
+    limit = sizes.positions
     if context is not None and (context < 2 or (limit and context > limit)):
         raise ModelError(
             f"a context of {context} does not fit {start.name}",
@@ -383,10 +369,8 @@ def _make_model_inputs(start: ModelLocation, config: Any, task: Task, context: i
             expected=f"2 to {limit}" if limit else "2 or more",
         )
     tokenizer = load_tokenizer(start.full_model)
-    length = context or min(limit or _DEFAULT_CONTEXT, _DEFAULT_CONTEXT)
-    return make_model_inputs(
-        task, start, tokenizer, make_encoder(tokenizer, int(config.vocab_size)), length=length, seed=0
-    )
+    length = context or sizes.limit_context(_DEFAULT_CONTEXT)
+    return make_model_inputs(task, start, tokenizer, make_encoder(tokenizer, sizes.vocab_size), length=length, seed=0)
 
 
 def _build_rows(

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-from transformers import AutoConfig
 
 from postgrad.config import stage as s
 from postgrad.config.objectives import TextToTextObjective
@@ -18,13 +17,15 @@ from postgrad.data.read.files import RawSource
 from postgrad.data.read.labels import Labels
 from postgrad.data.tokens.tokenize import build_store
 from postgrad.distributed.world import World
-from postgrad.errors import ModelError, StageError, suggest_nearest
+from postgrad.errors import ModelError, require_choice
 from postgrad.evaluation import before_after
 from postgrad.evaluation.held_out import HeldOutSet
 from postgrad.evaluation.perplexity import Scores, score_held_out
 from postgrad.hardware import machine
+from postgrad.models.auto_classes import load_config
 from postgrad.models.location import ModelLocation
 from postgrad.models.model import wrap_model
+from postgrad.models.model_sizes import load_model_sizes
 from postgrad.models.pretrained import load_tokenizer
 from postgrad.models.task import Task
 from postgrad.plan.held_out_documents import HeldOutDocuments
@@ -80,13 +81,7 @@ def load_documents(
 
     Raises `StageError` for an unknown `document_unit`.
     """
-    if document_unit not in _DOCUMENT_UNITS:
-        raise StageError(
-            f"there is no document unit {document_unit!r}",
-            where="--document-unit",
-            expected=", ".join(_DOCUMENT_UNITS),
-            hint=suggest_nearest(document_unit, _DOCUMENT_UNITS),
-        )
+    require_choice("document unit", document_unit, _DOCUMENT_UNITS, where="--document-unit")
     objectives = resolve_objectives([], start)
     if model_inputs.task.is_encoder_decoder:  # which also scores rows with answers
         objectives += (TextToTextObjective(kind="text-to-text"),)
@@ -121,7 +116,7 @@ def _class_labels(start: ModelLocation, task: Task, files: RawSource) -> Labels:
     if reference and reference.layer:
         names, problem = reference.layer.labels, reference.layer.problem
     else:
-        config: Any = AutoConfig.from_pretrained(start.name_or_path)
+        config: Any = load_config(start.name_or_path)
         names = tuple(config.id2label[i] for i in range(config.num_labels))
         problem = config.problem_type
     decision = ProblemType.TAGS if task == Task.TAG else ProblemType.from_transformers(problem, len(names))
@@ -134,7 +129,7 @@ def _class_labels(start: ModelLocation, task: Task, files: RawSource) -> Labels:
 def load_model_inputs(start: ModelLocation, context: int) -> ModelInputs:
     """How the model of a start encodes text, outside of any stage."""
     tokenizer = load_tokenizer(start)
-    encoder = make_encoder(tokenizer, int(AutoConfig.from_pretrained(start.name_or_path).vocab_size))
+    encoder = make_encoder(tokenizer, load_model_sizes(start).vocab_size)
     return make_model_inputs(get_task(start), start, tokenizer, encoder, length=context, seed=0)
 
 
@@ -157,7 +152,7 @@ def score_model(
 
 def context_length(start: ModelLocation, requested: int | None) -> int:
     """Tokens that a model reads at once: those requested, or its own limit up to 1,024."""
-    limit = getattr(AutoConfig.from_pretrained(start.name_or_path), "max_position_embeddings", None) or DEFAULT_CONTEXT
+    limit = load_model_sizes(start).positions or DEFAULT_CONTEXT
     if requested is not None and not 2 <= requested <= limit:
         raise ModelError(
             f"a context of {requested} does not fit {start.name}", where="--context", expected=f"2 to {limit}"

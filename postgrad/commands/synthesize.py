@@ -17,10 +17,10 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from postgrad.commands.results import Result
 from postgrad.config.document_filters import MIN_THRESHOLD
@@ -28,18 +28,21 @@ from postgrad.data.filter.near_duplicates import NearDuplicateIndex, repetition_
 from postgrad.data.read.documents import read_documents
 from postgrad.data.read.files import RawSource as Files
 from postgrad.data.read.generated_text import GENERATED_COLUMN
+from postgrad.data.render.frame import TextPrefix
 from postgrad.data.tokens.encoder import Encoder
+from postgrad.data.words import split_spaces
 from postgrad.errors import DataError, ModelError, StageError
 from postgrad.evaluation.continuations import decode_ids
 from postgrad.evaluation.generate_documents import generate_documents
-from postgrad.evaluation.held_out import insert_after_bos
 from postgrad.hardware import machine
+from postgrad.hardware.memory import memory_errors
 from postgrad.models.location import locate_model
 from postgrad.models.model import CausalModel, wrap_model
+from postgrad.models.model_sizes import load_model_sizes
 from postgrad.models.pretrained import load_tokenizer
 from postgrad.models.task import Task
 from postgrad.plan.model_inputs import make_encoder
-from postgrad.storage.atomic import write_atomically
+from postgrad.storage.atomic import disk_errors, write_all, write_atomically
 from postgrad.storage.checked_files import read_checked_json, write_checked_json
 from postgrad.storage.fingerprint import fingerprint
 from postgrad.tuning.open_model import get_task, open_model, start_fingerprint
@@ -69,6 +72,10 @@ class SynthesisRequest:
     dedup_threshold: float = 0.8
     """Documents that share so much of their five-word runs with an earlier one are rejected."""
 
+    def decisive_options(self) -> dict[str, Any]:
+        """The options that decide the text: not how many documents are generated in parallel."""
+        return {name: value for name, value in asdict(self).items() if name != "batch_size"}
+
 
 @dataclass(frozen=True)
 class SynthesisProgress:
@@ -93,7 +100,9 @@ class _SynthesisState:
     crc32: int | None = None
     """Of the file so far; None in files of earlier versions."""
     chosen: int | None = None
-    """Conversations that were kept for their diversity."""
+    """Of conversations: how many were kept for their diversity ..."""
+    diverse_share: float = 1.0
+    """... and which share that is."""
 
 
 @dataclass(frozen=True)
@@ -123,15 +132,15 @@ class TextGenerator:
     model: CausalModel
     tokenizer: PreTrainedTokenizerBase
     encoder: Encoder
-    virtual_tokens: tuple[int, ...]
-    """Ids of a soft prompt that go before every text."""
+    prefix: TextPrefix
+    """Special tokens and soft prompts before every text."""
     max_positions: int | None
 
     @property
     def stop_tokens(self) -> set[int]:
         """Token ids that end a document."""
         named = getattr(self.model.pretrained.generation_config, "eos_token_id", None)
-        own = [self.encoder.eos, self.encoder.bos, *(named if isinstance(named, list) else [named])]
+        own = [self.encoder.eos, *self.encoder.prefix_ids, *(named if isinstance(named, list) else [named])]
         return {token for token in own if token is not None}
 
 
@@ -154,9 +163,9 @@ def load_generator(
             expected="a causal language model",
         )
     tokenizer = load_tokenizer(start)
-    config: Any = AutoConfig.from_pretrained(start.name_or_path)
-    encoder = make_encoder(tokenizer, int(config.vocab_size))
-    limit = getattr(config, "max_position_embeddings", None)
+    sizes = load_model_sizes(start)
+    encoder = make_encoder(tokenizer, sizes.vocab_size)
+    limit = sizes.positions
     if limit and max_document_tokens > limit:
         raise StageError(
             f"documents of {max_document_tokens:,} tokens do not fit {model}, which has {limit:,} positions",
@@ -166,9 +175,8 @@ def load_generator(
     opened = open_model(start)
     view = wrap_model(opened.model, Task.CAUSAL).to(machine.default_device())
     assert isinstance(view, CausalModel)
-    return TextGenerator(
-        model, start_fingerprint(start) or model, view, tokenizer, encoder, tuple(opened.frame.prefix_ids), limit
-    )
+    prefix = TextPrefix(opened.frame.outer_ids, encoder.prefix_ids, opened.frame.prefix_ids)
+    return TextGenerator(model, start_fingerprint(start) or model, view, tokenizer, encoder, prefix, limit)
 
 
 def synthesize(
@@ -190,7 +198,11 @@ def synthesize(
     machine.tune_allocator()
     generator = load_generator(str(model), request.max_document_tokens, base)
     prompt_ids = _read_prompts(prompts, request, generator.tokenizer, generator.encoder)
-    options = fingerprint([asdict(request), generator.fingerprint, [ids.tolist() for ids, _ in prompt_ids]])
+    prompt_lists = [ids.tolist() for ids, _ in prompt_ids]
+    options = fingerprint([request.decisive_options(), generator.fingerprint, prompt_lists])
+    if is_complete(out, options):
+        yield read_synthesized(model, out, already_complete=True)
+        return
     draw = partial(_generate_documents, generator, request, prompt_ids)
     yield from generate_until_target(out, request, options, generator, draw)
     finalize_output(out)
@@ -202,21 +214,20 @@ def _generate_documents(
 ) -> Iterator[Candidate]:
     """Documents of running text after their prompts."""
     batch_prompts = [prompts[number % len(prompts)] for number in numbers]
-    bos = generator.encoder.bos
     documents = generate_documents(
         generator.model,
-        [insert_after_bos(ids, generator.virtual_tokens, bos) for ids, _ in batch_prompts],
+        [generator.prefix.insert(ids) for ids, _ in batch_prompts],
         numbers,
         seed=request.seed,
-        max_new_tokens=request.max_document_tokens - len(batch_prompts[0][0]) - len(generator.virtual_tokens),
+        max_new_tokens=request.max_document_tokens - len(batch_prompts[0][0]) - len(generator.prefix.virtual_tokens),
         stop_ids=generator.stop_tokens,
         temperature=request.temperature,
         top_p=request.top_p,
     )
     for (ids, origin), new in zip(batch_prompts, documents, strict=True):
-        prompt = ids[1:] if bos is not None or not request.prompt_tokens else ids
+        prompt = ids[len(generator.encoder.prefix_ids) :] if request.prompt_tokens else ids[:0]
         text = decode_ids(generator.tokenizer, np.concatenate([prompt, new.ids])).strip()
-        short = "too short" if len(text.split()) < _MIN_WORDS else None
+        short = "too short" if len(split_spaces(text)) < _MIN_WORDS else None
         repeats = "repetitive" if repetition_share(new.ids.tolist()) > request.max_repetition else None
         yield Candidate({"text": text}, {"from": origin}, len(prompt) + len(new.ids), new.ended, short or repeats)
 
@@ -226,18 +237,45 @@ def dedup_text(row: Mapping[str, Any]) -> str:
     return str(row["messages"][0]["content"] if "messages" in row else row["text"])
 
 
-def finalize_output(out: Path, select: Callable[[list[str]], list[str]] | None = None) -> None:
-    """Give the partial file its final name, with the lines that `select` keeps."""
-    if select is None:
-        partial_file(out).rename(out)
-    else:
-        chosen = select(partial_file(out).read_text("utf-8").splitlines(keepends=True))
-        state = _read_state(out, _state_file(out))
-        state.chosen = len(chosen)
-        write_atomically(out, "".join(chosen))  # the partial file stays until everything else is written
-        write_checked_json(_state_file(out), asdict(state))
-        partial_file(out).unlink()
-    _state_file(out).rename(summary_file(out))
+def finalize_output(
+    out: Path, select: Callable[[list[str]], list[str]] | None = None, *, diverse_share: float = 1.0
+) -> None:
+    """Give the partial file its final name, with the lines that `select` keeps: a share of `diverse_share`."""
+    state = _read_state(out, _state_file(out))
+    with disk_errors(out):
+        if select is None:
+            write_checked_json(summary_file(out), asdict(state))
+            partial_file(out).rename(out)
+        else:
+            chosen = select(partial_file(out).read_text("utf-8").splitlines(keepends=True))
+            state.chosen, state.diverse_share = len(chosen), diverse_share
+            write_checked_json(summary_file(out), asdict(state))
+            write_atomically(out, "".join(chosen))  # the partial file stays until everything else is written
+            partial_file(out).unlink()
+        _state_file(out).unlink()
+
+
+def is_complete(out: Path, options_fingerprint: str, *, diverse_share: float = 1.0) -> bool:
+    """Whether the same command has written `out` already; removes what a kill at its end has left.
+
+    Raises `StageError` for a file of another command.
+    """
+    if not out.exists():
+        return False
+    summary = _read_state(out, summary_file(out)) if summary_file(out).exists() else None
+    if summary is None or (summary.options_fingerprint, summary.diverse_share) != (options_fingerprint, diverse_share):
+        raise StageError(
+            f"{out} already exists, and was not written by this command with these options",
+            where="--out",
+            hint="name another file, or remove it",
+        )
+    if summary.chosen is None and out.stat().st_size != summary.size:
+        raise StageError(
+            f"{out} has been changed since it was written", where="--out", hint="name another file, or remove it"
+        )
+    for leftover in (partial_file(out), _state_file(out)):
+        leftover.unlink(missing_ok=True)
+    return True
 
 
 def generate_until_target(
@@ -253,15 +291,18 @@ def generate_until_target(
     seen, left_out = NearDuplicateIndex(request.dedup_threshold), Counter(state.left_out or {})
     common = {"by": generator.name, "model": generator.fingerprint, "seed": request.seed}
     common |= {"temperature": request.temperature, "top_p": request.top_p}
-    with part.open("a+b") as file:
+    with disk_errors(part):
+        file = part.open("ab", buffering=0)
         file.truncate(state.size)
-        file.seek(0)
-        for text in _read_accepted(file, state, part):
+    with file:
+        for text in _read_accepted(state, part):
             seen.find_or_add(text)
-        crc32 = state.crc32 or 0
         while state.tokens < request.tokens:
+            accepted: list[bytes] = []
             numbers = range(state.next, state.next + request.batch_size)
-            for number, candidate in zip(numbers, draw(numbers), strict=True):
+            with memory_errors("synthesize", f"--batch-size {max(1, request.batch_size // 2)}: the command resumes"):
+                candidates = list(draw(numbers))
+            for number, candidate in zip(numbers, candidates, strict=True):
                 if state.tokens >= request.tokens:
                     break
                 reason = candidate.rejection_reason
@@ -272,14 +313,15 @@ def generate_until_target(
                     continue
                 provenance = {**common, "number": number, "ended": candidate.ended, **candidate.provenance}
                 row = {**candidate.row, GENERATED_COLUMN: provenance}
-                line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
-                file.write(line)
-                crc32 = zlib.crc32(line, crc32)
+                accepted.append(json.dumps(row, ensure_ascii=False).encode() + b"\n")
                 state.documents += 1
                 state.ended += candidate.ended
                 state.tokens += candidate.tokens
-            file.flush()
-            state.next, state.size, state.left_out, state.crc32 = numbers.stop, file.tell(), dict(left_out), crc32
+            with disk_errors(part):
+                write_all(file, b"".join(accepted))
+            state.next, state.left_out = numbers.stop, dict(left_out)
+            state.size += sum(map(len, accepted))
+            state.crc32 = zlib.crc32(b"".join(accepted), state.crc32 or 0)
             write_checked_json(_state_file(out), asdict(state))
             yield SynthesisProgress(state.documents, state.tokens, request.tokens)
             if state.next >= _MAX_ATTEMPTS * max(state.documents, request.batch_size):
@@ -294,9 +336,9 @@ def generate_until_target(
                 )
 
 
-def _read_accepted(file: BinaryIO, state: _SynthesisState, part: Path) -> list[str]:
+def _read_accepted(state: _SynthesisState, part: Path) -> list[str]:
     """The texts accepted so far. Raises `StageError` when the file is not what was written."""
-    content = file.read()
+    content = part.read_bytes()
     found = zlib.crc32(content)
     try:
         rows = [json.loads(line) for line in content.splitlines()]
@@ -332,19 +374,28 @@ class SynthesizedText(Result):
     """Rejected documents by reason."""
     chosen: int | None = None
     """Of conversations: how many were kept for their diversity."""
+    already_complete: bool = False
+    """An earlier process wrote it, nothing was done."""
 
 
-def read_synthesized(model: str, out: Path) -> SynthesizedText:
+def read_synthesized(model: str, out: Path, *, already_complete: bool = False) -> SynthesizedText:
     """The summary of a file of generated text."""
     state = _read_state(out, summary_file(out))
     return SynthesizedText(
-        str(model), out, state.documents, state.tokens, state.ended, state.left_out or {}, state.chosen
+        str(model),
+        out,
+        state.documents,
+        state.tokens,
+        state.ended,
+        state.left_out or {},
+        state.chosen,
+        already_complete,
     )
 
 
 def check_request(out: Path, request: SynthesisRequest) -> None:
-    """Raise `StageError` for a file that exists, or numbers out of range."""
-    if out.exists():
+    """Raise `StageError` for a file that another command wrote, or numbers out of range."""
+    if out.exists() and not summary_file(out).exists():
         raise StageError(f"{out} already exists", where="--out", hint="name another file, or remove it")
     if out.suffix != ".jsonl":
         raise StageError(f"{out.name} is not a JSONL file", where="--out", expected="a name that ends in .jsonl")
@@ -382,13 +433,11 @@ def check_request(out: Path, request: SynthesisRequest) -> None:
 def _read_prompts(
     files: Sequence[str], request: SynthesisRequest, tokenizer: PreTrainedTokenizerBase, encoder: Encoder
 ) -> list[tuple[np.ndarray, str]]:
-    """The prompts with their origins: the first tokens of given texts, or the BOS alone."""
-    # A model without a BOS has learnt that a text begins after the EOS of another.
-    first = encoder.bos if encoder.bos is not None else encoder.eos
+    """The prompts with their origins: the first tokens of given texts, or the special tokens before a text alone."""
     if not request.prompt_tokens:
-        return [(np.array([first]), "bos")]
+        # A model without a BOS has learnt that a text begins after the EOS of another.
+        return [(np.array(encoder.prefix_ids or (encoder.eos,)), "bos")]
     prompts: list[tuple[np.ndarray, str]] = []
-    lead = [] if encoder.bos is None else [first]
     for path in files:
         documents = read_documents(Files("prompts", str(path), root=Path.cwd(), where="--prompts"))
         for document in islice(documents, _MAX_PROMPTS):
@@ -396,7 +445,7 @@ def _read_prompts(
                 continue
             ids = tokenizer(document.text[: 32 * request.prompt_tokens], add_special_tokens=False)["input_ids"]
             if len(ids) >= request.prompt_tokens:
-                prompts.append((np.array([*lead, *ids[: request.prompt_tokens]]), document.location))
+                prompts.append((np.array([*encoder.prefix_ids, *ids[: request.prompt_tokens]]), document.location))
     if not prompts:
         raise DataError(
             f"no text of {request.prompt_tokens} tokens",
@@ -415,15 +464,6 @@ def _state_file(out: Path) -> Path:
     return out.with_name(f"{out.name}.part.json")
 
 
-def _read_state(out: Path, path: Path) -> _SynthesisState:
-    """A state or summary. Raises `StageError` when it cannot be read."""
-    return read_checked_json(path, _SynthesisState, error=StageError, hint=_remove_hint(out))
-
-
-def _remove_hint(out: Path) -> str:
-    return f"remove {partial_file(out).name} and {_state_file(out).name}"
-
-
 def _load_state(out: Path, options_fingerprint: str) -> _SynthesisState:
     """The saved state. Raises `StageError` when it is of other options, or cannot be read."""
     if not _state_file(out).exists():
@@ -433,6 +473,12 @@ def _load_state(out: Path, options_fingerprint: str) -> _SynthesisState:
         raise StageError(
             f"{partial_file(out)} was begun with another model or other options",
             where="--out",
-            hint=f"use the same ones, or {_remove_hint(out)}",
+            hint=f"use the same ones, or remove {partial_file(out).name} and {_state_file(out).name}",
         )
     return state
+
+
+def _read_state(out: Path, path: Path) -> _SynthesisState:
+    """The state in a file beside `out`. Raises `StageError` when it cannot be read."""
+    text = out if path == summary_file(out) else partial_file(out)
+    return read_checked_json(path, _SynthesisState, error=StageError, hint=f"remove {text.name} and {path.name}")

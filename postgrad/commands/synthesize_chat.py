@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -28,6 +28,7 @@ from postgrad.commands.synthesize import (
     dedup_text,
     finalize_output,
     generate_until_target,
+    is_complete,
     load_generator,
     read_synthesized,
 )
@@ -35,11 +36,13 @@ from postgrad.data.filter.near_duplicates import repetition_share
 from postgrad.data.random_streams import RandomStreams
 from postgrad.data.read.documents import Document, read_documents
 from postgrad.data.read.files import RawSource as Files
+from postgrad.data.render.chat import apply_chat_template
+from postgrad.data.render.frame import Frame
 from postgrad.data.render.renderers import PlainRenderer
+from postgrad.data.words import split_spaces, split_words_and_signs
 from postgrad.errors import DataError, ModelError, StageError
 from postgrad.evaluation.continuations import decode_ids
 from postgrad.evaluation.generate_documents import GeneratedDocument, generate_documents
-from postgrad.evaluation.held_out import insert_after_bos
 from postgrad.hardware import machine
 from postgrad.storage.fingerprint import fingerprint
 
@@ -49,7 +52,7 @@ CLUSTERS = 20
 """k-means clusters of questions (as in SSR)."""
 _MAX_EXAMPLES = 100_000
 _MIN_WORDS = 2
-_USER_PLACEHOLDER = "\ufdd0"
+_USER_PLACEHOLDER = "\ufdd2"
 """A noncharacter that marks the user's content in a rendered template."""
 _QUESTION_STREAM, _ANSWER_STREAM, _EXAMPLES_STREAM = 0, 1, 2
 """Random streams of one row."""
@@ -90,21 +93,17 @@ class ChatTemplate:
             )
 
     def _render(self, messages: Sequence[dict[str, str]], *, prompt: bool) -> str:
-        try:
-            return str(
-                self.generator.tokenizer.apply_chat_template(
-                    list(messages), add_generation_prompt=prompt, tokenize=False
-                )
-            )
-        except Exception as error:  # a template is a program: it may raise anything
-            raise ModelError(f"the chat template fails: {error}", where="MODEL") from None
+        tokenizer = self.generator.tokenizer
+        assert tokenizer.chat_template is not None
+        return apply_chat_template(
+            tokenizer.chat_template, tokenizer.special_tokens_map, messages, add_generation_prompt=prompt
+        )
 
     def encode(self, text: str) -> np.ndarray:
-        """A rendered text as ids, after the BOS if the tokenizer adds one."""
-        bos = self.generator.encoder.bos
-        ids = np.array(self.generator.tokenizer(text, add_special_tokens=False)["input_ids"], np.int64)
-        ids = np.concatenate([[bos], ids]) if bos is not None and ids[:1].tolist() != [bos] else ids
-        return insert_after_bos(ids, self.generator.virtual_tokens, bos).astype(np.int64)
+        """A rendered text as ids, after the special tokens that the tokenizer adds."""
+        ids = self.generator.tokenizer(text, add_special_tokens=False)["input_ids"]
+        framed = Frame(self.generator.encoder.prefix_ids).wrap_once(ids)
+        return self.generator.prefix.insert(np.array(framed, np.int64))
 
     def prompt_ids(self, messages: Sequence[dict[str, str]]) -> np.ndarray:
         """A conversation up to where the next answer begins."""
@@ -163,20 +162,20 @@ def synthesize_chat(
     examples = _read_questions(rehearsal)
     budget = _token_budget(question_template, answer_template, request)
     options = [
-        asdict(request),
+        request.decisive_options(),
         question_template.generator.fingerprint,
         answer_template.generator.fingerprint,
         examples,
         rehearsal.shots,
     ]
     draw = partial(_generate_conversations, question_template, answer_template, request, rehearsal, examples, budget)
+    share = rehearsal.diverse_share
+    if is_complete(out, fingerprint(options), diverse_share=share):
+        yield read_synthesized(model, out, already_complete=True)
+        return
     yield from generate_until_target(out, request, fingerprint(options), question_template.generator, draw)
-    finalize_output(
-        out,
-        partial(select_diverse, share=rehearsal.diverse_share, seed=request.seed)
-        if rehearsal.diverse_share < 1
-        else None,
-    )
+    select = partial(select_diverse, share=share, seed=request.seed) if share < 1 else None
+    finalize_output(out, select, diverse_share=share)
     yield read_synthesized(model, out)
 
 
@@ -273,7 +272,7 @@ def _rejection_reason(
     """Why a conversation is rejected; None for an acceptable one."""
     if not generated_question.ended:
         return "questions without an end"
-    if len(question.split()) < _MIN_WORDS:
+    if len(split_spaces(question)) < _MIN_WORDS:
         return "questions of fewer than two words"
     if not generated_answer.ended:
         return "answers without an end"
@@ -397,9 +396,14 @@ def select_diverse(lines: list[str], *, share: float, seed: int) -> list[str]:
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     questions = [dedup_text(json.loads(line)) for line in lines]
-    features = TfidfVectorizer(
-        ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b|[^\w\s]"
-    ).fit_transform(questions)
+    vectorizer = TfidfVectorizer(
+        ngram_range=(1, 2),
+        sublinear_tf=True,
+        lowercase=False,
+        tokenizer=split_words_and_signs,
+        token_pattern=None,  # type: ignore[arg-type]
+    )
+    features = vectorizer.fit_transform(questions)
     clustering = KMeans(min(CLUSTERS, count), n_init=4, random_state=seed).fit(features)
     distance_N = clustering.transform(features).min(1)
     return [lines[i] for i in nearest_to_centers(clustering.labels_, distance_N, count)]

@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
+
+from postgrad.distributed.peers import Peers
+from postgrad.errors import DistributedError, PostgradError
+
+Result = TypeVar("Result")
+
+
+class InputFile(NamedTuple):
+    """What a rank has read: where, and the fingerprint of its content."""
+
+    path: str
+    fingerprint: str
 
 
 @dataclass(frozen=True)
@@ -20,19 +33,36 @@ class World:
     device: torch.device
     rank: int = 0
     size: int = 1
+    peers: Peers | None = None
 
     @classmethod
     @contextmanager
     def init_process_group(cls, device: torch.device, timeout: timedelta = timedelta(minutes=10)) -> Iterator[World]:
-        """Join the process group that the environment of `torchrun` names; without one, run as a single process."""
+        """Join the process group that the environment of `torchrun` names; without one, run as a single process.
+
+        `timeout`: how long a collective call waits for the other ranks. Inside, an error of one rank ends all of them, with a
+        `DistributedError` on those that did not cause it.
+        """
         if "RANK" not in os.environ:
             yield cls(device)
             return
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        store, rank, size = next(iter(dist.rendezvous("env://", timeout=timeout)))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         try:
-            yield cls(device, dist.get_rank(), dist.get_world_size())
+            if size == 1:
+                yield cls(device)
+                return
+            with Peers(store, rank, size) as peers:
+                try:
+                    yield cls(device, rank, size, peers)
+                except BaseException as error:
+                    cause = peers.explain(error)
+                    if cause is error:
+                        raise
+                    raise cause from error
         finally:
             gc.collect()  # sharded modules in reference cycles would keep the group alive
             dist.destroy_process_group()
@@ -69,7 +99,64 @@ class World:
         dist.all_gather_object(out, value)
         return out
 
+    def from_first(self, work: Callable[[], Result]) -> Result:
+        """The result of `work` on the first rank, told to all ranks, as is its error. Collective."""
+        if self.size == 1:
+            return work()
+        outcome: list[tuple[Result | None, PostgradError | None] | None] = [None]
+        if self.is_main:
+            try:
+                outcome[0] = work(), None
+            except PostgradError as error:
+                outcome[0] = None, error
+        dist.broadcast_object_list(outcome, src=0)
+        assert outcome[0] is not None
+        result, error = outcome[0]
+        if error is not None:
+            error.reported_by = 0
+            raise error
+        return result  # type: ignore[return-value]
+
+    def require_same(self, work: Callable[[], Mapping[str, InputFile]]) -> None:
+        """Raise on all ranks when `work` fails on one of them or returns other fingerprints there. Collective."""
+        if self.size == 1:
+            work()
+            return
+        files, error = dict[str, InputFile](), None
+        try:
+            files = dict(work())
+        except PostgradError as own_error:
+            error = own_error
+        ranks: list[tuple[dict[str, InputFile], PostgradError | None]] = self.all_gather((files, error))  # type: ignore[assignment]
+        for rank, (_, rank_error) in enumerate(ranks):
+            if rank_error is not None:
+                told = error or DistributedError(
+                    f"rank {rank}: {rank_error.problem}", where=rank_error.where, hint=rank_error.hint
+                )
+                told.reported_by = rank
+                raise told
+        for rank, (files, _) in enumerate(ranks):
+            for name, file in files.items():
+                if file.fingerprint != ranks[0][0][name].fingerprint:
+                    raise _difference(rank, name, file, ranks[0][0][name])
+
+    def note(self, activity: str) -> None:
+        """Tell the other ranks what this one does, for their errors."""
+        if self.peers:
+            self.peers.activity = activity
+
     def barrier(self) -> None:
         """Wait until all ranks are here."""
         if self.size > 1:
             dist.barrier()
+
+
+def _difference(rank: int, name: str, file: InputFile, first: InputFile) -> DistributedError:
+    error = DistributedError(
+        f"{name}: rank {rank} reads {file.fingerprint[:12]}, and rank 0 reads {first.fingerprint[:12]}",
+        where=file.path or name,
+        expected="the same files and the same cache on all processes",
+        hint="put the files, `output` and POSTGRAD_CACHE on a file system that all processes share",
+    )
+    error.reported_by = 0
+    return error

@@ -12,17 +12,20 @@ from __future__ import annotations
 import math
 import re
 import string
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
+import regex
 from scipy.stats import rankdata
 
 from postgrad.data.problem_type import ProblemType
+from postgrad.data.words import has_unspaced_script, split_spaces, split_words
 from postgrad.errors import MissingExtra
 from postgrad.evaluation.classification_metrics import COUNT_METRICS, correlation, correlation_moments
 from postgrad.stats.bootstrap import percentile_interval, resample_sums
@@ -60,6 +63,10 @@ class Metric:
     value: Callable[[np.ndarray], np.ndarray]
     scale: float = 1.0
     """Its largest value."""
+    split: Callable[[str], Sequence[str]] = str.split
+    """What it counts of a reference: words, or parts between spaces."""
+    tokenizer: Callable[[Sequence[str]], str] | None = None
+    """The name of the tokenizer for an item with some references, where there is a choice."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,17 @@ def metric_summary(name: MetricName, predictions: TaskPredictions) -> dict[str, 
         "seeds": [float(value) for value in per_seed_K],
         "spread": float(per_seed_K.std(ddof=1)) if len(per_seed_K) > 1 else None,
     }
+
+
+def tokenizer_names(name: MetricName, references: References) -> list[str]:
+    """The tokenizers of a metric that chooses one for each item by its references."""
+    tokenizer = METRICS[name].tokenizer
+    return sorted(set(map(tokenizer, references))) if tokenizer else []
+
+
+def count_without_words(name: MetricName, references: References) -> int:
+    """The items whose references have no words that a metric could count."""
+    return sum(not any(map(METRICS[name].split, those)) for those in references)
 
 
 def metric_change(name: MetricName, before: TaskPredictions, after: TaskPredictions) -> dict[str, Any]:
@@ -141,11 +159,24 @@ def _resampled_means(metric: Metric, predictions: TaskPredictions, seed: int = 0
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_PUNCTUATION = regex.compile(r"\p{P}+")
+_HAN = regex.compile(r"\p{Han}")
+_NOT_LATIN = regex.compile(r"(?V1)[\p{L}--\p{Latin}]")
 
 
 def normalize_answer(text: str) -> str:
-    """As SQuAD's evaluation compares answers (Rajpurkar et al. 2016): lower case, without punctuation and articles."""
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
+    """As SQuAD's evaluation compares answers (Rajpurkar et al. 2016): lower case, without punctuation and articles.
+
+    In other scripts than Latin all punctuation of Unicode is removed, as in MLQA's evaluation (Lewis et al. 2020).
+    """
+    text = unicodedata.normalize("NFC", text.lower()).translate(_NO_PUNCTUATION)
+    if not text.isascii() and _NOT_LATIN.search(text):
+        text = _PUNCTUATION.sub("", text)
+    return " ".join(_ARTICLES.sub(" ", text).split())
+
+
+def _split_normalized(text: str) -> list[str]:
+    return split_spaces(normalize_answer(text))
 
 
 def exact_match(prediction: str, reference: str) -> float:
@@ -154,8 +185,11 @@ def exact_match(prediction: str, reference: str) -> float:
 
 
 def token_f1(prediction: str, reference: str) -> float:
-    """The F1 of the normalised words, as SQuAD's evaluation takes it; two empty answers agree."""
-    ours, theirs = normalize_answer(prediction).split(), normalize_answer(reference).split()
+    """The F1 of the normalised words, as SQuAD's evaluation takes it; two empty answers agree.
+
+    Text without spaces is divided into words, as in MLQA's evaluation.
+    """
+    ours, theirs = _split_normalized(prediction), _split_normalized(reference)
     if not ours or not theirs:
         return float(ours == theirs)
     common = sum((Counter(ours) & Counter(theirs)).values())
@@ -177,24 +211,45 @@ def numeric_match(prediction: str, reference: str) -> float:
     return float(ours is not None and theirs is not None and math.isclose(ours, theirs, rel_tol=1e-9, abs_tol=1e-12))
 
 
+class _RougeTokenizer:
+    """The words of any script; those in ASCII as the package's own tokenizer stems them."""
+
+    def __init__(self, tokenize: Callable[[str], list[str]]) -> None:
+        self._tokenize_ascii = tokenize
+
+    def tokenize(self, text: str) -> list[str]:
+        return [
+            part for word in split_words(text) for part in (self._tokenize_ascii(word) if word.isascii() else [word])
+        ]
+
+
 @cache
 def _rouge_scorer() -> Any:
     try:
         from rouge_score.rouge_scorer import RougeScorer
+        from rouge_score.tokenizers import DefaultTokenizer
     except ImportError:
         raise MissingExtra("ROUGE needs the package rouge-score", hint="pip install rouge-score") from None
-    return RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+    tokenizer = _RougeTokenizer(DefaultTokenizer(use_stemmer=True).tokenize)
+    return RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=tokenizer)
 
 
 def _rouge_f1(kind: str) -> Callable[[str, str], float]:
-    return lambda prediction, reference: float(_rouge_scorer().score(reference, prediction)[kind].fmeasure)
+    """The F1 of n-grams, or of the longest common subsequence; a reference without words is compared as a whole."""
+
+    def score(prediction: str, reference: str) -> float:
+        if not split_words(reference):
+            return float(prediction.split() == reference.split())
+        return float(_rouge_scorer().score(reference, prediction)[kind].fmeasure)
+
+    return score
 
 
 # --- metrics of all answers ------------------------------------------------------------------------------
 
 
-def _mean_metric(score_pair: Callable[[str, str], float]) -> Metric:
-    """The mean of a score; of several references the best counts."""
+def _mean_metric(score_pair: Callable[[str, str], float], split: Callable[[str], Sequence[str]]) -> Metric:
+    """The mean of a score; of several references the best counts. `split`: what the score counts of a reference."""
 
     def statistics(predictions: Predictions, references: References) -> np.ndarray:
         best = [
@@ -203,7 +258,7 @@ def _mean_metric(score_pair: Callable[[str, str], float]) -> Metric:
         ]
         return np.array([(score, 1.0) for score in best])
 
-    return Metric(statistics, lambda sums_DS: sums_DS[:, 0] / sums_DS[:, 1])
+    return Metric(statistics, lambda sums_DS: sums_DS[:, 0] / sums_DS[:, 1], split=split)
 
 
 def _label_metric(name: str) -> Metric:
@@ -239,26 +294,54 @@ def _ranks(pairs_I2: np.ndarray) -> np.ndarray:
     return np.stack([rankdata(column) for column in pairs_I2.T], 1)
 
 
-def _sacrebleu_metric(kind: str) -> Metric:
-    """BLEU or chrF of a whole corpus from 0 to 100, with sacrebleu's own statistics of each sentence."""
+@cache
+def _sacrebleu_metric(kind: str, tokenizer: str | None = None) -> Any:
+    try:
+        from sacrebleu import metrics
+    except ImportError:
+        raise MissingExtra(f"{kind} needs the package sacrebleu", hint="pip install sacrebleu") from None
+    return metrics.BLEU(tokenize=tokenizer) if kind == "BLEU" else metrics.CHRF()
 
-    @cache
-    def metric() -> Any:
-        try:
-            from sacrebleu import metrics
-        except ImportError:
-            raise MissingExtra(f"{kind} needs the package sacrebleu", hint="pip install sacrebleu") from None
-        return metrics.BLEU() if kind == "BLEU" else metrics.CHRF()
+
+def choose_bleu_tokenizer(references: Sequence[str]) -> str:
+    """sacrebleu's name of the tokenizer of an item: `13a`, or by characters where most words are of scripts without spaces."""
+    text = " ".join(references)
+    if not has_unspaced_script(text):
+        return "13a"
+    words = split_words(text)
+    unspaced = [word for word in words if has_unspaced_script(word)]
+    if 2 * len(unspaced) < len(words):
+        return "13a"
+    return "zh" if all(map(_HAN.match, unspaced)) else "char"
+
+
+def _corpus_metric(kind: str) -> Metric:
+    """BLEU or chrF of a whole corpus from 0 to 100, with sacrebleu's own statistics of each sentence.
+
+    Texts are composed (NFC). For BLEU each item is tokenised by its references' script.
+    """
 
     def statistics(predictions: Predictions, references: References) -> np.ndarray:
+        compose = partial(unicodedata.normalize, "NFC")
+        predictions = list(map(compose, predictions))
+        references = [list(map(compose, those)) for those in references]
+        if kind == "BLEU":
+            tokenize = [
+                _sacrebleu_metric(kind, choose_bleu_tokenizer(those))._preprocess_segment for those in references
+            ]
+            predictions = [own(each) for own, each in zip(tokenize, predictions, strict=True)]
+            references = [list(map(own, those)) for own, those in zip(tokenize, references, strict=True)]
         most = max(map(len, references))
         streams = [[those[n] if n < len(those) else None for those in references] for n in range(most)]
-        return np.array(metric()._extract_corpus_statistics(list(predictions), streams), np.float64)
+        return np.array(
+            _sacrebleu_metric(kind, "none")._extract_corpus_statistics(list(predictions), streams), np.float64
+        )
 
     def value(sums_DS: np.ndarray) -> np.ndarray:
-        return np.array([metric()._compute_score_from_stats(row).score for row in sums_DS.astype(int).tolist()])
+        compute = _sacrebleu_metric(kind, "none")._compute_score_from_stats
+        return np.array([compute(row).score for row in sums_DS.astype(int).tolist()])
 
-    return Metric(statistics, value, 100.0)
+    return Metric(statistics, value, 100.0, tokenizer=choose_bleu_tokenizer if kind == "BLEU" else None)
 
 
 METRICS: Mapping[MetricName, Metric] = MappingProxyType(
@@ -266,14 +349,14 @@ METRICS: Mapping[MetricName, Metric] = MappingProxyType(
         "accuracy": _label_metric("accuracy"),
         "macro-F1": _label_metric("macro F1"),
         "MCC": _label_metric("MCC"),
-        "exact-match": _mean_metric(exact_match),
-        "F1": _mean_metric(token_f1),
-        "ROUGE-1": _mean_metric(_rouge_f1("rouge1")),
-        "ROUGE-2": _mean_metric(_rouge_f1("rouge2")),
-        "ROUGE-L": _mean_metric(_rouge_f1("rougeL")),
-        "BLEU": _sacrebleu_metric("BLEU"),
-        "chrF": _sacrebleu_metric("chrF"),
-        "numeric": _mean_metric(numeric_match),
+        "exact-match": _mean_metric(exact_match, _split_normalized),
+        "F1": _mean_metric(token_f1, _split_normalized),
+        "ROUGE-1": _mean_metric(_rouge_f1("rouge1"), split_words),
+        "ROUGE-2": _mean_metric(_rouge_f1("rouge2"), split_words),
+        "ROUGE-L": _mean_metric(_rouge_f1("rougeL"), split_words),
+        "BLEU": _corpus_metric("BLEU"),
+        "chrF": _corpus_metric("chrF"),
+        "numeric": _mean_metric(numeric_match, str.split),
         "Pearson": Metric(
             lambda predictions, references: correlation_moments(*_number_pairs(predictions, references).T), correlation
         ),

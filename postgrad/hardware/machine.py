@@ -8,6 +8,7 @@ import platform
 import statistics
 import sysconfig
 import time
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
@@ -15,6 +16,7 @@ from shutil import which
 import torch
 
 _ALLOCATOR_TUNED = False
+_ROUNDS, _MAX_PROBE_SECONDS = 5, 3.0
 
 
 def core_count() -> int:
@@ -80,8 +82,32 @@ def _read_proc(name: str, key: str) -> str | None:
     return None
 
 
+def environment_threads() -> int | None:
+    """The threads that OMP_NUM_THREADS asks for; None without a valid number.
+
+    `torchrun` sets it to 1 for each of several processes unless the user has: that is not a request.
+    """
+    first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if not first.isdecimal() or not int(first):
+        return None
+    is_default = first == "1" and "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_WORLD_SIZE", "1") != "1"
+    return None if is_default else int(first)
+
+
+def compare_speeds(fast: Callable[[], float], slow: Callable[[], float]) -> list[float]:
+    """How many times as fast the first setting is as the second, in five interleaved rounds (fewer when they take long).
+
+    Other processes come and go: each round compares neighbours in time, and the median of the rounds decides.
+    """
+    begin, gains = time.perf_counter(), list[float]()
+    while len(gains) < _ROUNDS and (not gains or time.perf_counter() - begin < _MAX_PROBE_SECONDS):
+        speed = slow()
+        gains.append(fast() / speed)
+    return gains
+
+
 def matmul_speed(dtype: torch.dtype, shape: tuple[int, int, int], device: torch.device) -> float:
-    """Multiply-adds per second of one (m, k) x (k, n) product, median of five after a warm-up."""
+    """Multiply-adds per second of one (m, k) x (k, n) product, median of five after a warm-up; fewer when they take long."""
     m, k, n = shape
     a = torch.zeros(m, k, dtype=dtype, device=device)
     b = torch.zeros(n, k, dtype=dtype, device=device)
@@ -92,4 +118,6 @@ def matmul_speed(dtype: torch.dtype, shape: tuple[int, int, int], device: torch.
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - begin)
+        if len(times) > 1 and sum(times) > _MAX_PROBE_SECONDS / _ROUNDS:
+            break
     return m * k * n / statistics.median(times[1:])

@@ -5,7 +5,15 @@ Legend: N weights, M of them trainable, B rows at once, T positions, D width, L 
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+
+from postgrad.errors import OutOfMemoryError
+
+_ALLOCATOR_ERRORS = ("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""Parts of the messages of torch's allocators, which raise a plain `RuntimeError` on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,27 @@ def estimate_memory(
         gradients=(4 + (2 if bf16 else 0)) * trainable,
         moments=8 * trainable,
         activations=activations + (1 << 25) * 6,  # a chunk of logits in the loss
+    )
+
+
+@contextmanager
+def memory_errors(where: str, hint: str) -> Iterator[None]:
+    """Inside, Python's and torch's errors for want of memory become an `OutOfMemoryError` with `hint`: what takes less."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        request = re.search(r"allocate (\d[\d.]* ?\w+)", str(error))
+        raise OutOfMemoryError(
+            f"out of memory{f' (an allocation of {request[1]})' if request else ''}", where=where, hint=hint
+        ) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is for want of memory, of the machine or the accelerator."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(part in str(error) for part in _ALLOCATOR_ERRORS)
     )
 
 

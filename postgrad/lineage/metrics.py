@@ -1,4 +1,4 @@
-"""The rows of `metrics.jsonl`: one per step and one per evaluation."""
+"""The rows of `metrics.jsonl`: one per step, skipped or not, and one per evaluation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from postgrad.errors import PostgradError, StageError
 from postgrad.lineage.previous_format import upgrade_row
-from postgrad.lineage.record import Record, RecordPart
+from postgrad.lineage.record import Record, RecordPart, SkippedStep
 from postgrad.storage.checked_files import add_checksum, find_damage
 from postgrad.storage.read_json import parse_json
 
@@ -41,6 +41,15 @@ class StepRow(RecordPart):
     """Without the penalties."""
     updated_weights: int | None = None
     """Weights that a sparse update changed."""
+    seconds: float = 0.0
+
+
+class SkippedStepRow(SkippedStep):
+    """One step without an update."""
+
+    kind: Literal["skipped"] = "skipped"
+    trained_tokens: int
+    """Trained tokens so far."""
     seconds: float = 0.0
 
 
@@ -84,13 +93,14 @@ class EvaluationRow(RecordPart):
     checkpoint_selection: SelectionRow | None = None
 
 
-MetricsRow = StepRow | EvaluationRow
+MetricsRow = StepRow | SkippedStepRow | EvaluationRow
+_ROW_KINDS: dict[str, type[MetricsRow]] = {"evaluation": EvaluationRow, "skipped": SkippedStepRow}
 
 
 def parse_row(raw: dict[str, Any]) -> MetricsRow:
     """A row from JSON data of this format or the previous one."""
     row = upgrade_row(raw)
-    return (EvaluationRow if row.get("kind") == "evaluation" else StepRow).model_validate(row)
+    return _ROW_KINDS.get(str(row.get("kind")), StepRow).model_validate(row)
 
 
 @dataclass(frozen=True)
@@ -108,6 +118,11 @@ class Metrics:
     def steps(self) -> list[StepRow]:
         """The rows of the steps."""
         return [row for row in self.rows if isinstance(row, StepRow)]
+
+    @property
+    def skipped_steps(self) -> list[SkippedStep]:
+        """The steps without an update."""
+        return [SkippedStep.model_validate(row.model_dump()) for row in self.rows if isinstance(row, SkippedStepRow)]
 
     @property
     def evaluations(self) -> list[EvaluationRow]:

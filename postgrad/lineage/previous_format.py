@@ -92,7 +92,7 @@ RECORD_KEYS: Renames = (
     ("realign.sets.*.forgot", "forgotten"),
     ("realign.sets.*.left", "remaining"),
     ("realign.sets.*.won", "recovered"),
-    ("realign.sets.*.start_learnt", "start_model_gain"),
+    ("realign.sets.*.start_learnt", "start_model_change"),
     ("realign.sets.*.share", "recovered_share"),
     ("update", "sparse_update"),
     ("update.moved", "updated_weights"),

@@ -21,6 +21,7 @@ from postgrad.storage.checked_files import read_cached_json, read_checked_json, 
 RECORD = "record.json"
 STAGE = "stage.yaml"
 PLAN = "plan.json"
+LOCK = "lock"
 FORMAT = 2
 
 _DAMAGED_RECORD_HINT = "delete it and repeat the `postgrad train` command, which scores the model and writes it again"
@@ -268,6 +269,33 @@ class TrainedSource(RecordPart):
     loss: SourceLoss | None = None
 
 
+class SkippedRow(RecordPart):
+    """A training row, by its number (from 0) in its source."""
+
+    source: str
+    row: int
+
+
+class SkippedStep(RecordPart):
+    """A step that changed no weight, since its loss or gradient was not finite."""
+
+    step: int
+    tokens: int = 0
+    """Tokens of its rows, which do not count as trained."""
+    loss: float | None = None
+    """Nats per token; None when it was not finite."""
+    grad_norm: float | None = None
+    """None when it was not finite."""
+    rows: list[SkippedRow] = []
+    """The rows whose own loss was not finite; without any, all rows of the step."""
+
+    def list_rows(self, most: int = 4) -> str:
+        """The first rows, as text: `new row 17, new row 40 and 6 more`."""
+        names = ", ".join(f"{row.source} row {row.row}" for row in self.rows[:most])
+        more = len(self.rows) - most
+        return f"{names} and {more} more" if more > 0 else names
+
+
 class TrainingTotals(RecordPart):
     """What the training consumed up to its last step."""
 
@@ -278,6 +306,8 @@ class TrainingTotals(RecordPart):
     metrics_lines: int | None = None
     """Lines of `metrics.jsonl`."""
     sources: list[TrainedSource] = []
+    skipped_steps: list[SkippedStep] = []
+    """Counted in `steps`, but not in `tokens`."""
 
 
 class PublishedCheckpoint(RecordPart):
@@ -416,7 +446,7 @@ class SetRelearning(RecordPart):
     remaining: Interval
     """Trained copy minus start copy, both after the relearning steps."""
     recovered: Interval
-    start_model_gain: Interval
+    start_model_change: Interval
     """Change of the start model in the same steps."""
     recovered_share: Interval | None = None
 
@@ -502,6 +532,10 @@ class TaskRecord(RecordPart):
     truncated_prompts: int = 0
     """Prompts with fewer demonstrations than requested."""
     metrics: list[str] = []
+    tokenizers: dict[str, list[str]] = {}
+    """By metric: sacrebleu's names of the tokenizers that the references' scripts need."""
+    without_words: dict[str, int] = {}
+    """By metric: items whose references have no words to count, which are compared as a whole."""
     fingerprint: str = ""
     prompt: str = ""
     before: dict[str, MetricValue] = {}
@@ -609,7 +643,7 @@ class Record(RecordPart):
 
 def write_record(run_folder: Path, record: Record) -> None:
     """Write a run's record atomically."""
-    write_checked_json(run_folder / RECORD, record.as_json(), record.id)
+    write_checked_json(run_folder / RECORD, record.as_json(), record.id, without_secrets=True)
 
 
 def read_record(run_folder: Path) -> Record:

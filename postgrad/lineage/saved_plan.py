@@ -46,13 +46,15 @@ class SavedPlan(RecordPart):
     consumed_before: dict[str, ConsumedSource] = {}
     """What the start model has consumed, by data fingerprint."""
     resolved_sources: list[ReplayableSource] = []
+    schedule_curve: list[tuple[int, float]] = []
+    """Learning rate at some of the planned steps."""
     penalty_strengths: dict[str, dict[str, Any]] = {}
     """Of penalties with `strength: auto`."""
 
 
 def write_plan(run_folder: Path, plan: SavedPlan) -> None:
     """Write a run's plan atomically."""
-    write_checked_json(run_folder / PLAN, plan.as_json(), plan.id)
+    write_checked_json(run_folder / PLAN, plan.as_json(), plan.id, without_secrets=True)
 
 
 def read_plan(run_folder: Path) -> SavedPlan:

@@ -117,7 +117,8 @@ AttentionMaskInterface.register(CAUSAL_BLOCKS, eager_mask)
 def is_supported(model: PreTrainedModel) -> bool:
     """Whether this function gives the logits that the model's own plain attention gives, packed rows included."""
     config = model.config
-    if any(float(getattr(config, key, 0) or 0) > 0 for key in ("attention_dropout", "attn_pdrop")):
+    text = config.get_text_config()
+    if any(float(getattr(text, key, 0) or 0) > 0 for key in ("attention_dropout", "attn_pdrop")):
         return False
     vocabulary = get_embedding_weight(model).shape[0]
     ids = torch.randint(0, vocabulary, (1, 40), generator=torch.Generator().manual_seed(0)).to(model.device)

@@ -26,7 +26,7 @@ from transformers import (
 
 from postgrad.errors import ModelError, suggest_nearest
 from postgrad.models.layers import count_parameters
-from postgrad.models.pretrained import detect_config_task, from_config
+from postgrad.models.pretrained import detect_config_task, make_random_model
 
 _ASPECT = 48
 """Width by depth: small published models have 43 (stories15M) to 85 (pythia-70m)."""
@@ -254,4 +254,4 @@ def _count_shape_weights(family: Family, *, width: int, depth: int, inner: int, 
 def count_weights(config: PreTrainedConfig) -> int:
     """The weights of a configuration's model, tied ones counted once, without allocating them."""
     with torch.device("meta"):
-        return count_parameters(from_config(config, detect_config_task(config)))
+        return count_parameters(make_random_model(config, detect_config_task(config)))

@@ -13,7 +13,7 @@ from transformers import (
 
 from postgrad.errors import ModelError
 from postgrad.models.families import FAMILIES, Family, SpecialTokens
-from postgrad.models.pretrained import detect_config_task, from_config
+from postgrad.models.pretrained import detect_config_task, make_random_model
 from postgrad.models.task import Task
 
 _TASK_FAMILIES: dict[Task, str] = {
@@ -85,4 +85,4 @@ def init_model(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     """The model of a configuration, initialised from `seed`; the global random state is preserved."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return from_config(config, detect_config_task(config))
+        return make_random_model(config, detect_config_task(config))

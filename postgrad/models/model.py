@@ -81,7 +81,7 @@ class CausalModel(Model):
 
     def __init__(self, pretrained: PreTrainedModel) -> None:
         super().__init__(pretrained)
-        config = pretrained.config
+        config = pretrained.config.get_text_config()
         # Granite divides its logits, Cohere multiplies them, Gemma caps them; `verify_model` tests whether this covers a model.
         scaling = getattr(config, "logits_scaling", None)
         self.scale: float = 1.0 / scaling if scaling else float(getattr(config, "logit_scale", None) or 1.0)
@@ -202,11 +202,19 @@ def _verify_packing(model: CausalModel, length: int, tolerance: float, device: t
     if leak > tolerance * max(1.0, ours.abs().max().item()):
         raise ModelError(
             f"packed documents attend to each other in this architecture ({model.pretrained.config.model_type}): logits of the "
-            f"second change by {leak:.2g} with the first",
+            f"second change by {leak:.2g} with the first, since {_leak_cause(model.pretrained)}",
             where="model",
-            expected="attention within a document (recurrent and hybrid models carry state across)",
-            hint="use a model with plain attention layers",
+            expected="attention within a document",
+            hint="use a model with attention layers and rotary or learned positions, such as Llama, Qwen or GPT-2",
         )
+
+
+def _leak_cause(pretrained: PreTrainedModel) -> str:
+    """Why an architecture does not keep packed documents apart."""
+    kinds = getattr(pretrained.config.get_text_config(), "layer_types", None) or ()
+    if pretrained._is_stateful or any("linear" in kind or "mamba" in kind for kind in kinds):
+        return "its recurrent layers carry a state across documents"
+    return "in transformers it takes no notice of position ids that restart with each document"
 
 
 def _verify_prefixes(

@@ -37,6 +37,7 @@ def mark_prefix_lm(config: PreTrainedConfig, prefix_lm: bool) -> None:
 
 def attention_window(config: PreTrainedConfig) -> int | None:
     """The smallest attention window of the layers; None where all attend to everything."""
+    config = config.get_text_config()
     kinds = getattr(config, "layer_types", None)
     local = kinds is None or any("sliding" in kind or "chunked" in kind for kind in kinds)
     sizes = [getattr(config, key, None) for key in ("sliding_window", "attention_chunk_size")] if local else []

@@ -13,13 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -27,12 +26,22 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from postgrad.errors import ModelError
+from postgrad.models.auto_classes import (
+    ADDED_TOKEN_SETTINGS,
+    first_line,
+    load_config,
+    load_model_files,
+    load_tokenizer_files,
+    make_meta_model,
+    make_model,
+)
+from postgrad.models.config_limits import check_weight_file
+from postgrad.models.layers import count_parameters
 from postgrad.models.location import ModelLocation
 from postgrad.models.task import Task
 from postgrad.models.task_head import TaskHeadConfig, load_task_head_config
 from postgrad.models.task_head_model import make_model_class
-
-transformers_logging.disable_progress_bar()
+from postgrad.models.tied_weights import record_separate_output
 
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 
@@ -42,18 +51,7 @@ def load_tokenizer(start: ModelLocation) -> PreTrainedTokenizerBase:
 
     Raises `ModelError` when there is no tokenizer that is fast.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            tokenizer = AutoTokenizer.from_pretrained(start.name_or_path)
-    except Exception as error:
-        raise ModelError(
-            f"no tokenizer could be loaded from {start.name}: {_first_line(error)}",
-            where="model",
-            expected="tokenizer.json beside the model",
-        ) from error
-    if not isinstance(tokenizer, PreTrainedTokenizerBase) or not tokenizer.is_fast:
-        raise ModelError(f"{start.name} has no fast tokenizer", where="model", expected="a tokenizer.json")
+    tokenizer = load_tokenizer_files(start.name_or_path)
     here: ModelLocation | None = start
     while here and here.base:
         if here.folder and (here.folder / CHAT_TEMPLATE_FILE).exists():
@@ -127,7 +125,7 @@ def detect_task(start: ModelLocation) -> Task:
     form = load_task_head_config(start.folder)
     if form:
         return Task.TAG if form.pooling is None else Task.CLASSIFY
-    return detect_config_task(AutoConfig.from_pretrained(start.name_or_path))
+    return detect_config_task(load_config(start.name_or_path))
 
 
 def detect_config_task(config: PreTrainedConfig) -> Task:
@@ -173,11 +171,15 @@ def load_pretrained(
     try:
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), _suppress_load_report():
             warnings.simplefilter("ignore")
-            config = AutoConfig.from_pretrained(start.name_or_path)
-            refuse_foreign_code(config, start.name)
-            own = load_task_head_config(start.full_model.folder)
+            config = load_config(start.name_or_path)
+            folder = start.full_model.folder
+            if folder and state is None:
+                layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+                check_weight_file(folder, layers, lambda: count_parameters(make_meta_model(config)), start.name)
+            own = load_task_head_config(folder)
             form = layer.form if layer else own if task.is_classifier else None
-            where, make = (start.name_or_path, _CLASSES[task]) if state is None else (None, _model_class(config, task))
+            auto = _auto_class(config, task)
+            where, make = (start.name_or_path, auto) if state is None else (None, auto._model_mapping[type(config)])
             make = make_model_class(config, form) if form else make
             options = {}
             if layer:
@@ -185,22 +187,16 @@ def load_pretrained(
                 for key, value in layer.config_options().items():
                     setattr(config, key, value)
                 options["ignore_mismatched_sizes"] = True
-            model, loading = make.from_pretrained(
-                where,
-                config=config,
-                state_dict=state,
-                dtype=dtype,
-                attn_implementation=attention,
-                use_safetensors=True,
-                output_loading_info=True,
-                **options,
+            model, loading = load_model_files(
+                make, where, config, state_dict=state, dtype=dtype, attn_implementation=attention, **options
             )
     except ModelError:
         raise
     except Exception as error:
         raise ModelError(
-            f"{start.name} could not be loaded as {task.description}: {_first_line(error)}", where="model"
+            f"{start.name} could not be loaded as {task.description}: {first_line(error)}", where="model"
         ) from error
+    record_separate_output(model)
     # Some architectures have a pooler in the backbone, which only a task layer uses.
     new = sorted({*loading["missing_keys"], *(key for key, *_ in loading.get("mismatched_keys", ()))})
     missing = [key for key in new if not (layer and _is_task_layer_weight(model, key))]
@@ -213,26 +209,61 @@ def load_pretrained(
     return LoadResult(model.eval(), tuple(new))
 
 
-def from_config(config: PreTrainedConfig, task: Task) -> PreTrainedModel:
+def ignored_token_settings(tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
+    """`add_bos_token` and `add_eos_token` as the tokenizer follows them, where its configuration has the other value."""
+    return {
+        name: value
+        for name, value in _added_tokens(tokenizer).items()
+        if tokenizer.init_kwargs.get(name) is (not value)
+    }
+
+
+def _added_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
+    ids = tokenizer("a")["input_ids"]
+    return dict(
+        zip(
+            ADDED_TOKEN_SETTINGS,
+            (ids[:1] == [tokenizer.bos_token_id], ids[-1:] == [tokenizer.eos_token_id]),
+            strict=True,
+        )
+    )
+
+
+def _make_readable(path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Rewrite a tokenizer's configuration so that transformers 4 reads the same tokenizer from it."""
+    config = json.loads(path.read_text())
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    else:
+        config |= _added_tokens(tokenizer)
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+def make_random_model(config: PreTrainedConfig, task: Task) -> PreTrainedModel:
     """A model of a configuration with transformers' random initialisation, in fp32 and eval mode.
 
     The caller seeds torch. Raises `ModelError` for a configuration without a model for the task.
     """
-    refuse_foreign_code(config, "the configuration")
     try:
         with warnings.catch_warnings(), _suppress_load_report():
             warnings.simplefilter("ignore")
-            return _CLASSES[task].from_config(config, dtype=torch.float32).eval()
+            return make_model(_auto_class(config, task), config, dtype=torch.float32).eval()
     except ModelError:
         raise
     except Exception as error:
         raise ModelError(
-            f"no {config.model_type} could be made as {task.description}: {_first_line(error)}", where="model"
+            f"no {config.model_type} could be made as {task.description}: {first_line(error)}", where="model"
         ) from error
 
 
-def _model_class(config: PreTrainedConfig, task: Task) -> Any:
-    return _CLASSES[task]._model_mapping[type(config)]
+def _auto_class(config: PreTrainedConfig, task: Task) -> Any:
+    """The Auto class of a task; composite decoders (Mistral 3, Qwen 2.5 VL) have no other class than that with images."""
+    is_composite = type(config) in AutoModelForImageTextToText._model_mapping
+    if task == Task.CAUSAL and is_composite and type(config) not in AutoModelForCausalLM._model_mapping:
+        return AutoModelForImageTextToText
+    return _CLASSES[task]
 
 
 @contextmanager
@@ -261,22 +292,8 @@ def _is_task_layer_weight(model: PreTrainedModel, key: str) -> bool:
 
 def stored_dtype(start: ModelLocation) -> torch.dtype:
     """The dtype of the stored weights in the configuration. Default: float32."""
-    dtype = getattr(AutoConfig.from_pretrained(start.name_or_path), "dtype", None)
+    dtype = getattr(load_config(start.name_or_path), "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
-
-
-def refuse_foreign_code(config: object, name: str) -> None:
-    """Raise `ModelError` for a configuration that loads code of a repository."""
-    if getattr(config, "auto_map", None):
-        raise ModelError(
-            f"{name} has its own modelling code (auto_map), which is never run",
-            where="model",
-            expected="an architecture that transformers itself has",
-        )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def save_pretrained(
@@ -297,6 +314,7 @@ def save_pretrained(
     }
     model.save_pretrained(folder, state_dict=cast)
     tokenizer.save_pretrained(folder)
+    _make_readable(folder / "tokenizer_config.json", tokenizer)
     config = json.loads((folder / "config.json").read_text())
     # The dtype in the config is that of the file, not that of the computation.
     config["dtype"] = str(dtype).removeprefix("torch.")

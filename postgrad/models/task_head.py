@@ -15,18 +15,19 @@ block (after the final norm, where there is one).
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from transformers import PreTrainedConfig
 
 from postgrad.errors import ModelError
+from postgrad.storage.read_json import read_json
 
 DESCRIPTION, TENSORS = "task_layer.json", "task_layer.safetensors"
 FORMAT = 1
@@ -45,13 +46,13 @@ class TaskHeadConfig:
     the encoder, the model has no decoder. `width` and `depth` are of the tanh layers or the BiLSTM.
     """
 
-    layers: tuple[int, ...]
+    layers: Annotated[tuple[int, ...], Field(min_length=1, max_length=1024)]
     join: Join = "concat"
     pooling: Pooling | None = None
     head: HeadKind = "linear"
-    width: int = 0
-    depth: int = 0
-    dropout: float = 0.0
+    width: Annotated[int, Field(ge=0, le=1 << 20)] = 0
+    depth: Annotated[int, Field(ge=0, le=64)] = 0
+    dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
     stack: Literal["encoder", "decoder"] | None = None
 
     @classmethod
@@ -88,17 +89,19 @@ def load_task_head_config(folder: Path | None) -> TaskHeadConfig | None:
     """The options of the task head in a folder, or None. Raises `ModelError` for an invalid description."""
     if folder is None or not (folder / DESCRIPTION).exists():
         return None
-    try:
-        description = json.loads((folder / DESCRIPTION).read_text())
-        if description["format"] != FORMAT:
-            raise ValueError(f"its format is {description['format']!r}")
-        return TaskHeadConfig.from_dict(description["reads"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(
-            f"the description of the task layer cannot be read ({error})",
-            where=str(folder / DESCRIPTION),
-            expected=f"a {DESCRIPTION} of format {FORMAT}",
-        ) from None
+    file, expected = folder / DESCRIPTION, f"a {DESCRIPTION} of format {FORMAT}"
+    description = read_json(file, _TaskLayerFile, error=ModelError, expected=expected)
+    if description.format != FORMAT:
+        raise ModelError(f"its format is {description.format}", where=str(file), expected=expected)
+    return description.reads
+
+
+@dataclass(frozen=True)
+class _TaskLayerFile:
+    """The part of `task_layer.json` that a model is made from."""
+
+    format: int
+    reads: TaskHeadConfig
 
 
 # --- the task layer ---------------------------------------------------------------------------------------------------

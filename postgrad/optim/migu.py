@@ -102,6 +102,11 @@ class MiguMask(SparseMask):
             layer.sums_O.zero_()
         return [masks[id(master)] for master in masters]
 
+    def discard(self) -> None:
+        super().discard()
+        for layer in self.layers:
+            layer.sums_O.zero_()
+
     def _make_hook(self, layer: _TrackedLayer) -> Callable[[nn.Module, object, Tensor], None]:
         def accumulate(_module: nn.Module, _inputs: object, output: Tensor) -> None:
             if self._token_masks is not None:

@@ -220,6 +220,11 @@ class AdamW:
         self.weights.zero_gradients()
         return num_updated
 
+    def skip(self) -> None:
+        """Drop the gradients of a step without an update."""
+        self.update_mask.discard()
+        self.weights.zero_gradients()
+
     def moments(self) -> Moments:
         """`<name>.exp_avg` and `<name>.exp_avg_sq`, unsharded on every rank; empty before the first update. Collective."""
         out: Moments = {}

@@ -32,6 +32,10 @@ class UpdateMask(Protocol):
         """Called after the optimizer's dense update. Returns the number of entries that stay changed; None for all."""
         ...
 
+    def discard(self) -> None:
+        """Forget what was observed since the last update: this step has none."""
+        ...
+
 
 class FullMask:
     """Dense updates."""
@@ -43,6 +47,8 @@ class FullMask:
 
     def after_update(self, states: OptimizerStates) -> int | None:
         return None
+
+    def discard(self) -> None: ...
 
 
 class SparseMask(ABC):
@@ -70,6 +76,9 @@ class SparseMask(ABC):
 
     def observe(self, batch: Batch) -> AbstractContextManager[None]:
         return nullcontext()
+
+    def discard(self) -> None:
+        self._snapshots = []
 
     def before_update(self) -> None:
         self._snapshots = [(m, local_shard(m.detach()).clone()) for m in self.sparse_masters if m.grad is not None]

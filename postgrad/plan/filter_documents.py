@@ -39,7 +39,7 @@ from postgrad.storage.file_lock import file_lock
 from postgrad.storage.fingerprint import fingerprint
 from postgrad.tuning.open_model import start_fingerprint
 
-_FORMAT = 2
+_FORMAT = 3
 
 ProgressCallback = Callable[[str, int, int], None]
 """Called with a source's name, the bytes done and the bytes in all."""
@@ -68,7 +68,6 @@ def select_documents(
     Raises `DataError` for too little text or a filter that keeps nothing, `StageError` for a model without a likelihood.
     """
     steps: list[DocumentSelection] = []
-    (cache / "locks").mkdir(parents=True, exist_ok=True)
     for number, method in enumerate(methods):
         document_filter = _DocumentFilter(method, files, f"{files.where}.select[{number}]", model_inputs, cache, seed)
         key = fingerprint([_FORMAT, store.fingerprint, document_filter.identity()])

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from postgrad.config import stage as s
 from postgrad.data.problem_type import ProblemType
 from postgrad.data.read.labels import Labels
 from postgrad.errors import StageError
 from postgrad.models.location import ModelLocation
+from postgrad.models.model_sizes import load_model_sizes
 from postgrad.models.pretrained import ClassifierSpec, load_tokenizer
 from postgrad.models.task import Task
 from postgrad.models.task_head import TaskHeadConfig
@@ -44,11 +45,9 @@ def plan_model(
     Raises `ModelError` for a tokenizer that does not fit the model, `StageError` for rows longer than its positions.
     """
     tokenizer = load_tokenizer(start_model)
-    config = AutoConfig.from_pretrained(start_model.name_or_path)
-    vocab_size = int(config.vocab_size)
-    encoder = make_encoder(tokenizer, vocab_size, stage.data.eos)
-    length = stage.data.sequence_length
-    limit = getattr(config, "max_position_embeddings", None)
+    sizes = load_model_sizes(start_model)
+    encoder = make_encoder(tokenizer, sizes.vocab_size, stage.data.eos)
+    length, limit = stage.data.sequence_length, sizes.positions
     if limit and length > limit:
         raise StageError(
             f"rows of {length:,} tokens do not fit the model, which has {limit:,} positions",
@@ -67,7 +66,7 @@ def plan_model(
     return ModelPlan(
         start=start_model,
         tokenizer=tokenizer,
-        vocab_size=vocab_size,
+        vocab_size=sizes.vocab_size,
         context_length=length,
         task=task,
         problem=labels.problem if labels else ProblemType.CLASS,

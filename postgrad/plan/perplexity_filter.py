@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from transformers import AutoConfig
 
 from postgrad.config.document_filters import PerplexitySelection
 from postgrad.data.filter.data_selection import CountCallback, ignore_progress
+from postgrad.data.render.frame import TextPrefix
 from postgrad.data.tokens.encoder import Encoder
 from postgrad.data.tokens.store import TokenStore
 from postgrad.errors import ModelError, StageError
@@ -22,6 +21,7 @@ from postgrad.evaluation.perplexity import score_held_out
 from postgrad.hardware import machine
 from postgrad.models.location import ModelLocation, locate_model
 from postgrad.models.model import Model, wrap_model
+from postgrad.models.model_sizes import load_model_sizes
 from postgrad.models.pretrained import load_tokenizer
 from postgrad.models.task import Task
 from postgrad.plan.model_inputs import ModelInputs, make_encoder
@@ -39,25 +39,24 @@ class PerplexityScorer:
 
     model: Model
     encoder: Encoder
-    virtual_tokens: tuple[int, ...]
+    prefix: TextPrefix
     context: int
 
 
 def make_scorer(method: PerplexitySelection, root: Path, model_inputs: ModelInputs, where: str) -> PerplexityScorer:
     """Load the scoring model onto the default device."""
     location = resolve_scoring_model(method, root, model_inputs.start_model, where)
-    config: Any = AutoConfig.from_pretrained(location.name_or_path)
+    sizes = load_model_sizes(location)
     if method.model == "start":
         encoder = model_inputs.encoder
     else:
-        encoder = make_encoder(load_tokenizer(location.full_model), int(config.vocab_size))
+        encoder = make_encoder(load_tokenizer(location.full_model), sizes.vocab_size)
     opened = open_model(location)
-    limit = getattr(config, "max_position_embeddings", None) or _DEFAULT_CONTEXT_LENGTH
     return PerplexityScorer(
         wrap_model(opened.model, Task.CAUSAL).to(machine.default_device()),
         encoder,
-        opened.frame.prefix_ids,
-        min(limit, _DEFAULT_CONTEXT_LENGTH),
+        TextPrefix(opened.frame.outer_ids, encoder.prefix_ids, opened.frame.prefix_ids),
+        sizes.limit_context(_DEFAULT_CONTEXT_LENGTH),
     )
 
 
@@ -123,8 +122,7 @@ def _read_document(
     size = int(store.documents["bytes"][number])
     if encoder.fingerprint != store_encoder.fingerprint:
         text = store_encoder.load().decode(ids.tolist(), skip_special_tokens=True)
-        lead = [] if encoder.bos is None else [encoder.bos]
-        ids = np.array([*lead, *encoder.load().encode(text, add_special_tokens=False).ids], np.int64)
+        ids = np.array([*encoder.prefix_ids, *encoder.load().encode(text, add_special_tokens=False).ids], np.int64)
         size = len(text.encode())
     if len(ids) > tokens:
         ids = ids[:tokens]
@@ -140,8 +138,7 @@ def _score_documents(scorer: PerplexityScorer, documents: tuple[np.ndarray, ...]
         documents,
         bytes_N,
         "",
-        virtual_tokens=scorer.virtual_tokens,
-        bos=scorer.encoder.bos,
+        prefix=scorer.prefix,
     )
     scores = score_held_out(scorer.model, held_out, context=scorer.context)
     nats_N = np.bincount(scores.document_W, scores.nats_W, len(documents))

@@ -16,6 +16,7 @@ from postgrad.config.objectives import AnyObjective, RowsObjective
 from postgrad.config.renamed_keys import upgrade_source
 from postgrad.data.loading.replay_weights import seen_weights
 from postgrad.data.read.documents import detect_kind, read_examples
+from postgrad.data.read.examples import NO_LABEL
 from postgrad.data.read.files import HubDataset
 from postgrad.data.read.files import RawSource as Files
 from postgrad.data.read.generated_text import get_generator_model
@@ -223,7 +224,14 @@ def make_text_files(name: str, config: dict[str, Any], root: Path, where: str) -
         hub = HubDataset(config["hub"], config["subset"], config["split"], config["revision"])
     kind = config.get("kind", "auto")
     only = {column: tuple(values) for column, values in (config.get("filter") or {}).items()}
-    return Files(name, config["path"], hub, config["columns"], config["document_unit"], root, where, kind, only)
+    # Held-out text is a test or validation split where there is one.
+    default = ("test", "validation", "train") if where.startswith("evaluation") else ("train",)
+    splits = (config["split"],) if config.get("split") else default
+    # A word for the label -1 says that it is a class.
+    no_label = None if str(NO_LABEL) in (config.get("label_words") or {}) else NO_LABEL
+    return Files(
+        name, config["path"], hub, config["columns"], config["document_unit"], root, where, kind, only, no_label, splits
+    )
 
 
 def load_token_store(

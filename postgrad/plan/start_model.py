@@ -12,26 +12,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from postgrad.config import stage as s
 from postgrad.config.objectives import NextTokenObjective
 from postgrad.data.tokens.train_vocabulary import VocabularySource, train_vocabulary
 from postgrad.errors import ModelError, StageError
+from postgrad.hardware import machine
+from postgrad.models.auto_classes import load_config
 from postgrad.models.families import SpecialTokens, count_weights, parse_model_name, solve_config
 from postgrad.models.from_scratch import init_model, make_tokenizer, select_special_tokens, set_dropout, set_token_ids
-from postgrad.models.location import ModelLocation, locate_model
-from postgrad.models.pretrained import load_tokenizer, refuse_foreign_code, save_pretrained
+from postgrad.models.location import ModelLocation, locate_model, refuse_missing_folder
+from postgrad.models.model_sizes import get_model_sizes
+from postgrad.models.pretrained import load_tokenizer
+from postgrad.models.published_vocabulary import publish_pretrained
 from postgrad.plan.held_out_files import inherit_row_format
 from postgrad.plan.row_renderers import make_row_template
 from postgrad.plan.sources import ProgressCallback, SourceSpec, held_out_share, make_text_files
-from postgrad.storage.atomic import publish_folder, remove_folder
+from postgrad.storage.atomic import remove_folder
 from postgrad.storage.file_lock import file_lock
 from postgrad.storage.fingerprint import fingerprint
 from postgrad.storage.verification import is_intact
 
 _FORMAT = 1
 _MIN_POSITIONS = 512
+_WEIGHT_BYTES = 4
+"""Bytes of a weight in fp32, in which a model is initialised."""
 _IGNORED_CONFIG_KEYS = ("transformers_version", "_name_or_path", "dtype", "architectures")
 """Keys of a configuration without an effect on the model."""
 
@@ -60,10 +66,11 @@ def _make_new_model(
         config = solve_config(spec.from_scratch, vocabulary=len(tokenizer), positions=positions)
     assert config is not None
     if isinstance(spec.tokenizer, s.NewTokenizer):
-        config.vocab_size = len(tokenizer)
-    if len(tokenizer) > config.vocab_size:
+        config.get_text_config().vocab_size = len(tokenizer)
+    vocab_size = get_model_sizes(config).vocab_size
+    if len(tokenizer) > vocab_size:
         raise ModelError(
-            f"the tokenizer has {len(tokenizer):,} tokens and the configuration {config.vocab_size:,} embeddings",
+            f"the tokenizer has {len(tokenizer):,} tokens and the configuration {vocab_size:,} embeddings",
             where="model.config",
             expected="a configuration for this tokenizer",
             hint="name the tokenizer that belongs to it, or train a new one",
@@ -71,16 +78,16 @@ def _make_new_model(
     if spec.dropout is not None:
         set_dropout(config, spec.dropout)
     set_token_ids(config, tokenizer)
+    _check_memory(config)
     identity = [_FORMAT, {k: v for k, v in config.to_dict().items() if k not in _IGNORED_CONFIG_KEYS}, stage.seed]
     key = fingerprint([*identity, tokenizer.backend_tokenizer.to_str()])
     folder = cache.resolve() / "fresh" / key
-    (cache / "locks").mkdir(parents=True, exist_ok=True)
     with file_lock(cache / "locks" / f"{key}.lock"):
         if not is_intact(folder, cache):
             if folder.exists():
                 remove_folder(folder)
             model = init_model(config, stage.seed)
-            publish_folder(folder, lambda staged: save_pretrained(model, tokenizer, staged, dtype=torch.float32))
+            publish_pretrained(folder, model, tokenizer, dtype=torch.float32)
     name = spec.from_scratch or f"a new {spec.config}"
     return replace(
         locate_model(str(folder), root),
@@ -89,25 +96,24 @@ def _make_new_model(
     )
 
 
+def _check_memory(config: PreTrainedConfig) -> None:
+    """Raise `ModelError` for a new model whose weights exceed the free memory."""
+    weights, free = count_weights(config), machine.available_memory()
+    if free is not None and _WEIGHT_BYTES * weights > free:
+        raise ModelError(
+            f"the new model has {weights:,} weights, {_WEIGHT_BYTES * weights:,} bytes, and {free:,} bytes of memory are free",
+            where="model",
+            expected="a model that fits this machine",
+        )
+
+
 def _load_config(name: str, root: Path) -> PreTrainedConfig:
     """A configuration from a file, a folder or the Hub."""
     path = (root / Path(name).expanduser()).resolve()
-    if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(".json")):
-        raise ModelError(
-            f"{name} does not exist",
-            where="model.config",
-            expected="a config.json, a folder with one, or a Hub name (owner/name)",
-        )
-    try:
-        config = AutoConfig.from_pretrained(str(path) if path.exists() else name)
-    except Exception as error:
-        raise ModelError(
-            f"{name} has no readable configuration: {(str(error).strip().splitlines() or ['?'])[0]}",
-            where="model.config",
-            expected="a config.json of an architecture in transformers",
-        ) from error
-    refuse_foreign_code(config, name)
-    return config
+    if not path.exists():
+        expected = "a config.json, a folder with one, or a Hub name (owner/name)"
+        refuse_missing_folder(name, root, where="model.config", expected=expected)
+    return load_config(str(path) if path.exists() else name, "model.config")
 
 
 def _resolve_tokenizer(
@@ -121,6 +127,9 @@ def _resolve_tokenizer(
     """The tokenizer of a new model: an existing one, or one trained on the stage's training documents."""
     if isinstance(spec, str):
         folder = (root / Path(spec).expanduser()).resolve()
+        if not folder.is_dir():
+            expected = "the folder of a tokenizer, or a Hub name (owner/name)"
+            refuse_missing_folder(spec, root, where="model.tokenizer", expected=expected)
         return load_tokenizer(ModelLocation(spec, folder if folder.is_dir() else None))
     if spec.vocab_size < 256 + len(special_tokens.tokens):
         raise StageError(

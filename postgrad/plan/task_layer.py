@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from postgrad.config.objectives import AnyObjective, ClassifierHeadConfig, ClassifyObjective, JoinedLayers
 from postgrad.errors import StageError
+from postgrad.models.auto_classes import load_config
 from postgrad.models.location import ModelLocation
 from postgrad.models.task import Task
 from postgrad.models.task_head import Join, Pooling, TaskHeadConfig, count_blocks, load_task_head_config
@@ -40,7 +41,7 @@ def resolve_representation(
                 where="objectives",
                 expected="one task layer for all of them",
             )
-    config = AutoConfig.from_pretrained(start_model.name_or_path)
+    config = load_config(start_model.name_or_path)
     is_default = all(getattr(spec, key) == ClassifyObjective.model_fields[key].default for key in _TASK_LAYER_KEYS)
     start = _get_start_representation(start_model)
     if is_default and start and (start.pooling is None) == (task == Task.TAG):

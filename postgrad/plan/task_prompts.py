@@ -29,6 +29,7 @@ from postgrad.evaluation.choices.loglikelihood import ChoiceItem, encode_item
 from postgrad.evaluation.choices.normalization import CONTENT_FREE
 from postgrad.evaluation.generate_answers import StoppingRule
 from postgrad.evaluation.generation_metrics import MetricName
+from postgrad.models.model_sizes import get_model_sizes
 from postgrad.plan.model_inputs import ModelInputs
 from postgrad.plan.prompt_format import ChatPromptFormat, PlainPromptFormat, PromptFormat
 from postgrad.plan.prompted_task import PromptedTask, TaskPrompt
@@ -191,13 +192,14 @@ class _PromptBuilder:
                 yield self._encode_item(self.prompt_format.question(variant, demonstrations), example)
 
     def _encode_item(self, text: str, example: Example) -> ChoiceItem:
-        tokenizer, encoder = self.model_inputs.tokenizer, self.model_inputs.encoder
+        inputs = self.model_inputs
         if self.is_multiple_choice:
-            return encode_item(tokenizer, text, self.choices(example), separate=self.separate)
-        # A template may write the BOS itself; a space at the end belongs to the answer's first word.
-        has_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
-        ids = tokenizer(text.rstrip(" "), add_special_tokens=not has_bos, verbose=False)["input_ids"]
-        return ChoiceItem(tuple(ids) or (encoder.eos if encoder.bos is None else encoder.bos,), ())
+            choices, empty = self.choices(example), inputs.empty_prompt
+            return encode_item(
+                inputs.tokenizer, inputs.special_frame, text, choices, empty=empty, separate=self.separate
+            )
+        # A space at the end belongs to the answer's first word.
+        return ChoiceItem(inputs.encode_prompt(text.rstrip(" "), soft_prompts=False), ())
 
     def _fits(self, item: ChoiceItem) -> bool:
         soft_prompt = max(map(_count_soft_prompt_ids, (self.model_inputs, self.model_inputs.without_tuning)))
@@ -260,8 +262,7 @@ def _is_multiple_choice(task: TaskConfig, kind: str, labels: tuple[str, ...], wh
 
 def _get_context_length(model_inputs: ModelInputs) -> int:
     """Positions of the model; without a limit, those of a row but at least 1,024."""
-    limit = getattr(model_inputs.config, "max_position_embeddings", None)
-    return int(limit) if limit else max(_DEFAULT_CONTEXT_LENGTH, model_inputs.length)
+    return get_model_sizes(model_inputs.config).positions or max(_DEFAULT_CONTEXT_LENGTH, model_inputs.length)
 
 
 def _default_stop_strings(prompt_format: PromptFormat, answers: Sequence[str]) -> tuple[str, ...]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from postgrad.config.objectives import AnyObjective, DistillObjective, TeacherObjective
 from postgrad.errors import StageError
 from postgrad.models.location import ModelLocation, locate_model
+from postgrad.models.model_sizes import load_model_sizes
 from postgrad.models.pretrained import load_tokenizer
 from postgrad.models.task import Task
 from postgrad.tuning.open_model import start_fingerprint
@@ -54,7 +55,7 @@ def _resolve_teacher(
     teacher = locate_model(name, root, where=where)
     if teacher.name_or_path == start_model.name_or_path:
         return teacher
-    teacher_vocab_size = int(AutoConfig.from_pretrained(teacher.name_or_path).vocab_size)
+    teacher_vocab_size = load_model_sizes(teacher).vocab_size
     student_tokens, teacher_tokens = (
         {i: token for token, i in t.get_vocab().items()} for t in (tokenizer, load_tokenizer(teacher.full_model))
     )

@@ -12,7 +12,7 @@ from postgrad.config import stage as s
 from postgrad.data.filter.contamination import measure_overlap
 from postgrad.data.read.documents import Document, read_documents
 from postgrad.data.read.files import RawSource as Files
-from postgrad.data.read.files import find_files
+from postgrad.data.words import SEGMENTATION
 from postgrad.errors import DataError
 from postgrad.lineage.record import Contamination
 from postgrad.plan.held_out_files import inherit_row_format
@@ -44,7 +44,8 @@ def measure_overlaps(
 
 
 def _count_overlaps(files: Files, sources: Sequence[ResolvedSource], cache: Path) -> Contamination:
-    key = fingerprint([str(files), sorted(source.store.fingerprint for source in sources), _file_stamps(files)])
+    stores = sorted(source.store.fingerprint for source in sources)
+    key = fingerprint([str(files), stores, _file_stamps(files), SEGMENTATION])
     path = cache / "contamination" / f"{key}.json"
     if found := read_cached_json(path, Contamination, key):
         return found
@@ -73,4 +74,4 @@ def _read_training_documents(source: ResolvedSource) -> Iterator[Document]:
 def _file_stamps(files: Files) -> list[list[Any]]:
     if files.path is None:
         return []
-    return [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in find_files(files.path, files.root, files.where)]
+    return [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files.list_files().files]

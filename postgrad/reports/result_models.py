@@ -1,10 +1,10 @@
-"""The results of commands and studies as their pages read them, parsed from their JSON data."""
+"""The results of a study, parsed from `study.json`, and a model's score on a task."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from postgrad.lineage.record import Difference, MetricValue, RecordPart, TaskRecord
+from postgrad.lineage.record import MetricValue, RecordPart, TaskRecord
 
 
 class EstimateInterval(RecordPart):
@@ -20,109 +20,6 @@ class TaskScore(TaskRecord):
     """One model's metrics on a task."""
 
     scores: dict[str, MetricValue] = {}
-
-
-# --- shift ----------------------------------------------------------------------------------------------------------------
-
-
-class Distance(EstimateInterval):
-    """A distance between two texts; `same` is that of two samples of the old text."""
-
-    same: float | None = None
-
-
-class Corpus(RecordPart):
-    files: list[str] = []
-    bits: EstimateInterval
-    """Loss in bits per byte."""
-    bytes_per_token: float | None = None
-    tokens_per_word: float | None = None
-    unknown: float | None = None
-    """Share of unknown tokens."""
-
-
-class ProposedSetting(RecordPart):
-    what: str
-    value: str
-    reason: str
-    source: str
-
-
-class ShiftResult(RecordPart):
-    """`postgrad shift --json`."""
-
-    model: str
-    strength: str
-    old: Corpus
-    new: Corpus
-    surprise: EstimateInterval
-    distances: dict[str, Distance]
-    proposals: list[ProposedSetting]
-
-
-# --- blend ----------------------------------------------------------------------------------------------------------------
-
-
-class PointChange(Difference):
-    role: str = ""
-
-
-class BlendPoint(RecordPart):
-    """A model between the start model and the trained one."""
-
-    name: str
-    weight: float
-    block: int | None = None
-    changes: dict[str, PointChange]
-
-
-class BlendResult(RecordPart):
-    """`postgrad blend --json`."""
-
-    run: str
-    start: str
-    average: int | None = None
-    chosen: str | None = None
-    points: list[BlendPoint]
-
-
-# --- probe ----------------------------------------------------------------------------------------------------------------
-
-
-class ProbedView(RecordPart):
-    """A linear classifier on one layer or several."""
-
-    name: str
-    kind: str = ""
-    states: list[int] = []
-    strength: float | None = None
-    dev: float = 0.0
-    metrics: dict[str, EstimateInterval] = {}
-    against_last: dict[str, EstimateInterval] = {}
-    shares: list[float] = []
-
-
-class ProbeSummary(RecordPart):
-    """`postgrad probe --json`."""
-
-    model: str
-    kind: str = ""
-    problem: str = ""
-    labels: list[Any] = []
-    stack: str | None = None
-    pooling: str | None = None
-    items: dict[str, int] = {}
-    documents: dict[str, int] = {}
-    layers: int
-    width: int | None = None
-    metric: str
-    strengths: list[float] = []
-    views: list[ProbedView] = []
-    guess: dict[str, EstimateInterval] = {}
-    notes: list[str] = []
-
-
-# --- study ----------------------------------------------------------------------------------------------------------------
 
 
 class StudySet(RecordPart):

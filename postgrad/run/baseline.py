@@ -42,15 +42,18 @@ def score_baseline(context: RunContext) -> Phase[Baseline]:
     # Generation runs on one rank, so a sharded model gives no samples.
     count = 0 if context.world.is_distributed else context.plan.stage.evaluation.samples
     prompts = [prompt for held_out in evaluation.scored_sets for prompt in select_prompts(held_out, count)]
-    # All ranks decide together: the first may already have written files that the others have not looked for yet.
-    if context.world.any_rank(not _is_complete(context, len(prompts))):
+    if not context.world.from_first(lambda: _is_complete(context, len(prompts))):
         context.release_tuned_model()
         _measure_baseline(context, prompts)
         yield PhaseStarted("preparing to train")
-    context.world.barrier()
+    return context.world.from_first(lambda: _read_baseline(context, prompts))
+
+
+def _read_baseline(context: RunContext, prompts: list[ContinuationPrompt]) -> Baseline:
+    has_pseudo_scores = bool(context.plan.evaluation.pseudo_perplexity_sets)
     return Baseline(
         context.read_scores(_SCORES),
-        context.read_scores(_PSEUDO_SCORES) if evaluation.pseudo_perplexity_sets else {},
+        context.read_scores(_PSEUDO_SCORES) if has_pseudo_scores else {},
         prompts,
         _read_continuations(context),
         task_scores.read_answers(context.score_path(ANSWERS_BEFORE), context.saved_plan.id),
@@ -103,8 +106,7 @@ def _measure_baseline(context: RunContext, prompts: list[ContinuationPrompt]) ->
             model.pretrained,
             plan.model.tokenizer,
             prompts,
-            plan.model.inputs.without_tuning.virtual_tokens,
-            plan.model.inputs.encoder.bos,
+            plan.model.inputs.without_tuning.text_prefix,
         )
         if world.is_main
         else []

@@ -19,7 +19,7 @@ from postgrad.data.loading.batch import collate
 from postgrad.data.loading.loader import Loader
 from postgrad.data.loading.teacher_cache import TeacherCache
 from postgrad.distributed import fsdp
-from postgrad.distributed.world import World
+from postgrad.distributed.world import InputFile, World
 from postgrad.errors import ResumeError, StageError
 from postgrad.hardware.execution import Execution, ExecutionRequest, select_execution
 from postgrad.lineage.tree import read_lineage
@@ -35,7 +35,8 @@ from postgrad.run.losses import make_objectives
 from postgrad.run.online_teacher import make_online_teachers
 from postgrad.run.tuned_model import TunedModel
 from postgrad.run.update_masks import make_update_mask
-from postgrad.training.checkpoint_state import read_moments, read_progress
+from postgrad.storage.fingerprint import file_fingerprint
+from postgrad.training.checkpoint_state import MOMENTS, STATE, read_moments, read_progress
 from postgrad.training.checkpoints import Checkpoints
 from postgrad.training.on_policy import OnPolicySampler, make_on_policy_step
 from postgrad.training.step import Run, StepFunction, train_step
@@ -161,7 +162,8 @@ def build_run(plan: Plan, tuned_model: TunedModel, execution: Execution, world: 
             expected="reset, or tuning: {kind: full}",
         )
     if spec.moments != "reset":
-        checkpoint = _find_moments(plan.model.start)
+        checkpoint = world.from_first(lambda: _find_moments(plan.model.start))
+        world.require_same(lambda: {"moments": InputFile(str(checkpoint), file_fingerprint(checkpoint / STATE))})
         keep = ("exp_avg", "exp_avg_sq") if spec.moments == "keep" else ("exp_avg_sq",)
         optimizer.restore(read_moments(checkpoint), read_progress(checkpoint).updates, keep=keep)
         if not optimizer.update_counts():
@@ -188,6 +190,7 @@ def build_run(plan: Plan, tuned_model: TunedModel, execution: Execution, world: 
         world=world,
         sources=plan.data.source_names,
         max_grad_norm=spec.max_grad_norm,
+        max_skipped_steps=spec.max_skipped_steps,
         seed=stage.seed,
         lr_scale=LossAdaptiveLRScale(spec.loss_adaptive.initial_share, spec.loss_adaptive.smoothing)
         if spec.loss_adaptive
@@ -249,10 +252,10 @@ def make_loader(
 
 def _find_moments(start: ModelLocation) -> Path:
     """The checkpoint with the start model's moments."""
-    if start.folder and (start.folder / "optimizer.safetensors").exists():
+    if start.folder and (start.folder / MOMENTS).exists():
         return start.folder
     if start.run:
-        newest = Checkpoints(start.run / "checkpoints", None).find_newest(lambda _: None)
+        newest = Checkpoints(start.run / "checkpoints").find_newest()
         if newest:
             return newest
     raise ResumeError(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from postgrad.hardware.execution import Execution
-from postgrad.lineage.metrics import EvaluationRow
+from postgrad.lineage.metrics import EvaluationRow, SkippedStepRow
 from postgrad.lineage.record import Record
 from postgrad.plan.plan import Plan
 from postgrad.run.tuned_model import ParameterCounts
@@ -77,6 +77,13 @@ class WarningMessage:
 
 
 @dataclass(frozen=True)
+class StepSkipped(WarningMessage):
+    """A step changed no weight, since its loss or gradient was not finite. `row`: the line of metrics.jsonl."""
+
+    row: SkippedStepRow
+
+
+@dataclass(frozen=True)
 class RunStopped:
     """The user interrupted the run; it is saved at `step` of `steps`."""
 
@@ -101,6 +108,7 @@ RunEvent = (
     | PhaseStarted
     | InfoMessage
     | WarningMessage
+    | StepSkipped
     | RunStopped
     | RunFinished
 )

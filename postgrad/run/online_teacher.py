@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import torch
-from transformers import AutoConfig
 
 from postgrad.config.objectives import DistillObjective, WeightSchedule
 from postgrad.config.quantities import length_in_steps
@@ -17,6 +16,7 @@ from postgrad.distributed import fsdp
 from postgrad.distributed.world import World
 from postgrad.errors import StageError
 from postgrad.hardware.execution import Execution
+from postgrad.models.auto_classes import load_config
 from postgrad.models.cpu_attention import CAUSAL_BLOCKS, is_supported
 from postgrad.models.location import ModelLocation
 from postgrad.models.model import Model, wrap_model
@@ -106,7 +106,7 @@ def _teacher_labels(teacher: ModelLocation) -> tuple[str, ...]:
     reference = BaseReference.read_folder(teacher)
     if reference and reference.layer:
         return reference.layer.labels
-    labels = AutoConfig.from_pretrained(teacher.name_or_path).id2label or {}
+    labels = load_config(teacher.name_or_path).id2label or {}
     return tuple(map(str, labels.values()))
 
 

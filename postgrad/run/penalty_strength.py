@@ -30,7 +30,8 @@ from postgrad.optim import lr_schedules
 from postgrad.optim.loss_adaptive_lr import ConstantLRScale
 from postgrad.optim.optimizer import AdamW
 from postgrad.penalties.penalty import DecoupledPenalty, StagePenalty
-from postgrad.training.step import Run, StepReport, train_step
+from postgrad.training.loop import train_steps
+from postgrad.training.step import Run, StepReport
 
 PROBE_STEPS = 8
 PULL_RATIO = 1.0
@@ -75,12 +76,12 @@ def find_strengths(run: Run, loader: Loader, rates: Sequence[float], optimizer: 
         schedule=lr_schedules.chain((lr_schedules.constant(peak), steps)),
         lr_scale=ConstantLRScale(),
         step=0,
+        skipped_steps=0,
         trained_tokens=0,
         trained_tokens_by_source=np.zeros_like(run.trained_tokens_by_source),
     )
-    run.model.train()
-    for step in range(1, steps + 1):
-        train_step(probe, loader.read_batches(step))
+    for _ in train_steps(probe, loader, steps):
+        pass
     push = _norm(recorder.sums, masters) / steps
     displacement = _norm([local_shard(m.detach()) - b for m, b in zip(masters, before, strict=True)], masters)
     spread = math.sqrt(sum(rates) / (peak * steps))
@@ -120,8 +121,8 @@ class _GradientRecorder:
 
     def __call__(self) -> Tensor:
         for master, total in zip(self.masters, self.sums, strict=True):
-            if master.grad is not None:
-                total += local_shard(master.grad)
+            if master.grad is not None:  # a skipped step may have a gradient that is not finite
+                total += local_shard(master.grad).nan_to_num(0.0, 0.0, 0.0)
         return torch.zeros(())
 
 

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from postgrad.models.prefix_lm_attention import mark_prefix_lm
-from postgrad.models.pretrained import save_chat_template, save_pretrained, stored_dtype
+from postgrad.models.pretrained import save_chat_template, stored_dtype
+from postgrad.models.published_vocabulary import publish_pretrained
 from postgrad.run.context import RunContext
 from postgrad.run.events import Phase, PhaseStarted
 from postgrad.run.run_folder import MODEL
 from postgrad.run.training_session import TrainingSession
 from postgrad.run.tuned_model import TunedModel
-from postgrad.storage.atomic import publish_folder, verify
+from postgrad.storage.atomic import publish_folder, remove_folder
 from postgrad.training.checkpoint_state import restore_run
 from postgrad.tuning.adapter_folder import save_tuning
 from postgrad.tuning.attach import attach
@@ -26,11 +27,14 @@ def publish(context: RunContext, session: TrainingSession) -> Phase[list[int]]:
     yield from _restore_selected(session)
     yield PhaseStarted("publishing the model")
     tuned_model, weights = context.load_tuned_model(), session.run.weights
-    if not (context.folder / MODEL).exists():
-        # Collective: gathers the shards of all ranks.
-        state = weights.full_state() if tuned_model.tuning.is_full else weights.state()
-        if context.world.is_main:
-            _publish_state(context, tuned_model, state)
+    # Collective: gathers the shards of all ranks.
+    state = weights.full_state() if tuned_model.tuning.is_full else weights.state()
+    if context.world.is_main:
+        if (
+            context.folder / MODEL
+        ).exists():  # of a process that was killed before the record, and perhaps damaged since
+            remove_folder(context.folder / MODEL)
+        _publish_state(context, tuned_model, state)
     context.world.barrier()
     return session.tokens_by_source
 
@@ -51,7 +55,7 @@ def _restore_selected(session: TrainingSession) -> Phase[None]:
         return
     yield PhaseStarted(f"restoring the best checkpoint, step {state.best.step:,}")
     folder = session.checkpoints.step_folder(state.best.step)
-    verify(folder)
+    session.checkpoints.check(folder)
     restore_run(run, folder)
 
 
@@ -65,7 +69,7 @@ def _publish_state(context: RunContext, tuned_model: TunedModel, state: dict[str
     tokenizer = plan.model.tokenizer
     if tuned_model.tuning.is_full:
         pretrained = tuned_model.model.pretrained
-        publish_folder(folder, lambda staged: save_pretrained(pretrained, tokenizer, staged, dtype=dtype, state=state))
+        publish_pretrained(folder, pretrained, tokenizer, dtype=dtype, state=state)
         return
     opened = open_model(plan.model.start, plan.model.task, layer=plan.model.task_layer)
     mark_prefix_lm(opened.model.config, bool(plan.prefix_length))
@@ -73,12 +77,12 @@ def _publish_state(context: RunContext, tuned_model: TunedModel, state: dict[str
     tuning.load(state)
     if tuning.is_merged_on_export:
         tuning.merge()
-        publish_folder(folder, lambda staged: save_pretrained(opened.model, tokenizer, staged, dtype=dtype))
+        publish_pretrained(folder, opened.model, tokenizer, dtype=dtype)
         return
     base = context.base_reference(folder)
 
     def write(staged: Path) -> None:
-        save_tuning(tuning, staged, base)
+        save_tuning(tuning, staged, base, for_peft=plan.model.inputs.peft_reads_alike)
         save_chat_template(tokenizer, staged)
 
     publish_folder(folder, write)

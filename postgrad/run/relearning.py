@@ -230,7 +230,7 @@ def _compare_copies(
         forgotten=forgotten,
         remaining=_estimate(left, tokens),
         recovered=_estimate(forgot - left, tokens),
-        start_model_gain=_estimate(start_copy - before, tokens),
+        start_model_change=_estimate(start_copy - before, tokens),
         recovered_share=share,
     )
 

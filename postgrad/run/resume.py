@@ -4,37 +4,45 @@ from __future__ import annotations
 
 import dataclasses
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from postgrad.config.stage_file import dump_stage
-from postgrad.distributed.world import World
+from postgrad.distributed.world import InputFile, World
+from postgrad.errors import ResumeError
 from postgrad.hardware.execution import Execution
-from postgrad.lineage.record import RECORD, STAGE, ExecutionSummary, read_record
+from postgrad.lineage.record import PLAN, RECORD, STAGE, ExecutionSummary, Record, read_record
 from postgrad.lineage.saved_plan import SavedPlan, read_plan, write_plan
+from postgrad.optim.lr_schedules import sample_schedule
 from postgrad.plan.plan import Plan
 from postgrad.plan.seen_sources import make_source_records
+from postgrad.reports.pages.rewrite_report import rewrite_report
 from postgrad.run.anchors import penalty_fingerprints
 from postgrad.run.build import choose_execution
 from postgrad.run.context import RunContext, prepare_model
 from postgrad.run.events import Phase, PhaseStarted, RunFinished, WarningMessage
-from postgrad.run.run_folder import Interrupt, claim_run_folder
+from postgrad.run.run_folder import REPORT, Interrupt, claim_run_folder
 from postgrad.run.tuned_model import TunedModel, make_tuned_model
 from postgrad.run.write_record import utc_timestamp
-from postgrad.storage.atomic import remove_staging, write_atomically
+from postgrad.storage.atomic import remove_staging, write_without_secrets
+from postgrad.storage.fingerprint import file_fingerprint, fingerprint
 from postgrad.tuning.open_model import start_fingerprint
 
 
 def claim_run(plan: Plan, world: World, interrupt: Interrupt, *, command: str, cache: Path) -> Phase[RunContext | None]:
     """Claim the run folder and load the model; None when the run is already complete."""
-    world.barrier()
     start_identity = start_fingerprint(plan.model.start) or plan.model.start.name
     fingerprints = {**plan.fingerprints(), "start_model": start_identity}
     if plan.stage.penalties:
         fingerprints["penalties"] = penalty_fingerprints(plan)
-    saved_plan = claim_run_folder(plan.output, plan, fingerprints)
-    if (plan.output / RECORD).exists() and read_record(plan.output).status != "stopped":
-        yield RunFinished(read_record(plan.output), plan.output, already_complete=True)
+    world.require_same(lambda: _input_files(plan, fingerprints))
+    saved_plan = world.from_first(lambda: claim_run_folder(plan.output, plan, fingerprints))
+    if saved_plan:  # a stage that differs in harmless keys is still the same run
+        fingerprints["stage"] = saved_plan.fingerprints["stage"]
+    finished = world.from_first(lambda: _read_finished(plan.output, saved_plan))
+    if finished:
+        yield RunFinished(finished, plan.output, already_complete=True)
         return None
 
     yield PhaseStarted("loading the model")
@@ -44,10 +52,11 @@ def claim_run(plan: Plan, world: World, interrupt: Interrupt, *, command: str, c
     execution = _resolve_execution(plan, tuned_model, saved_plan, world)
     prepare_model(plan, tuned_model.model, execution)
     if world.is_main:
-        write_atomically(plan.output / STAGE, dump_stage(plan.stage.model_dump(mode="json")))
+        write_without_secrets(plan.output / STAGE, dump_stage(plan.stage.model_dump(mode="json")))
         write_plan(plan.output, _make_saved_plan(plan, fingerprints, execution, saved_plan))
         remove_staging(plan.output)
     world.barrier()
+    world.require_same(lambda: {PLAN: InputFile(str(plan.output / PLAN), file_fingerprint(plan.output / PLAN))})
     return RunContext(
         plan,
         world,
@@ -56,7 +65,7 @@ def claim_run(plan: Plan, world: World, interrupt: Interrupt, *, command: str, c
         cache,
         start_identity,
         fingerprints,
-        read_plan(plan.output),
+        world.from_first(lambda: read_plan(plan.output)),
         execution,
         tuned_model.counts(),
         (*tuned_model.loaded_model.notes, *tuned_model.tuning.notes),
@@ -64,16 +73,52 @@ def claim_run(plan: Plan, world: World, interrupt: Interrupt, *, command: str, c
     )
 
 
+def _input_files(plan: Plan, fingerprints: Mapping[str, Any]) -> dict[str, InputFile]:
+    """The fingerprints of all that a rank has read, by key."""
+    sources = {f"data.{source.name}": source.spec.files.path for source in plan.data.sources}
+    sets = {f"sets.{item.name}": item.path for _, item in plan.stage.evaluation.held_out_files()}
+    paths = {"start_model": str(plan.model.start.folder or plan.model.start.name), **sources, **sets}
+    flat = {
+        f"{key}.{name}" if name else key: part
+        for key, value in {**fingerprints, "plan": plan.as_record().as_json()}.items()
+        for name, part in (value.items() if key in ("data", "sets", "tasks") else [("", value)])
+    }
+    return {key: InputFile(paths.get(key) or "", fingerprint(value)) for key, value in flat.items()}
+
+
+def _read_finished(run_folder: Path, saved_plan: SavedPlan | None) -> Record | None:
+    """The record of a run that is complete, whose page is written again if it is missing; None for any other run."""
+    if not (run_folder / RECORD).exists():
+        return None
+    record = read_record(run_folder)
+    if saved_plan and record.id != saved_plan.id:
+        raise ResumeError(
+            f"this is the record of another run, {record.name}",
+            where=str(run_folder / RECORD),
+            expected=f"a record of the run with the id {saved_plan.id}, as in {PLAN}",
+            hint="move it out of this folder; the command then completes this run and writes its record",
+        )
+    if record.status == "stopped":
+        return None
+    if not (run_folder / REPORT).exists():
+        rewrite_report(run_folder)
+    return record
+
+
 def _resolve_execution(plan: Plan, tuned_model: TunedModel, saved_plan: SavedPlan | None, world: World) -> Execution:
-    """How to compute: measured once and saved, since a resumed run must give the same bits."""
+    """How to compute: measured once and saved, since a resumed run must give the same bits; what saves memory may change."""
     if saved_plan is None:
         # Ranks may time differently; all take the first rank's choice.
         return world.all_gather(choose_execution(plan, tuned_model, world))[0]  # type: ignore[return-value]
     execution = Execution(**saved_plan.execution.as_json())
     # With another number of ranks a rank has other rows. The micro-batch size does not change the result.
     rows_per_rank = plan.data.mixture.block_size // world.size
-    micro = max(m for m in range(1, min(execution.micro, rows_per_rank) + 1) if rows_per_rank % m == 0)
-    return dataclasses.replace(execution, micro=micro)
+    largest = min(plan.stage.batch.micro_batch_size or execution.micro, rows_per_rank)
+    return dataclasses.replace(
+        execution,
+        micro=max(m for m in range(1, largest + 1) if rows_per_rank % m == 0),
+        activation_checkpointing=plan.stage.compute.activation_checkpointing,
+    )
 
 
 def _make_saved_plan(
@@ -90,5 +135,6 @@ def _make_saved_plan(
         plan=plan.as_record(),
         consumed_before=plan.data.seen_sources,
         resolved_sources=make_source_records(plan.data.sources, plan.model.start, plan.stage.seed),
+        schedule_curve=sample_schedule(plan.schedule, plan.steps),
         penalty_strengths=earlier.penalty_strengths if earlier else {},
     )

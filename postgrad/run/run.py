@@ -8,16 +8,19 @@ bits.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
-from postgrad.distributed.world import World
+from postgrad.distributed.world import InputFile, World
 from postgrad.hardware import machine
+from postgrad.hardware.memory import memory_errors
 from postgrad.plan.plan import Plan
 from postgrad.run.baseline import score_baseline
 from postgrad.run.cached_teacher import fill_teacher_caches, find_cache_jobs
 from postgrad.run.context import RunContext
-from postgrad.run.events import Phase, PhaseStarted, RunEvent, RunStopped
+from postgrad.run.events import Phase, PhaseStarted, RunEvent, RunStopped, StepCompleted
 from postgrad.run.measure import measure
+from postgrad.run.memory_hints import scoring_hint, teacher_hint, training_hint
 from postgrad.run.publish_model import publish
 from postgrad.run.record_results import record_finished, record_stopped
 from postgrad.run.resume import claim_run
@@ -32,33 +35,47 @@ def run_stage(plan: Plan, *, command: str, cache: Path) -> Iterator[RunEvent]:
     Raises the `PostgradError` of whatever fails; training up to the last checkpoint is kept.
     """
     machine.tune_allocator()
+    timeout = timedelta(seconds=plan.stage.compute.collective_timeout_seconds)
     with (
-        World.init_process_group(machine.default_device()) as world,
+        World.init_process_group(machine.default_device(), timeout) as world,
         lock_run_folder(plan.output, world),
         Interrupt() as interrupt,
     ):
         # A generator of its own: its frame, and the sharded model in it, must be gone before the process group is.
-        yield from _run_phases(plan, world, interrupt, command=command, cache=cache)
+        for event in _run_phases(plan, world, interrupt, command=command, cache=cache):
+            match event:
+                case PhaseStarted():
+                    world.note(event.message)
+                case StepCompleted():
+                    world.note(f"the step after step {event.report.step:,}")
+            yield event
 
 
 def _run_phases(plan: Plan, world: World, interrupt: Interrupt, *, command: str, cache: Path) -> Iterator[RunEvent]:
-    context = yield from claim_run(plan, world, interrupt, command=command, cache=cache)
+    with memory_errors("loading the model", training_hint(plan)):
+        context = yield from claim_run(plan, world, interrupt, command=command, cache=cache)
     if context is None:  # the run was complete already
         return
-    baseline = yield from score_baseline(context)
-    if context.is_stop_requested() or not (yield from _cache_teachers(context)):
+    execution = context.execution
+    with memory_errors("scoring the start model", scoring_hint(plan)):
+        baseline = yield from score_baseline(context)
+    with memory_errors("caching predictions of the teacher", teacher_hint(plan, execution)):
+        has_teachers = not context.is_stop_requested() and (yield from _cache_teachers(context))
+    if not has_teachers:
         yield RunStopped(0, plan.steps)
         return
-    session = yield from prepare_training(context)
-    is_stopped = yield from train(context, session, baseline)
+    with memory_errors("training", training_hint(plan, execution)):
+        session = yield from prepare_training(context)
+        is_stopped = yield from train(context, session, baseline)
     outcome = session.outcome()
     if is_stopped:
         record_stopped(context, baseline, outcome)
         yield RunStopped(outcome.step, plan.steps)
         return
-    published_tokens = yield from publish(context, session)
-    del session  # its weights and moments make room for the published model
-    measurements = yield from measure(context, baseline)
+    with memory_errors("scoring the trained model", scoring_hint(plan)):
+        published_tokens = yield from publish(context, session)
+        del session  # its weights and moments make room for the published model
+        measurements = yield from measure(context, baseline)
     yield from record_finished(context, baseline, outcome, published_tokens, measurements)
 
 
@@ -72,4 +89,10 @@ def _cache_teachers(context: RunContext) -> Phase[bool]:
         yield PhaseStarted(message)
         if context.is_stop_requested():
             return False
+    context.world.require_same(
+        lambda: {
+            f"teacher predictions {i}": InputFile(str(job.teacher_cache.folder), str(job.teacher_cache.missing_parts()))
+            for i, job in enumerate(find_cache_jobs(context.plan))
+        }
+    )
     return True

@@ -7,15 +7,16 @@ import json
 import os
 import platform
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from postgrad.config.renamed_keys import upgrade_stage
 from postgrad.distributed.world import World
 from postgrad.errors import BusyError, ResumeError
-from postgrad.lineage.record import PLAN, STAGE
+from postgrad.lineage.record import LOCK, PLAN, STAGE
 from postgrad.lineage.saved_plan import SavedPlan, read_plan
 from postgrad.plan.plan import Plan
 from postgrad.storage.atomic import disk_error
@@ -24,6 +25,12 @@ from postgrad.storage.fingerprint import differences
 MODEL = "model"
 """Folder of the published model."""
 REPORT = "report.html"
+_CHANGEABLE = (
+    "output", "save.every", "save.keep", "optimizer.max_skipped_steps", "batch.micro_batch_size",
+    "compute.activation_checkpointing", "compute.collective_timeout_seconds", "evaluation.drift_tokens",
+    "evaluation.relearning_steps",
+)  # fmt: skip
+"""Keys that may differ on resume: they decide no weight, or (micro-batches, recomputed activations) its rounding only."""
 
 
 @contextmanager
@@ -32,32 +39,58 @@ def lock_run_folder(run_folder: Path, world: World) -> Iterator[None]:
     if not world.is_main:
         yield
         return
+    created = [p for p in (run_folder / LOCK, run_folder, *run_folder.parents) if not p.exists()]
     try:
         run_folder.mkdir(parents=True, exist_ok=True)
-        lock = (run_folder / "lock").open("a+")
+        file = _lock(run_folder / LOCK)
     except OSError as error:
         raise disk_error(error, run_folder) from error
-    with lock as file:
+    with file:
+        try:
+            yield
+        except BaseException:
+            if not (run_folder / PLAN).exists():  # refused: nothing of it was begun
+                _remove_empty(created)
+            raise
+
+
+def _lock(path: Path) -> IO[str]:
+    """The open lock file. Raises `BusyError` when another process holds the lock."""
+    while True:
+        file = path.open("a+")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.seek(0)
+            owner = file.read().strip() or "unknown"
+            file.close()
             raise BusyError(
-                f"another process ({file.read().strip() or 'unknown'}) is using this run folder",
-                where=str(run_folder),
+                f"another process ({owner}) is using this run folder",
+                where=str(path.parent),
                 hint="wait for it to end, or set another `output`",
             ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}")
-        file.flush()
-        yield
+        # A process whose command was refused may have removed the file between the two calls.
+        if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+            break
+        file.close()
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    return file
+
+
+def _remove_empty(paths: Sequence[Path]) -> None:
+    """Remove the lock and the empty folders above it, innermost first."""
+    for path in paths:
+        with suppress(OSError):
+            path.rmdir() if path.is_dir() else path.unlink()
 
 
 def claim_run_folder(run_folder: Path, plan: Plan, fingerprints: dict[str, Any]) -> SavedPlan | None:
     """The plan.json of this run, or None for a new folder. Raises `ResumeError` when the folder belongs to another run."""
     if not (run_folder / PLAN).exists():
         foreign = [
-            p.name for p in run_folder.iterdir() if p.name not in ("lock", STAGE) and not p.name.startswith(".staging-")
+            p.name for p in run_folder.iterdir() if p.name not in (LOCK, STAGE) and not p.name.startswith(".staging-")
         ]
         if foreign:
             raise ResumeError(
@@ -72,25 +105,37 @@ def claim_run_folder(run_folder: Path, plan: Plan, fingerprints: dict[str, Any])
         changes = differences(upgrade_stage(saved_plan.stage), now) + [
             line for line in differences(saved_plan.fingerprints, fingerprints) if not line.startswith("stage:")
         ]
-        harmless = ("save.every", "save.keep", "output")
-        listed = "\n    ".join(line for line in changes if not line.startswith(harmless))
-        raise ResumeError(
-            f"this folder contains a run of another stage; the differences are:\n    {listed}",
-            where=str(run_folder),
-            hint="undo the changes to resume, or give the new stage another `name` or `output`",
-        )
+        listed = "\n    ".join(line for line in changes if not line.startswith(_CHANGEABLE))
+        if listed or not changes:
+            raise ResumeError(
+                f"this folder contains a run of another stage; the differences are:\n    {listed}",
+                where=str(run_folder),
+                hint="undo the changes to resume, or give the new stage another `name` or `output`",
+            )
     return saved_plan
 
 
+def _echo_seconds() -> float:
+    """How long after a signal another one may be an echo of it."""
+    return 2.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
+
+
 class Interrupt:
-    """Ctrl-C and SIGTERM: the first one makes the run save and stop, the second one ends it at once."""
+    """Ctrl-C, SIGTERM and SIGHUP: the first one makes the run save and stop, the second one ends it at once.
+
+    A signal that is ignored stays ignored (`nohup` does so with SIGHUP). `torchrun` forwards the signal that its processes have
+    already received with the whole group; such an echo is not the second one.
+    """
 
     def __init__(self) -> None:
         self.requested = False
+        self._requested_at = 0.0
         self._previous_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupt:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) == signal.SIG_IGN:
+                continue
             try:
                 self._previous_handlers[number] = signal.signal(number, self._handle_signal)
             except ValueError:  # not the main thread, which alone may set handlers
@@ -103,8 +148,11 @@ class Interrupt:
 
     def _handle_signal(self, number: int, _frame: object) -> None:
         if self.requested:
+            if time.monotonic() - self._requested_at < _echo_seconds():
+                return
+            signal.signal(number, signal.SIG_DFL)  # a third one needs no Python
             raise KeyboardInterrupt
-        self.requested = True
+        self.requested, self._requested_at = True, time.monotonic()
         older = getattr(self._previous_handlers.get(number), "__self__", None)
         if isinstance(older, Interrupt):  # a study, which runs several stages, stops too
             older.requested = True

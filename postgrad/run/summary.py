@@ -7,6 +7,7 @@ import shlex
 from postgrad.reports.sections.drift_section import changed_weights_sentence, drift_table
 from postgrad.reports.sections.held_out_tables import metrics_table, pseudo_perplexity_table, score_table
 from postgrad.reports.sections.mixture_section import source_losses_table
+from postgrad.reports.sections.overview import skipped_steps_sentence
 from postgrad.reports.sections.published_step import selected_step_sentences
 from postgrad.reports.sections.task_section import cluster_table, task_table
 from postgrad.run.events import RunFinished
@@ -36,6 +37,8 @@ def summary_text(outcome: RunFinished) -> str:
         )
     changed = changed_weights_sentence(record) if record.sparse_update else None
     lines += ["", changed] if changed else []
+    if record.totals.skipped_steps:
+        lines += ["", f"warning: {skipped_steps_sentence(record.totals.skipped_steps)}"]
     selected = selected_step_sentences(record)
     lines += ["", *selected] if selected else []
     lines += ["", f"model:  {folder / MODEL}", f"report: {folder / REPORT}"]

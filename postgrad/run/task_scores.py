@@ -17,7 +17,14 @@ from postgrad.errors import DataError
 from postgrad.evaluation.choices.loglikelihood import ChoiceItem, score_choices
 from postgrad.evaluation.choices.normalization import calibrate_scores, normalize_scores
 from postgrad.evaluation.generate_answers import generate_answers
-from postgrad.evaluation.generation_metrics import TaskPredictions, joint_change, metric_change, metric_summary
+from postgrad.evaluation.generation_metrics import (
+    TaskPredictions,
+    count_without_words,
+    joint_change,
+    metric_change,
+    metric_summary,
+    tokenizer_names,
+)
 from postgrad.lineage.metrics import TaskRow
 from postgrad.lineage.record import ClusterResult, Difference, MetricValue, Record, TaskExample, TaskRecord
 from postgrad.models.model import Model
@@ -74,6 +81,7 @@ def _generate_answers(
         prompted_task.stopping,
         eos_ids=[model_inputs.encoder.eos],
         pad=model_inputs.pad_id,
+        decoder_prefix=model_inputs.decoder_prefix,
     )
     return _group_by_seed(_gather_items([text.strip() for text in texts], len(prompts), world), len(prompted_task))
 
@@ -86,9 +94,8 @@ def _select_choices(
     # Items repeat: calibration questions are equal wherever demonstrations and choices are.
     items = list(dict.fromkeys(item for prompt in prompts for item in (prompt.item, *prompt.calibration_items)))
     local = items[world.rank :: world.size]
-    scored = (
-        score_choices(model, local, context=prompted_task.context_length, pad=model_inputs.pad_id) if local else None
-    )
+    options = {"context": prompted_task.context_length, "decoder_prefix": model_inputs.decoder_prefix}
+    scored = score_choices(model, local, pad=model_inputs.pad_id, **options) if local else None
     gathered = _gather_items(list(scored.log_likelihoods) if scored else [], len(items), world)
     log_p: dict[ChoiceItem, np.ndarray] = dict(zip(items, gathered, strict=True))
     answers = []
@@ -175,7 +182,7 @@ def _read_cached_answers(path: Path, key: str) -> TaskPredictions | None:
 
 def describe_task(prompted_task: PromptedTask) -> TaskRecord:
     """A task without its scores."""
-    task = prompted_task.task
+    task, references_I = prompted_task.task, prompted_task.references_I
     return TaskRecord(
         name=task.name,
         role=task.role,
@@ -188,6 +195,10 @@ def describe_task(prompted_task: PromptedTask) -> TaskRecord:
         skipped=dict(prompted_task.skipped),
         truncated_prompts=prompted_task.num_shortened_prompts,
         metrics=list(prompted_task.metrics),
+        tokenizers={name: names for name in prompted_task.metrics if (names := tokenizer_names(name, references_I))},
+        without_words={
+            name: count for name in prompted_task.metrics if (count := count_without_words(name, references_I))
+        },
         fingerprint=prompted_task.rows_fingerprint,
         prompt=prompted_task.prompts_KI[0][0].text,
     )

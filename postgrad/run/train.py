@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
-from postgrad.distributed.fsdp import reshard
 from postgrad.evaluation import before_after
 from postgrad.evaluation.before_after import AllScores
-from postgrad.evaluation.held_out import HeldOutSet
-from postgrad.lineage.metrics import EvaluationRow, StepRow
+from postgrad.lineage.metrics import EvaluationRow, SkippedStepRow, StepRow
 from postgrad.plan.checkpoint_selection import summarize_evaluation
 from postgrad.run import task_scores
 from postgrad.run.baseline import Baseline
 from postgrad.run.build import make_step
 from postgrad.run.context import RunContext
-from postgrad.run.events import CheckpointSaved, EvaluationCompleted, Phase, StepCompleted, WarningMessage
+from postgrad.run.events import (
+    CheckpointSaved,
+    EvaluationCompleted,
+    Phase,
+    StepCompleted,
+    StepSkipped,
+    WarningMessage,
+)
 from postgrad.run.milestones import checkpoint_steps, evaluation_steps
 from postgrad.run.penalty_strength import penalty_warning
 from postgrad.run.task_scores import AllAnswers
-from postgrad.run.training_session import TrainingSession
+from postgrad.run.training_session import TrainingSession, score_subsets, take_warnings
 from postgrad.training.checkpoint_state import write_checkpoint
 from postgrad.training.loop import train_steps
 from postgrad.training.metrics_log import Throughput
-from postgrad.training.step import StepReport
+from postgrad.training.step import Run, StepReport
 
 
 def train(context: RunContext, session: TrainingSession, baseline: Baseline) -> Phase[bool]:
@@ -43,14 +46,17 @@ def train(context: RunContext, session: TrainingSession, baseline: Baseline) -> 
         seconds = throughput.step(report.tokens)
         if world.is_main:
             session.metrics.write(_step_row(report, seconds))
-        if not has_warned and (warning := penalty_warning(report)):
-            has_warned = True
-            yield WarningMessage(warning)
-        tokens_left = (plan.steps - report.step) * report.tokens
-        yield StepCompleted(report, seconds, throughput.tokens_per_second, throughput.remaining_seconds(tokens_left))
+        if isinstance(report, SkippedStepRow):
+            yield StepSkipped(_skip_text(report, run), report)
+        else:
+            if not has_warned and (warning := penalty_warning(report)):
+                has_warned = True
+                yield WarningMessage(warning)
+            left = throughput.remaining_seconds((plan.steps - report.step) * report.tokens)
+            yield StepCompleted(report, seconds, throughput.tokens_per_second, left)
         is_best = False
         if report.step in evaluation_at:
-            row = evaluator.evaluate(report)
+            row = evaluator.evaluate(report.step, report.trained_tokens)
             yield EvaluationCompleted(row)
             selection = row.checkpoint_selection
             is_best = selection is not None and selection.best_step == report.step
@@ -58,7 +64,7 @@ def train(context: RunContext, session: TrainingSession, baseline: Baseline) -> 
             run.model.train()
         is_stopped = context.is_stop_requested() and report.step < plan.steps
         if report.step in checkpoint_at or is_stopped or is_best:
-            yield _save_checkpoint(context, session)
+            yield from _save_checkpoint(context, session)
             saved_step = report.step
         if is_stopped and not is_done:
             return True
@@ -66,7 +72,7 @@ def train(context: RunContext, session: TrainingSession, baseline: Baseline) -> 
             break
         throughput.pause()
     if saved_step < run.step:
-        yield _save_checkpoint(context, session)
+        yield from _save_checkpoint(context, session)
     return False
 
 
@@ -78,7 +84,7 @@ class _Evaluator:
     """Evaluations during training: subsets of the held-out sets, compared with the start model on the same documents."""
 
     def __init__(self, context: RunContext, session: TrainingSession, baseline: Baseline) -> None:
-        """Scores the start model and logs step 0, unless the run did so already."""
+        """Logs step 0, unless the run did so already."""
         self.context, self.session, self.run = context, session, session.run
         evaluation = context.plan.evaluation
         self.sets = [evaluation.subset(held_out) for held_out in evaluation.scored_sets]
@@ -86,42 +92,21 @@ class _Evaluator:
         self.tasks = [
             task for task in evaluation.tasks if task.task.during_training and not context.world.is_distributed
         ]
-        self.start_scores = self._read_start_scores()
+        self.start_scores = session.start_scores
         if self.run.step == 0 and context.world.is_main:
             session.metrics.write(self._with_tasks(self._row(0, 0, self.start_scores), baseline.answers))
 
-    def evaluate(self, report: StepReport) -> EvaluationRow:
+    def evaluate(self, step: int, trained_tokens: int) -> EvaluationRow:
         """Score the current weights, tell the selector, and log the row."""
         selector = self.session.selector
-        scores = self._score(self.sets)
-        row = self._row(report.step, report.trained_tokens, scores)
+        scores = score_subsets(self.context, self.run, self.sets)
+        row = self._row(step, trained_tokens, scores)
         if selector:
             row.checkpoint_selection = selector.add(summarize_evaluation(selector.rule, row, scores, self.start_scores))
         row = self._with_tasks(row)
         if self.context.world.is_main:
             self.session.metrics.write(row)
         return row
-
-    def _read_start_scores(self) -> AllScores:
-        """The start model's scores on the subsets; measured at step 0, before any weight has moved."""
-        path, world, evaluation = self.context.score_path("start.npz"), self.context.world, self.context.plan.evaluation
-        if world.any_rank(not path.exists()):
-            tuning = self.run.weights.tuning
-            with tuning.disable() if tuning.additive else nullcontext():
-                scores = self._score([evaluation.subset(held_out) for held_out in evaluation.scored_sets_before])
-            if world.is_main:
-                self.context.write_scores("start.npz", scores)
-        world.barrier()
-        return self.context.read_scores("start.npz")
-
-    def _score(self, sets: Sequence[HeldOutSet]) -> AllScores:
-        with self.run.weights.full_precision():
-            scores = before_after.score_sets(
-                self.run.model, sets, context=self.context.plan.model.context_length, world=self.context.world
-            )
-            # FSDP keeps weights gathered after a forward pass; the next update must reach the shards.
-            reshard(self.run.model)
-            return scores
 
     def _row(self, step: int, trained_tokens: int, scores: AllScores) -> EvaluationRow:
         vocabulary = self.context.plan.model.vocab_size
@@ -139,8 +124,17 @@ class _Evaluator:
         return row.model_copy(update={"tasks": task_scores.task_headlines(self.tasks, answers)})
 
 
-def _step_row(report: StepReport, seconds: float) -> StepRow:
+def _skip_text(row: SkippedStepRow, run: Run) -> str:
+    return (
+        f"step {row.step} is skipped, since its loss or gradient is not finite ({row.list_rows()}): it changes no weight; "
+        f"{run.skipped_steps} of at most {run.max_skipped_steps} skipped steps (optimizer.max_skipped_steps)"
+    )
+
+
+def _step_row(report: StepReport | SkippedStepRow, seconds: float) -> StepRow | SkippedStepRow:
     """The line of metrics.jsonl for a step."""
+    if isinstance(report, SkippedStepRow):
+        return report.model_copy(update={"seconds": round(seconds, 4)})
     return StepRow(
         step=report.step,
         tokens=report.tokens,
@@ -157,7 +151,7 @@ def _step_row(report: StepReport, seconds: float) -> StepRow:
     )
 
 
-def _save_checkpoint(context: RunContext, session: TrainingSession) -> CheckpointSaved:
+def _save_checkpoint(context: RunContext, session: TrainingSession) -> Phase[None]:
     """Publish a checkpoint of this step; the selected step's checkpoint is never removed.
 
     The metrics are synced first: a checkpoint must not be newer than the log that a resume continues. Gathering a sharded
@@ -177,4 +171,5 @@ def _save_checkpoint(context: RunContext, session: TrainingSession) -> Checkpoin
         with tempfile.TemporaryDirectory() as scratch:
             write(Path(scratch))
     context.world.barrier()
-    return CheckpointSaved(run.step, folder)
+    yield from take_warnings(session.warnings)
+    yield CheckpointSaved(run.step, folder)

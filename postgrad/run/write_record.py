@@ -152,6 +152,7 @@ def summarize_training(metrics: Metrics, plan: Plan, outcome: TrainingOutcome) -
             )
             for source, tokens, row_count, rows in columns
         ],
+        skipped_steps=metrics.skipped_steps,
     )
 
 

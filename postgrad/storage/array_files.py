@@ -16,7 +16,7 @@ import numpy as np
 from postgrad.errors import PostgradError
 from postgrad.storage.atomic import write_atomically
 from postgrad.storage.checked_files import OWNER_LENGTH, find_other_owner
-from postgrad.storage.read_json import read_regular_file
+from postgrad.storage.regular_file import read_regular_file
 
 _OWNER = "owner"
 _MAX_BYTES = 2**34

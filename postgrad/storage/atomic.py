@@ -14,21 +14,25 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import os
+import re
 import shutil
 import stat
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from typing_extensions import TypedDict
 
 from postgrad.errors import CheckpointError, DiskError, PostgradError
+from postgrad.foreign_text import mask_secrets
 from postgrad.storage.read_json import read_json
 
 MANIFEST = "manifest.json"
-_STAGING = ".staging-"
+STAGING = ".staging-"
+"""Prefix of the names of unfinished writes."""
 
 
 class FileEntry(TypedDict):
@@ -48,26 +52,25 @@ def publish_folder(target: Path, write: Callable[[Path], None]) -> Path:
     Raises `DiskError` when there is no room or no permission. Any error leaves the old state, except that the new folder is
     complete when only the last sync failed.
     """
-    staging = target.parent / f"{_STAGING}{target.name}"
+    staging = target.parent / f"{STAGING}{target.name}"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if staging.exists():
             shutil.rmtree(staging)
         staging.mkdir()
         write(staging)
-        _write_synced(staging / MANIFEST, json.dumps(_make_manifest(staging), indent=1, sort_keys=True).encode())
+        (staging / MANIFEST).write_text(json.dumps(_make_manifest(staging), indent=1, sort_keys=True))
+        mode = stat.S_IMODE((staging / MANIFEST).stat().st_mode)
         for folder, _, files in os.walk(staging):
             for name in files:
+                _set_mode(Path(folder) / name, mode)
                 _sync(Path(folder) / name)
             _sync(Path(folder))
         os.rename(staging, target)
         _sync(target.parent)
     except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise disk_error(error, target) from error
-        if f"(os error {errno.ENOSPC})" in str(error):  # safetensors writes from Rust, with errors of its own
-            raise disk_error(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), target) from error
+        _raise_disk_error(error, target)
         raise
     verify(target)
     return target
@@ -122,7 +125,7 @@ def check_sha256(path: Path, digest: str, entry: FileEntry) -> None:
 
 def remove_staging(parent: Path) -> None:
     """Remove the staging folders and files of interrupted writes in `parent`."""
-    for path in parent.glob(f"{_STAGING}*") if parent.is_dir() else ():
+    for path in parent.glob(f"{STAGING}*") if parent.is_dir() else ():
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
@@ -134,7 +137,7 @@ def remove_folder(folder: Path) -> None:
 
     Raises `DiskError` when the system does not allow it.
     """
-    staging = folder.parent / f"{_STAGING}old-{folder.name}"
+    staging = folder.parent / f"{STAGING}old-{folder.name}"
     shutil.rmtree(staging, ignore_errors=True)
     try:
         os.rename(folder, staging)
@@ -145,19 +148,58 @@ def remove_folder(folder: Path) -> None:
 
 def write_atomically(path: Path, data: str | bytes) -> None:
     """Replace a file atomically: other processes see the old content or the new one."""
+    publish_file(path, lambda staging: staging.write_bytes(data.encode() if isinstance(data, str) else data))
+
+
+def write_without_secrets(path: Path, text: str) -> None:
+    """Replace a file that is made to be passed on, such as a record or a page. Raises `DiskError`."""
+    write_atomically(path, mask_secrets(text))
+
+
+def publish_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Replace a file by what `write(staging)` writes, atomically. Raises `DiskError` as `publish_folder` does."""
     # Concurrent runs share a cache, so the staging name contains the process id.
-    staging = path.parent / f"{_STAGING}{path.name}.{os.getpid()}"
+    staging = path.parent / f"{STAGING}{path.name}.{os.getpid()}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_synced(staging, data.encode() if isinstance(data, str) else data)
+        staging.write_bytes(b"")
+        mode = stat.S_IMODE(staging.stat().st_mode)
+        write(staging)
+        _set_mode(staging, mode)
+        _sync(staging)
         os.replace(staging, path)
         _sync(path.parent)
     except BaseException as error:
         with suppress(OSError):
             staging.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise disk_error(error, path) from error
+        _raise_disk_error(error, path)
         raise
+
+
+def write_all(file: io.FileIO, data: bytes) -> None:
+    """Write all of `data` to an unbuffered file, whose writes may be partial."""
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Inside, an error of the disk becomes a `DiskError` that names `path`."""
+    try:
+        yield
+    except Exception as error:
+        _raise_disk_error(error, path)
+        raise
+
+
+def _raise_disk_error(error: BaseException, path: Path) -> None:
+    """Raise a `DiskError` when `error` is one of the disk. safetensors writes from Rust, with errors of its own."""
+    if isinstance(error, OSError):
+        raise disk_error(error, path) from error
+    if found := re.search(r"\(os error (\d+)\)", str(error)):
+        number = int(found[1])
+        raise disk_error(OSError(number, os.strerror(number)), path) from error
 
 
 def sha256(path: Path) -> str:
@@ -184,11 +226,10 @@ def _make_manifest(folder: Path) -> Manifest:
     return {str(p.relative_to(folder)): {"size": p.stat().st_size, "sha256": sha256(p)} for p in files}
 
 
-def _write_synced(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+def _set_mode(path: Path, mode: int) -> None:
+    """Give a file the permissions of all new files: safetensors makes its own readable to the owner alone."""
+    if stat.S_IMODE(path.stat().st_mode) != mode:
+        path.chmod(mode)
 
 
 def _sync(path: Path) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from postgrad.errors import PostgradError
+from postgrad.foreign_text import mask_secrets
 from postgrad.storage.atomic import write_atomically
 from postgrad.storage.read_json import MAX_BYTES, Value, parse_json, read_file, validate_json
 
@@ -40,8 +41,12 @@ def find_damage(document: Mapping[str, Any], owner: str = "") -> str:
     return find_other_owner(own, owner)
 
 
-def write_checked_json(path: Path, document: Mapping[str, Any], owner: str = "") -> None:
-    """Write a JSON document with its checksum, atomically."""
+def write_checked_json(
+    path: Path, document: Mapping[str, Any], owner: str = "", *, without_secrets: bool = False
+) -> None:
+    """Write a JSON document with its checksum, atomically; `without_secrets`: one that is made to be passed on."""
+    if without_secrets:
+        document = json.loads(mask_secrets(json.dumps(document)))
     write_atomically(path, json.dumps(add_checksum(document, owner), indent=1) + "\n")
 
 

@@ -7,6 +7,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from postgrad.storage.atomic import disk_errors
+
+
+def is_locked(lock: Path) -> bool:
+    """Whether a process holds the lock."""
+    try:
+        import fcntl
+
+        with open(lock, "rb") as handle:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except (ImportError, OSError):  # no locks here, or no file
+        return False
+    return False
+
 
 @contextmanager
 def file_lock(lock: Path) -> Iterator[bool]:
@@ -20,7 +36,10 @@ def file_lock(lock: Path) -> Iterator[bool]:
         yield False
         return
     is_locked = False
-    with open(lock, "ab") as handle:
+    with disk_errors(lock):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        handle = open(lock, "ab")  # noqa: SIM115 (closed below)
+    with handle:
         while True:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

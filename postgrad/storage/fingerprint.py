@@ -19,6 +19,11 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+def file_fingerprint(path: Path) -> str:
+    """The sha256 of a file, or that there is none."""
+    return sha256(path) if path.is_file() else "no file"
+
+
 def model_fingerprint(folder: Path) -> str:
     """The fingerprint of a model folder's configuration and weights."""
     return fingerprint([[name, sha256(folder / name)] for name in _model_files(p.name for p in folder.iterdir())])

@@ -16,7 +16,7 @@ from typing import Any
 from postgrad.commands.builtin_corpus import is_builtin_corpus, write_corpus
 from postgrad.commands.init import check_name
 from postgrad.config.stage_file import read_yaml
-from postgrad.errors import StageError, suggest_nearest
+from postgrad.errors import StageError, require_choice
 from postgrad.storage.atomic import write_atomically
 from postgrad.studies.study import parse_study
 
@@ -96,14 +96,8 @@ def write_study_template(study_file: Path, template: str, size: str, *, force: b
     Raises `StageError` for an unknown template or size, an invalid name, and existing files.
     """
     check_name(study_file)
-    for option, value, known in (("--template", template, ("levers", "paper")), ("--size", size, tuple(_SIZE_VALUES))):
-        if value not in known:
-            raise StageError(
-                f"there is no {option.removeprefix('--')} {value!r}",
-                where=option,
-                expected=", ".join(known),
-                hint=suggest_nearest(value, known),
-            )
+    require_choice("template", template, ("levers", "paper"), where="--template")
+    require_choice("size", size, _SIZE_VALUES, where="--size")
     if template == "levers" and size != "laptop":
         raise StageError(
             "the levers template exists at laptop size only", where="--size", expected="laptop, or --template paper"

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from postgrad.errors import CheckpointError
 from postgrad.models.pretrained import save_chat_template, save_pretrained
 from postgrad.optim.optimizer import load_full_state
+from postgrad.storage.atomic import read_manifest
 from postgrad.training.step import Run
 from postgrad.tuning.adapter_folder import write_tuning
 
 STATE = "state.json"
 MOMENTS = "optimizer.safetensors"
+_SMALL_FILES_BYTES = 32 * 2**20
+"""At most what the tokenizer of a large vocabulary takes, with the configuration and `state.json`."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +42,40 @@ class TrainingProgress:
     """Fingerprint of the stage."""
     pacing: dict[str, float] = field(default_factory=dict)
     """State of a loss-adaptive learning rate."""
+    skipped_steps: int = 0
+    """Steps so far whose loss or gradient was not finite."""
+    run: str | None = None
+    """Id of the run; None in checkpoints of earlier versions, as are the next two."""
+    seed: int | None = None
+    tuning: str | None = None
+    """Kind of the tuning."""
+
+
+_PROGRESS = TypeAdapter(TrainingProgress)
+
+
+@dataclass(frozen=True)
+class CheckpointOwner:
+    """The run that writes checkpoints, as each of them records it."""
+
+    stage: str
+    """Fingerprint of the stage."""
+    run: str
+    seed: int
+    tuning: str
+
+    def differences(self, progress: TrainingProgress) -> list[str]:
+        """What a checkpoint records of another run; empty for one of this run."""
+        recorded = ((name, getattr(progress, name), value) for name, value in asdict(self).items())
+        changes = [f"{name} {old}, not {value}" for name, old, value in recorded if old not in (None, value)]
+        return changes[::-1]  # the fingerprint last: the others say why it differs
 
 
 @dataclass(frozen=True)
 class CheckpointMetadata:
-    """Metadata of a checkpoint: the stage's fingerprint, the tuning's options, and the reference to its base model."""
+    """Metadata of a checkpoint: its run, the tuning's options, and the reference to its base model."""
 
-    stage: str
+    owner: CheckpointOwner
     options: dict[str, Any]
     base: dict[str, Any]
 
@@ -70,23 +103,37 @@ def write_checkpoint(folder: Path, run: Run, tokenizer: PreTrainedTokenizerBase,
         by_source,
         run.optimizer.update_counts(),
         run.rate,
-        metadata.stage,
-        run.lr_scale.state(),
+        pacing=run.lr_scale.state(),
+        skipped_steps=run.skipped_steps,
+        **asdict(metadata.owner),
     )
     (folder / STATE).write_text(json.dumps(asdict(progress), indent=1))
 
 
+def checkpoint_bytes(run: Run) -> int:
+    """Size of a checkpoint: fp32 weights and two moments, 2 % for names and headers, and the tokenizer and configuration."""
+    tuning, model = run.weights.tuning, run.model.pretrained
+    weights = sum(t.numel() for t in (model.parameters() if tuning.is_full else tuning.state().values()))
+    moments = 2 * sum(w.master.numel() for w in run.weights.entries)
+    return round(1.02 * 4 * (weights + moments)) + (_SMALL_FILES_BYTES if tuning.is_full else 0)
+
+
 def read_progress(folder: Path) -> TrainingProgress:
-    """The progress stored in a checkpoint."""
-    return TrainingProgress(**json.loads((folder / STATE).read_text()))
+    """The progress stored in a checkpoint. Raises `CheckpointError` when it cannot be read."""
+    try:
+        return _PROGRESS.validate_json((folder / STATE).read_bytes())
+    except (OSError, ValidationError) as error:
+        raise CheckpointError(
+            f"{STATE} is missing or unreadable", where=str(folder), expected="a checkpoint that a run has saved"
+        ) from error
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """A checkpoint's fp32 weights by name, unsharded."""
+def read_weights(folder: Path, names: Iterable[str]) -> dict[str, Tensor]:
+    """A checkpoint's fp32 weights by name, unsharded, from those of its files that are weights."""
     out: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        if path.name != MOMENTS:
-            out.update(load_file(path))
+    for name in sorted(names):
+        if name.endswith(".safetensors") and name != MOMENTS:
+            out.update(load_file(folder / name))
     return out
 
 
@@ -96,14 +143,16 @@ def read_moments(folder: Path) -> dict[str, Tensor]:
 
 
 def restore_run(run: Run, folder: Path) -> None:
-    """Restore a run from a checkpoint."""
+    """Restore a run from a verified checkpoint of it: from the files that its manifest lists."""
+    weights = read_weights(folder, read_manifest(folder))
     progress = read_progress(folder)
     if run.weights.tuning.is_full:
-        load_full_state(run.weights, read_weights(folder))
+        load_full_state(run.weights, weights)
     else:
-        run.weights.load(read_weights(folder))
+        run.weights.load(weights)
     run.optimizer.restore(read_moments(folder), progress.updates)
     run.lr_scale.load(progress.pacing)
     run.step, run.trained_tokens, run.rate = progress.step, progress.trained, progress.rate
+    run.skipped_steps = progress.skipped_steps
     for k, name in enumerate(run.sources):
         run.trained_tokens_by_source[k] = progress.trained_by_source[name]

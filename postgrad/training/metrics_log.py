@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from postgrad.lineage.metrics import MetricsRow, format_row, scan_metrics
-from postgrad.storage.atomic import disk_error, write_atomically
+from postgrad.storage.atomic import disk_errors, write_atomically
 
 
 class MetricsLog:
@@ -31,11 +31,8 @@ class MetricsLog:
 
     def write(self, row: MetricsRow) -> None:
         """Append one row."""
-        try:
-            with self.path.open("a") as file:
-                file.write(format_row(row, self.run_id))
-        except OSError as error:
-            raise disk_error(error, self.path) from error
+        with disk_errors(self.path), self.path.open("a") as file:
+            file.write(format_row(row, self.run_id))
 
     def sync(self) -> None:
         """Flush to disk; called before a checkpoint is published, which must not be newer than its log."""

@@ -18,7 +18,7 @@ from postgrad.data.loading.batch import Batch
 from postgrad.data.random_streams import RandomStreams, derive_key
 from postgrad.models.model import CausalModel
 from postgrad.models.sampling import sample_continuations
-from postgrad.training.step import Run, StepFunction, StepReport, train_step
+from postgrad.training.step import Run, StepFunction, StepReport, StepWithoutUpdate, train_step
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class OnPolicySampler:
 def make_on_policy_step(samplers: Mapping[int, OnPolicySampler]) -> StepFunction:
     """A step that first samples the rows of some objectives; `samplers` by objective number."""
 
-    def step(run: Run, micro_batches: Sequence[Batch]) -> StepReport:
+    def step(run: Run, micro_batches: Sequence[Batch]) -> StepReport | StepWithoutUpdate:
         batches = []
         for batch in micro_batches:
             sampler = next((samplers[number] for number in batch.objectives if number in samplers), None)

@@ -11,16 +11,17 @@ source; gradient norm (with penalties) and the penalties' own sums; gradient nor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from postgrad.data.loading.batch import Batch
 from postgrad.distributed.fsdp import synchronise_gradients
 from postgrad.distributed.world import World
-from postgrad.errors import NonFiniteError
 from postgrad.models.model import Model
 from postgrad.objectives.objective import Objective, combine_losses
 from postgrad.optim.loss_adaptive_lr import ConstantLRScale, LRScale
@@ -45,7 +46,10 @@ class Run:
     seed: int
     lr_scale: LRScale = field(default_factory=ConstantLRScale)
     """Factor on the scheduled learning rate, given the step's loss."""
+    max_skipped_steps: int = 0
+    """Steps that `training.loop` may skip, because their loss or gradient is not finite."""
     step: int = 0
+    skipped_steps: int = 0
     trained_tokens: int = 0
     rate: float = 0.0
     """The learning rate of the last step."""
@@ -74,14 +78,29 @@ class StepReport:
     num_updated: int | None = None
 
 
-StepFunction = Callable[[Run, Sequence[Batch]], StepReport]
+@dataclass(frozen=True)
+class StepWithoutUpdate:
+    """A step whose loss or gradient norm was not finite: weights, moments and counts of trained tokens are unchanged.
+
+    `tokens`: labels of its rows. `positions`: mixture positions of the rows whose own loss was not finite, on any rank.
+    """
+
+    step: int
+    tokens: int
+    trained_tokens: int
+    loss: float
+    gradient_norm: float
+    positions: tuple[int, ...]
+
+
+StepFunction = Callable[[Run, Sequence[Batch]], StepReport | StepWithoutUpdate]
 """Takes one step with the micro-batches of a global batch."""
 
 
-def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepReport:
+def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepReport | StepWithoutUpdate:
     """Train on one global batch.
 
-    Raises `NonFiniteError` on all ranks, before any weight changes, when the loss or the gradient norm is not finite.
+    When the loss or the gradient norm is not finite on any rank, all ranks leave their weights as they are.
     """
     step = run.step + 1
     run.weights.tuning.on_step_begin(step)
@@ -92,6 +111,7 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepReport:
 
     sums = torch.zeros(len(run.objectives), dtype=torch.float64, device=run.world.device)
     by_source = torch.zeros(len(run.sources), dtype=torch.float64, device=run.world.device)
+    row_losses: list[Tensor] = []
     for index, batch in enumerate(micro_batches):
         batch = batch.to(run.world.device)
         synchronise_gradients(run.model, index == len(micro_batches) - 1)
@@ -102,6 +122,7 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepReport:
         run.weights.accumulate_gradients()
         sums[list(batch.objectives)] += combined.sums_J
         by_source.index_add_(0, torch.from_numpy(batch.source_B).to(combined.rows_B.device), combined.rows_B)
+        row_losses.append(combined.rows_B)
 
     run.world.all_reduce(sums)
     run.world.all_reduce(by_source)
@@ -109,12 +130,10 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepReport:
     penalties = {penalty.name: float(penalty()) for penalty in run.penalties}
     loss, gradient_norm = float(sums.sum()) / token_count, float(run.weights.gradient_norm())
     if run.world.any_rank(not (np.isfinite(loss) and np.isfinite(gradient_norm))):
-        run.weights.zero_gradients()
-        raise NonFiniteError(
-            f"loss {loss} and gradient norm {gradient_norm} at step {step}; the weights are unchanged",
-            where="train",
-            hint="lower schedule.peak, or inspect the rows of this step; the same command resumes from the last checkpoint",
-        )
+        positions = _positions_not_finite(run.world, zip(micro_batches, row_losses, strict=True))
+        run.optimizer.skip()
+        run.step, run.skipped_steps = step, run.skipped_steps + 1
+        return StepWithoutUpdate(step, token_count, run.trained_tokens, loss, gradient_norm, positions)
     if gradient_norm > run.max_grad_norm:
         run.weights.scale_gradients(run.max_grad_norm / gradient_norm)
     rate = run.schedule(step) * run.lr_scale(loss)
@@ -147,6 +166,16 @@ def _count_tokens(run: Run, micro_batches: Sequence[Batch]) -> torch.Tensor:
         sources, labels = torch.from_numpy(batch.source_B), torch.from_numpy(batch.label_count_B)
         counts += torch.bincount(sources, labels, len(run.sources)).long()
     return run.world.all_reduce(counts.to(run.world.device)).cpu()
+
+
+def _positions_not_finite(world: World, losses: Iterable[tuple[Batch, Tensor]]) -> tuple[int, ...]:
+    """Mixture positions of the rows whose loss is not finite, of all ranks. Collective."""
+    own = [
+        batch.position_B[~rows_B.isfinite().cpu().numpy() & (batch.label_count_B > 0)].tolist()
+        for batch, rows_B in losses
+    ]
+    gathered: Any = world.all_gather([position for positions in own for position in positions])
+    return tuple(sorted(position for positions in gathered for position in positions))
 
 
 def _derive_seed(*parts: int) -> int:

@@ -12,7 +12,9 @@ A folder with only PEFT's two files can be loaded as well. Nothing is unpickled,
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from postgrad.config.renamed_keys import upgrade_tuning_options
-from postgrad.errors import TuningError
+from postgrad.errors import PostgradError, TuningError
+from postgrad.models.auto_classes import first_line
+from postgrad.storage.read_json import read_json
 from postgrad.tuning.attach import attach
 from postgrad.tuning.tuning import Tuning, TuningExport, load_or_detach
 
@@ -44,11 +48,11 @@ def write_tuning(
     _write_tensors(folder / TENSORS, state)
 
 
-def save_tuning(tuning: Tuning, folder: Path, base: Mapping[str, Any]) -> None:
-    """Write a tuning's export into the existing `folder`, also in PEFT's format if PEFT can load it."""
+def save_tuning(tuning: Tuning, folder: Path, base: Mapping[str, Any], *, for_peft: bool = True) -> None:
+    """Write a tuning's export into the existing `folder`; with `for_peft` also in PEFT's format, if PEFT can load it."""
     export = tuning.export()
     write_tuning(folder, export.options, export.state, base)
-    peft = tuning.peft()
+    peft = tuning.peft() if for_peft else None
     if peft is not None:
         _write_json(folder / PEFT_DESCRIPTION, {**peft.config, "base_model_name_or_path": base.get("name")})
         _write_tensors(folder / PEFT_TENSORS, peft.state)
@@ -70,7 +74,7 @@ def load_tuning(
     if not (folder / DESCRIPTION).exists():
         return _load_peft(model, folder)
     description = _read_description(folder)
-    base = description["base"]
+    base = description.base
     recorded = base.get("fingerprint")
     if not force and None not in (fingerprint, recorded) and fingerprint != recorded:
         raise TuningError(
@@ -81,28 +85,37 @@ def load_tuning(
             hint="restore that base, or set `base` to use this one anyway",
         )
     state = _read_tensors(folder / TENSORS)
-    tuning = attach(model, description["options"], tokenizer=tokenizer)
-    load_or_detach(tuning, state)
+    with _as_tuning_error(folder / DESCRIPTION):
+        tuning = attach(model, description.options, tokenizer=tokenizer)
+        load_or_detach(tuning, state)
     return tuning
 
 
 def read_export(folder: Path) -> TuningExport:
     """The options and tensors in one of our folders. Raises `TuningError` if they cannot be read."""
-    return TuningExport(_read_description(folder)["options"], _read_tensors(folder / TENSORS))
+    return TuningExport(_read_description(folder).options, _read_tensors(folder / TENSORS))
 
 
-def _read_description(folder: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Description:
+    """The contents of `tuning.json`."""
+
+    format: int
+    options: dict[str, Any] = field(default_factory=dict)
+    base: dict[str, Any] = field(default_factory=dict)
+
+
+def _read_description(folder: Path) -> _Description:
     """The contents of `tuning.json`, with this version's option names; an unreadable file or format is a `TuningError`."""
-    description = _read_json(folder / DESCRIPTION)
-    parts = (description.get("options"), description.get("base"))
-    if description.get("format") != FORMAT or not all(isinstance(part, dict) for part in parts):
+    description = read_json(folder / DESCRIPTION, _Description, error=TuningError)
+    if description.format != FORMAT:
         raise TuningError(
-            f"the description has the format {description.get('format')!r}",
+            f"the description has the format {description.format}",
             where=str(folder / DESCRIPTION),
             expected=f"format {FORMAT}, with options and a base",
             hint="read it with the version that wrote it",
         )
-    return description | {"options": upgrade_tuning_options(description["options"])}
+    return replace(description, options=upgrade_tuning_options(description.options))
 
 
 def _load_peft(model: PreTrainedModel, folder: Path) -> Tuning:
@@ -112,8 +125,26 @@ def _load_peft(model: PreTrainedModel, folder: Path) -> Tuning:
             where=str(folder),
             expected=f"{DESCRIPTION} and {TENSORS}, or {PEFT_DESCRIPTION} and {PEFT_TENSORS}",
         )
-    config, state = _read_json(folder / PEFT_DESCRIPTION), _read_tensors(folder / PEFT_TENSORS)
-    return _get_peft_importer(config.get("peft_type"), folder)(model, config, state)
+    config = read_json(folder / PEFT_DESCRIPTION, dict, error=TuningError)
+    state = _read_tensors(folder / PEFT_TENSORS)
+    importer = _get_peft_importer(config.get("peft_type"), folder)
+    with _as_tuning_error(folder / PEFT_DESCRIPTION):
+        return importer(model, config, state)
+
+
+@contextmanager
+def _as_tuning_error(file: Path) -> Iterator[None]:
+    """Inside, any error is one of the options in `file`: they may have any type and value, and fit another model."""
+    try:
+        yield
+    except PostgradError:
+        raise
+    except Exception as error:
+        raise TuningError(
+            f"its options do not fit this model or the tensors beside it: {first_line(error)}",
+            where=str(file),
+            expected="the options and tensors of one tuning, and the base that it was trained on",
+        ) from error
 
 
 def _get_peft_importer(peft_type: object, folder: Path) -> Callable[..., Tuning]:
@@ -148,20 +179,9 @@ def _write_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
     save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}, path)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises `TuningError` for anything else."""
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise TuningError(f"the file cannot be read: {error}", where=str(path), expected="a JSON object") from error
-    if not isinstance(value, dict):
-        raise TuningError("the file contains no JSON object", where=str(path), expected="a JSON object")
-    return value
-
-
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file. Raises `TuningError` if it cannot be read."""
     try:
         return load_file(path)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         raise TuningError(f"the tensors cannot be read: {error}", where=str(path), expected="safetensors") from error

@@ -13,6 +13,8 @@ from postgrad.config.tunings import find_tuning, known_tunings
 from postgrad.errors import TuningError, suggest_nearest
 from postgrad.tuning.tuning import Tuning
 
+_MAX_SIZE = 1 << 16
+
 
 def attach(
     model: PreTrainedModel,
@@ -39,8 +41,16 @@ def attach(
                 expected=", ".join(sorted(known - {"seed"})) or "no options",
                 hint=suggest_nearest(name, known),
             )
+        _check_size(name, keywords[name])
     arguments = {"seed": seed, **keywords, "tokenizer": tokenizer, "kind": kind}
     return tuning_class(model, **{name: value for name, value in arguments.items() if name in parameters})
+
+
+def _check_size(name: str, value: Any) -> None:
+    """Raise `TuningError` for an option that would make a tensor of absurd size: a rank, width, length or count."""
+    values = value.values() if isinstance(value, Mapping) else [value]
+    if name != "seed" and any(isinstance(number, int) and abs(number) > _MAX_SIZE for number in values):
+        raise TuningError(f"`{name}` is {value}", where=f"tuning.{name}", expected=f"at most {_MAX_SIZE:,}")
 
 
 def _get_tuning_class(kind: object) -> Callable[..., Tuning]:

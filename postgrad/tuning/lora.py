@@ -40,7 +40,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from postgrad.errors import TuningError
 from postgrad.tuning.extra_trainable import ExtraTrainable
 from postgrad.tuning.parameter_location import replace_module
-from postgrad.tuning.peft_lora import read_lora, write_lora
+from postgrad.tuning.peft_lora import check_tables, read_lora, write_lora
 from postgrad.tuning.quantization import Precision, is_quantized, make_quantizer
 from postgrad.tuning.targets import base_layer, is_transposed, resolve_targets, short_names
 from postgrad.tuning.tuning import (
@@ -318,6 +318,7 @@ def from_peft(model: PreTrainedModel, config: Mapping[str, Any], state: Mapping[
     Raises `TuningError` for what is not supported: other methods of PEFT, adapters on embeddings or single tensors, and
     adapters saved without the changes to their base (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ).
     """
+    check_tables(model, state)
     export = read_lora(config, state)
     tuning = LoraAdapter(model, **export.options)
     tuning.load(export.state)

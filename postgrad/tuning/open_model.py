@@ -8,23 +8,28 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from pydantic import Field
+from transformers import PreTrainedModel
 
 from postgrad.data.render.frame import EMPTY_FRAME, Frame
 from postgrad.errors import TuningError
+from postgrad.models.auto_classes import load_config
 from postgrad.models.location import PEFT_FILE, TUNING_FILE, ModelLocation
+from postgrad.models.model_sizes import load_model_sizes
 from postgrad.models.prefix_lm_attention import is_prefix_lm, mark_prefix_lm
 from postgrad.models.pretrained import ClassifierSpec, detect_task, load_pretrained, load_tokenizer
 from postgrad.models.task import Task
 from postgrad.storage.fingerprint import fingerprint, model_fingerprint
+from postgrad.storage.read_json import parse_json, read_json
 from postgrad.tuning.adapter_folder import load_tuning
 from postgrad.tuning.tuning import Tuning, freeze
+
+MAX_VIRTUAL_TOKENS = 1 << 16
 
 _OLD_KEYS = {
     "prefix_ids": "before",
@@ -36,12 +41,9 @@ _OLD_KEYS = {
 """Keys of a tuning's base and frame, and their names in folders of earlier versions."""
 
 
-def _read_key(raw: Mapping[str, Any], key: str) -> Any:
-    return raw[key] if key in raw else raw[_OLD_KEYS[key]]
-
-
-def _read_frame(raw: Mapping[str, list[int]]) -> Frame:
-    return Frame(*(tuple(_read_key(raw, key)) for key in ("prefix_ids", "separator_ids", "suffix_ids")))
+def _rename_old_keys(raw: dict[str, Any]) -> dict[str, Any]:
+    """A recorded base under this version's keys."""
+    return {**{new: raw[old] for new, old in _OLD_KEYS.items() if old in raw}, **raw}
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,10 @@ class BaseReference:
     """A tuning's base, as recorded in its folder."""
 
     name: str
-    relative: str | None
+    relative: str | None = None
     """Path of the base, relative to the tuning's folder."""
-    fingerprint: str | None
-    task: Task
+    fingerprint: str | None = None
+    task: Task = Task.CAUSAL
     layer: ClassifierSpec | None = None
     frame: Frame = EMPTY_FRAME
     """Ids around each text: a soft prompt's virtual ids, and a template's words and special tokens."""
@@ -91,19 +93,12 @@ class BaseReference:
         if start.base is None or start.folder is None:
             return None
         if not (start.folder / TUNING_FILE).exists():
-            return _read_peft_reference(start, start.base, json.loads((start.folder / PEFT_FILE).read_text()))
-        raw = json.loads((start.folder / TUNING_FILE).read_text())["base"]
-        layer = raw.get("layer")
-        return cls(
-            raw["name"],
-            raw.get("relative"),
-            raw.get("fingerprint"),
-            Task(raw.get("task", Task.CAUSAL)),
-            ClassifierSpec.from_dict(layer) if layer else None,
-            _read_frame(raw["frame"]),
-            _read_key(raw, "base_of_base"),
-            raw.get("is_prefix_lm", raw.get("prefixes", False)),
-        )
+            return _read_peft_reference(start, start.base)
+        file = start.folder / TUNING_FILE
+        raw = _rename_old_keys(read_json(file, _TuningBase, error=TuningError).base)
+        if isinstance(raw.get("frame"), dict):
+            raw["frame"] = _rename_old_keys(raw["frame"])
+        return parse_json(json.dumps(raw).encode(), cls, where=f"{file}: base", error=TuningError)
 
     def as_dict(self) -> dict[str, Any]:
         """As plain data."""
@@ -118,14 +113,36 @@ _PEFT_TASKS: dict[str, Task] = {
 }
 
 
-def _read_peft_reference(start: ModelLocation, base: ModelLocation, config: dict[str, Any]) -> BaseReference:
-    """The reference in PEFT's configuration; PEFT puts a prompt before every text."""
-    task = _PEFT_TASKS.get(config.get("task_type") or "") or get_task(base)
+@dataclass(frozen=True)
+class _TuningBase:
+    """The recorded base in our description of a tuning, with keys of any version."""
+
+    base: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _PeftReference:
+    """What PEFT's configuration says of the base."""
+
+    base_model_name_or_path: str | None = None
+    task_type: str | None = None
+    peft_type: str | None = None
+    num_virtual_tokens: Annotated[int, Field(ge=1, le=MAX_VIRTUAL_TOKENS)] | None = None
+
+
+def _read_peft_reference(start: ModelLocation, base: ModelLocation) -> BaseReference:
+    """The reference in PEFT's configuration; PEFT puts a prompt before every text, its special tokens included."""
+    assert start.folder is not None
+    file = start.folder / PEFT_FILE
+    config = read_json(file, _PeftReference, error=TuningError)
+    task = _PEFT_TASKS.get(config.task_type or "") or get_task(base)
     prompt_ids: tuple[int, ...] = ()
-    if config.get("peft_type") in ("PROMPT_TUNING", "P_TUNING"):
-        first = int(AutoConfig.from_pretrained(start.name_or_path).vocab_size)
-        prompt_ids = tuple(range(first, first + int(config["num_virtual_tokens"])))
-    return BaseReference(config.get("base_model_name_or_path") or "", None, None, task, frame=Frame(prompt_ids))
+    if config.peft_type in ("PROMPT_TUNING", "P_TUNING"):
+        if config.num_virtual_tokens is None:
+            raise TuningError("`num_virtual_tokens` is missing", where=str(file), expected="the length of the prompt")
+        first = load_model_sizes(start).vocab_size
+        prompt_ids = tuple(range(first, first + config.num_virtual_tokens))
+    return BaseReference(config.base_model_name_or_path or "", None, None, task, frame=Frame(outer_ids=prompt_ids))
 
 
 @dataclass(frozen=True)
@@ -164,7 +181,7 @@ def get_task(start: ModelLocation) -> Task:
 def starts_as_prefix_lm(start: ModelLocation) -> bool:
     """Whether the model of a start was trained with bidirectional attention in the prompt."""
     reference = BaseReference.read_folder(start)
-    return reference.is_prefix_lm if reference else is_prefix_lm(AutoConfig.from_pretrained(start.name_or_path))
+    return reference.is_prefix_lm if reference else is_prefix_lm(load_config(start.name_or_path))
 
 
 def open_model(
@@ -183,7 +200,8 @@ def open_model(
     if start.base is None or start.folder is None:
         task = task or detect_task(start)
         pretrained = load_pretrained(start, task, layer=layer, attention=attention, dtype=dtype)
-        return LoadedModel(pretrained.model, task, layer, pretrained.new_weights)
+        notes = _expert_notes(start, pretrained.model)
+        return LoadedModel(pretrained.model, task, layer, pretrained.new_weights, notes=notes)
     reference = BaseReference.read_folder(start)
     assert reference is not None
     base = open_model(start.base, reference.task, layer=reference.layer, attention=attention, dtype=dtype)
@@ -198,6 +216,8 @@ def open_model(
     notes = base.notes
     if reference.fingerprint and base_fingerprint and reference.fingerprint != base_fingerprint:
         notes += (f"{start.name} was trained on another model than {start.base.name} (its fingerprint differs)",)
+    if not (start.folder / TUNING_FILE).exists():
+        notes += tuple(tuning.notes)
     freeze(base.model)
     mark_prefix_lm(base.model.config, reference.is_prefix_lm)
     unmerged: tuple[Tuning, ...] = (tuning,)
@@ -216,6 +236,16 @@ def open_model(
     if task == reference.task and (layer is None or layer == reference.layer):
         return loaded
     return _replace_task_layer(loaded, start, task, layer, attention, dtype)
+
+
+def _expert_notes(start: ModelLocation, model: PreTrainedModel) -> tuple[str, ...]:
+    """A note on a mixture of experts whose configuration asks for a balancing loss."""
+    if not getattr(model.config.get_text_config(), "output_router_logits", False):
+        return ()
+    return (
+        f"the configuration of {start.name} asks for a loss that balances its experts (output_router_logits: true), which no "
+        "objective has: its routers are trained by the objectives alone",
+    )
 
 
 def _replace_task_layer(

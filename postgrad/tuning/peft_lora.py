@@ -107,6 +107,15 @@ def read_lora(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> TuningE
             expected="a two-dimensional lora_A and lora_B for each layer",
         )
     ranks = {layer: tensors[f"{layer}.lora_A.weight"].shape[0] for layer in layers}
+    rank_patterns = config.get("rank_pattern") or {}
+    for layer, rank in ranks.items():
+        declared = rank_patterns.get(get_pattern_key(list(rank_patterns), layer), config["r"])
+        if declared != rank:
+            raise TuningError(
+                f"{layer} has the rank {rank}, and adapter_config.json says {declared}",
+                where="adapter_model.safetensors",
+                expected="the tensors and the configuration of one adapter",
+            )
     patterns = config.get("alpha_pattern") or {}
     alphas = {layer: patterns.get(get_pattern_key(list(patterns), layer), config["lora_alpha"]) for layer in layers}
     options: dict[str, Any] = {
@@ -120,6 +129,21 @@ def read_lora(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> TuningE
         "also_train": [glob.escape(name) for name in extra],
     }
     return TuningExport(options, tensors)
+
+
+def check_tables(model: PreTrainedModel, state: Mapping[str, Tensor]) -> None:
+    """Raise `TuningError` for an adapter whose embedding or head has more rows than its base: PEFT resized the base."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, tensor in state.items():
+        plain = name.removeprefix(PEFT_PREFIX).replace(".modules_to_save.", ".").replace(".original_module.", ".")
+        table = parameters.get(plain)
+        if table is not None and tensor.shape[1:] == table.shape[1:] and len(tensor) > len(table):
+            raise TuningError(
+                f"the adapter's {plain} has {len(tensor):,} rows and its base's {len(table):,}: tokens were added",
+                where="adapter_model.safetensors",
+                expected="tables of the size of the base's",
+                hint="merge it into its base with PEFT, and start from the merged model",
+            )
 
 
 def _check_config(config: Mapping[str, Any]) -> None:

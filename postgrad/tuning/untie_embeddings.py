@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from postgrad.errors import TuningError
 from postgrad.models.sublayers import eval_mode, make_probe_inputs
+from postgrad.models.tied_weights import remove_ties
 
 
 class UntieResult(NamedTuple):
@@ -50,7 +51,7 @@ def untie_output(model: PreTrainedModel) -> UntieResult:
     expected = _compute_logits(model)
     for local, parameter in shared.items():
         setattr(layer, local, nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad))
-    config_note = _update_tied_keys(model, {f"{prefix}.{local}" for local in shared})
+    config_note = remove_ties(model, {f"{prefix}.{local}" for local in shared})
     if not torch.equal(_compute_logits(model), expected):
         raise TuningError(
             f"the output of {type(model).__name__} changes when its output embedding is untied",
@@ -65,19 +66,6 @@ def untie_output(model: PreTrainedModel) -> UntieResult:
     body = {id(m) for m in model.base_model.modules()}
     unused = {name for name in others.values() if id(model.get_submodule(name.rpartition(".")[0])) not in body}
     return UntieResult([*notes, config_note], unused)
-
-
-def _update_tied_keys(model: PreTrainedModel, untied: set[str]) -> str:
-    """Remove weights from transformers' records of ties; returns a note on the configuration."""
-    for attribute in ("all_tied_weights_keys", "_tied_weights_keys"):
-        keys = getattr(model, attribute, None) or {}
-        setattr(model, attribute, {k: v for k, v in keys.items() if k not in untied and v not in untied})
-    if model.all_tied_weights_keys:
-        # The key also ties other weights, such as the two input embeddings of T5 and BART. With both weights in a folder,
-        # transformers ties them only where they are equal.
-        return "the configuration still has tie_word_embeddings: true, and the saved folder holds both weights"
-    model.config.tie_word_embeddings = False
-    return "the configuration has tie_word_embeddings: false now"
 
 
 def _compute_logits(model: PreTrainedModel) -> Tensor:

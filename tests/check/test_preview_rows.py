@@ -282,7 +282,7 @@ def test_a_terminal_obeys_nothing_that_stands_in_a_row(shelf: Workspace) -> None
 # -- spelling ------------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.text(st.sampled_from("ab 1é漢🙂\n;x"), max_size=30))
 def test_the_pieces_of_a_text_are_the_text(text: str) -> None:
     tokenizer = make_tokenizer()

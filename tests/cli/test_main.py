@@ -368,7 +368,7 @@ def test_a_gate_that_fails_has_a_code_of_its_own(postgrad: Command, stage_file: 
     assert "retention gate FAILED" in done.out
     parse(done.next)
     assert postgrad("train", file).code == 4  # a finished run says it again
-    assert postgrad("train", file, "--json").json["gate"]["passed"] is False
+    assert postgrad("train", file, "--json").json["retention_gate"]["passed"] is False
 
 
 # -- after a run ------------------------------------------------------------------------------------------------------
@@ -559,8 +559,8 @@ def test_a_reader_that_goes_away_is_no_traceback(runs: LineageRuns, base: Path, 
     words = [sys.executable, "-m", "postgrad", "report", str(runs.naive)]
     done = subprocess.run(words, stdout=writer, stderr=subprocess.PIPE, text=True, env=environment, check=False)
     os.close(writer)
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
+    assert done.returncode == 0
+    assert done.stderr == ""
 
 
 @pytest.mark.parametrize(

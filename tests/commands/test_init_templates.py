@@ -156,9 +156,9 @@ def test_one_file_of_the_users_is_parted(kind: str, here: Path, made: Path, cach
 def test_rows_to_test_are_named_or_refused(here: Path, made: Path) -> None:
     (here / "mine.jsonl").write_text('{"text": "a", "label": "b"}\n' * 100)
     found = written("few-shot", made, here, data="mine.jsonl", test="its test.jsonl")
-    assert not found.notes
+    assert not any("split" in note for note in found.notes)
     (zero, two) = yaml.safe_load((here / "try-tasks.yaml").read_text())
-    assert zero["path"] == two["path"] == "its test.jsonl" and two["shown"]["path"] == "mine.jsonl"
+    assert zero["path"] == two["path"] == "its test.jsonl" and two["few_shot"]["path"] == "mine.jsonl"
     write_template(Path("c.yaml"), "classify", TemplateRequest("c", "mine.jsonl", "bert", None, "t.jsonl"), force=False)
     assert [entry.path for entry in load_stage(here / "c.yaml").evaluation.test] == ["t.jsonl"]  # type: ignore[union-attr]
     with pytest.raises(StageError, match="mlm has no test rows"):

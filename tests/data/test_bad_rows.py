@@ -38,7 +38,7 @@ def planned(shelf: Workspace, tmp_path: Path) -> Planned:
     def make(rows: list[Any], **changes: Any) -> Plan:
         file = tmp_path / "bad.jsonl"
         file.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
-        given = ("kind", "prompt", "answer", "words", "columns", "held_out")
+        given = ("kind", "prompt", "answer", "label_words", "columns", "held_out")
         source = {key: changes.pop(key) for key in given if key in changes}
         learned = {"name": "held", "path": shelf.file("old", held_out=True), "kind": "text"}
         sources = [{"name": "bad", "path": str(file), "max_passes": 1e6, **source}]
@@ -90,7 +90,7 @@ ERRORS: dict[str, tuple[list[Any], dict[str, Any], str, tuple[str, ...]]] = {
         many("choices"),
         {"objectives": CLASSIFY, "model": "bert"},
         "data.sources[0]",
-        ("'bad' has rows of kind choices, which classify cannot be taken on", "next-token"),
+        ("'bad' has rows of kind choices, which classify does not support", "next-token"),
     ),
     "no choices": (
         [*many("choices"), {"question": "six?", "choices": [], "answer": 0}],
@@ -359,7 +359,7 @@ def test_what_is_too_long_is_cut_where_it_should_be_and_told(planned: Planned, s
     plan = planned([*many(kind), row, row], model=model, evaluation={"learned": [held]}, **changes)
     assert f"bad: {told}" in plan.notes
     (rows,) = plan.data.rows
-    lost = rows.ledger.dropped if "left out" in told else rows.ledger.truncated
+    lost = rows.ledger.dropped if "skipped" in told else rows.ledger.truncated
     assert lost > 20
     # The same row where it is measured.
     measured = {"name": "held", "path": str(plan.data.sources[0].files.path), **asked}
@@ -435,7 +435,7 @@ def labels_told(shelf: Workspace, tmp_path: Path, rows: list[dict[str, Any]], ro
 
 def test_labels_that_no_training_row_has_are_told(shelf: Workspace, tmp_path: Path) -> None:
     new, old = {"text": "six", "label": "verse"}, {"text": "six and", "label": "words"}
-    told = ["set: 1 labels occur in no row that is trained on: verse"]
+    told = ["set: 1 labels occur in no training row: verse"]
     assert labels_told(shelf, tmp_path, [new, old], "learned") == told
     assert labels_told(shelf, tmp_path, [new, old], "retained") == told
     assert labels_told(shelf, tmp_path, [old], "learned") == []
@@ -446,6 +446,6 @@ def test_labels_that_no_training_row_has_are_told(shelf: Workspace, tmp_path: Pa
 
 def test_labels_that_no_training_row_has_are_an_error_for_a_classifier(shelf: Workspace, tmp_path: Path) -> None:
     for role in ("learned", "retained"):
-        with pytest.raises(DataError, match="has the label 'verse', which no row that is trained on has") as met:
+        with pytest.raises(DataError, match="has the label 'verse', which no training row has") as met:
             labels_told(shelf, tmp_path, [{"text": "six", "label": "verse"}], role, model="bert", objectives=CLASSIFY)
         assert met.value.where.endswith("labels.jsonl:1")

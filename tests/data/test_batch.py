@@ -25,7 +25,7 @@ def row(length: int, labels: int | None = None, start: int = 1) -> Row:
     return Row(inputs, np.arange(start + 100, start + 100 + size), size)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.tuples(st.integers(1, 20), st.integers(1, 12)), min_size=1, max_size=5))
 def test_every_row_stands_in_its_batch(sizes: list[tuple[int, int]]) -> None:
     rows = [row(*size, start=10 * i + 1) for i, size in enumerate(sizes)]
@@ -44,7 +44,7 @@ def test_every_row_stands_in_its_batch(sizes: list[tuple[int, int]]) -> None:
     assert batch.source_B.tolist() == list(range(len(rows))) and batch.objectives == (1, 2)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.integers(1, 40), min_size=2, max_size=5))
 def test_few_shapes_occur(lengths: list[int]) -> None:
     """Equal rows stay as they are; others are filled up to the next multiple, and no further."""

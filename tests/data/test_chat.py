@@ -89,7 +89,7 @@ def whole(renderer: ChatRenderer, example: Example) -> str:
 words = st.text(st.sampled_from("ab \n\"'<&>é日{}%"), min_size=1, max_size=8).filter(lambda text: text.strip())
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(contents=st.lists(words, min_size=2, max_size=6).filter(lambda each: len(each) % 2 == 0), data=st.data())
 def test_the_text_is_what_transformers_makes_of_it(contents: list[str], data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(sorted(TEMPLATES)))
@@ -133,7 +133,7 @@ def test_the_date_is_not_todays() -> None:
 # --- the answers --------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(contents=st.lists(words, min_size=2, max_size=6).filter(lambda each: len(each) % 2 == 0), data=st.data())
 def test_the_answers_with_their_ends_are_trained_and_nothing_else(contents: list[str], data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(["chatml", "strict", "generation", "plain"]))

@@ -83,7 +83,7 @@ texts = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(held=texts, training=texts, block=st.sampled_from([32, 100, 2**20]))
 def test_the_hashes_say_what_the_words_say(held: list[str], training: list[str], block: int) -> None:
     held = [text for text in held if text.strip()]

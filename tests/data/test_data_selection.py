@@ -21,7 +21,8 @@ from postgrad.data.filter.data_selection import (
     share_to_count,
     target_counts,
 )
-from postgrad.data.filter.ngrams import FEATURE_COUNT, hash_ngrams, split_words
+from postgrad.data.filter.ngrams import FEATURE_COUNT, hash_ngrams
+from postgrad.data.words import split_words_and_signs
 from postgrad.errors import DataError
 
 LAWYERS = ["Court", "appeal", "statute", "judge", "the", "of", "and", "plaintiff", "verdict", "."]
@@ -55,7 +56,7 @@ def plainly(raw: list[str], target: list[str], *, pairs: bool = True) -> list[fl
 
 def test_buckets_are_those_of_words_and_pairs() -> None:
     text = "Über 3 cats -- they're out, they're in ...\nnew line"
-    assert sorted(hash_ngrams(split_words(text.lower())).tolist()) == sorted(grams(text))
+    assert sorted(hash_ngrams(split_words_and_signs(text)).tolist()) == sorted(grams(text))
     assert hash_ngrams([]).size == 0 and FEATURE_COUNT == 10_000
 
 

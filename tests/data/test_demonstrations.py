@@ -85,7 +85,7 @@ def test_what_is_asked_stands_as_it_did_and_alone_is_answered() -> None:
 @given(
     words=st.lists(st.lists(st.sampled_from("abcd"), min_size=1, max_size=3), min_size=1, max_size=12), which=st.data()
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_what_is_asked_is_never_shown(by: RetrievalMethod, words: list[list[str]], which: st.DataObject) -> None:
     """Nor a copy of it, nor the same question with another answer; and nothing is lost by that."""
     pool = [example(" ".join(w), f" {i % 2}") for i, w in enumerate(words)]
@@ -157,7 +157,7 @@ def test_one_draw_serves_every_question(by: RetrievalMethod) -> None:
     count=st.integers(1, 6),
     seed=st.integers(0, 100),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_balanced_draws_have_as_many_of_each_answer_as_there_are(answers: list[str], count: int, seed: int) -> None:
     pool = [example(f"{i}?", f" {answer}") for i, answer in enumerate(answers)]
     chosen = showing(pool, "balanced", count=count, seed=seed).select(example("none?"))

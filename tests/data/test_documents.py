@@ -392,7 +392,7 @@ def solid(parts: list[str]) -> str:
     return "".join("".join(part.split()) for part in parts)
 
 
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     text=st.text(st.sampled_from("ab \n\n\n\r\t.é\u2028"), min_size=1, max_size=300),
     cut=st.sampled_from(formats.SPLIT_MODES),

@@ -57,7 +57,7 @@ CALL = [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
          {"question": "q", "context": "c", "answer": "a"}, "q\nc\na"),
         ({"sentence": "a", "label": "x"}, {"sentence": "a", "label": "x"}, "a"),
         ({"sentence": "a", "label": True}, {"sentence": "a", "label": 1}, "a"),
-        ({"sentence": "a", "label": -1}, {"sentence": "a", "label": -1}, "a"),
+        ({"sentence": "a", "label": -1.0}, {"sentence": "a", "label": -1.0}, "a"),
         ({"sentence": "a", "labels": []}, {"sentence": "a", "labels": ()}, "a"),
         ({"premise": "a", "hypothesis": "b", "labels": ["x", "y"]},
          {"premise": "a", "hypothesis": "b", "labels": ("x", "y")}, "a\nb"),

@@ -106,5 +106,5 @@ def test_no_token_reaches_over_a_space_and_rare_pairs_are_none() -> None:
 def test_another_kind_of_tokenizer_is_refused() -> None:
     said = json.loads(byte_level())
     said["model"] = {"type": "WordPiece", "unk_token": "[UNK]", "vocab": {"[UNK]": 0}}
-    with pytest.raises(ModelError, match="of the kind WordPiece"):
+    with pytest.raises(ModelError, match="of type WordPiece"):
         extend_vocabulary(json.dumps(said), german(3), 5)

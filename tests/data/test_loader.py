@@ -72,7 +72,7 @@ cases = st.tuples(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(cases)
 def test_all_ranks_make_the_same_micro_batches_and_every_row_is_read_once(
     case: tuple[int, list[float], int, int, int],

@@ -116,7 +116,7 @@ def test_a_text_is_asked_for_behind_its_prefix(
             assert not any(prefix[begin:end]) and set(labels[begin:end]) == {X}
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(sizes, st.integers(4, 24), frames)
 def test_the_ledger_is_right_on_average(counts: list[int], length: int, frame: Frame) -> None:
     store = InMemoryStore([[*range(2, 2 + n), EOS] for n in counts])

@@ -81,7 +81,7 @@ def test_mutant_without_the_range_check_ids_wrap_in_silence() -> None:
 documents = st.lists(st.lists(st.integers(0, 299), min_size=1, max_size=12), max_size=6)
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(shards=st.lists(documents, min_size=1, max_size=4), data=st.data())
 def test_what_is_read_is_what_was_written(
     tmp_path_factory: pytest.TempPathFactory, shards: list[list[list[int]]], data: st.DataObject

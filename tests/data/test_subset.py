@@ -37,7 +37,7 @@ def memory(chosen: list[int] | None = None, *, marked: bool = True) -> InMemoryS
 chosen_documents = st.lists(st.integers(0, 3), min_size=1, max_size=6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(chosen_documents, st.integers(0, 5), st.none() | st.integers(0, 5), st.booleans())
 def test_a_part_reads_as_a_store_of_its_own(chosen: list[int], start: int, stop: int | None, marked: bool) -> None:
     part, alone = Subset(memory(marked=marked), np.array(chosen)), memory(chosen, marked=marked)  # type: ignore[arg-type]

@@ -124,7 +124,7 @@ def test_it_is_learnt_once_and_again_when_the_text_changes(tmp_path: Path, monke
 def test_token_ids_are_no_text(tmp_path: Path) -> None:
     path = tmp_path / "ids.jsonl"
     path.write_text('{"input_ids": [1, 2, 3]}\n')
-    with pytest.raises(DataError, match=r"ids\.jsonl:1.*holds token ids[\s\S]*model\.tokenizer"):
+    with pytest.raises(DataError, match=r"ids\.jsonl:1.*has token ids[\s\S]*model\.tokenizer"):
         learnt([(path, 1.0, 0.0)], tmp_path)
 
 

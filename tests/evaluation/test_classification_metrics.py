@@ -120,7 +120,7 @@ def test_documents_are_drawn_and_not_their_items() -> None:
 
 
 @given(st.integers(1, 30), st.sampled_from(list(ProblemType)), st.integers(0, 99))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_any_items_have_finite_metrics(count: int, problem: ProblemType, seed: int) -> None:
     """One class alone, one example alone, a draw without a class: a number, and never a warning."""
     said, meant, item = drawn(problem, count, seed)

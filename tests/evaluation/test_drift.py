@@ -10,6 +10,7 @@ import torch
 
 from postgrad.data.layouts.rows import Row
 from postgrad.data.problem_type import ProblemType
+from postgrad.data.render.frame import TextPrefix
 from postgrad.evaluation.drift import Drift, compute_drift, weight_drift
 from postgrad.evaluation.held_out import HeldOutRows, HeldOutText
 from postgrad.models.model import CausalModel, HeadedModel, Model
@@ -44,7 +45,7 @@ def by_hand(before: torch.nn.Module, after: torch.nn.Module, held_out: HeldOutTe
 def totals(found: Drift) -> dict[str, float]:
     names = {
         "divergence": "divergence_W",
-        "crossed": "crossed_W",
+        "crossed": "cross_entropy_W",
         "right": "correct_W",
         "lost": "lost_W",
         "won": "won_W",
@@ -69,9 +70,9 @@ def test_every_measure_is_its_formula() -> None:
         assert value == pytest.approx(expected[name], rel=1e-5), name
     # The mutant: the divergence in the other direction.
     assert by_hand(after, before, held_out)["divergence"] != pytest.approx(expected["divergence"], rel=1e-4)
-    summary = found.summary()
-    assert summary["divergence"]["value"] == pytest.approx(expected["divergence"] / expected["tokens"], rel=1e-5)
-    assert summary["divergence"]["low"] < summary["divergence"]["value"] < summary["divergence"]["high"]
+    divergence = found.summary().kl_divergence
+    assert divergence.value == pytest.approx(expected["divergence"] / expected["tokens"], rel=1e-5)
+    assert divergence.low < divergence.value < divergence.high
 
 
 def test_a_model_has_not_moved_from_itself() -> None:
@@ -83,7 +84,7 @@ def test_a_model_has_not_moved_from_itself() -> None:
     assert not found.lost_W.any() and not found.won_W.any()
     assert found.relative_change_L.tolist() == [0, 0] and found.cosine_L == pytest.approx([1, 1])
     # The cross-entropy of a distribution with itself is its entropy, not zero.
-    assert found.crossed_W.sum() > 0
+    assert found.cross_entropy_W.sum() > 0
 
 
 def test_layers_are_compared_where_they_stand() -> None:
@@ -132,7 +133,7 @@ def test_the_same_labels_are_compared_behind_a_soft_prompt() -> None:
     """A model that reads other ids before each text says the same of the same tokens only if they are the same tokens."""
     model = CausalModel(make_llama(0))
     plain = texts(3)
-    prompted = replace(plain, virtual_tokens=(5, 6, 7))
+    prompted = replace(plain, prefix=TextPrefix(inner_ids=(5, 6, 7)))
     found = compute_drift(model, CausalModel(make_llama(0)), (plain, prompted), context=128)
     assert found.tokens_W.sum() == plain.tokens
     expected = 0.0

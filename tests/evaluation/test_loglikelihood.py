@@ -291,7 +291,7 @@ def no_places(rows: Sequence[TreeRow], width: int, trunk: int, pad: int) -> Any:
 FILLED = decoder.pad_rows
 
 
-@pytest.mark.parametrize(("part", "wrong"), [("_masks", everything), ("filled", no_places)])
+@pytest.mark.parametrize(("part", "wrong"), [("_attention_masks", everything), ("pad_rows", no_places)])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_what_reads_trees_wrongly_is_found_out(
     part: str, wrong: object, family: str, monkeypatch: pytest.MonkeyPatch
@@ -421,7 +421,7 @@ def sequences(batch: token_tree.TreeBatch, row: TreeRow) -> dict[int, tuple[tupl
     return out
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.lists(asked, min_size=1, max_size=25), st.integers(0, 12), st.integers(1, 80))
 def test_every_answer_is_asked_behind_its_own_sequence(made: list[Any], shown: int, most: int) -> None:
     before = list(np.random.default_rng(0).integers(1, 5, shown))
@@ -433,7 +433,7 @@ def test_every_answer_is_asked_behind_its_own_sequence(made: list[Any], shown: i
         for i, token in enumerate(branch.targets)
     }
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("ROOM", 20), ("_MOST", 40), ("_GROUP", 4)):
+        for name, value in (("ROW_TOKENS", 20), ("_MAX_ROW_TOKENS", 40), ("_GROUP_COST", 4)):
             patch.setattr(token_tree, name, value)
         for plan in (build_shared_batches, build_single_batches):
             batches = plan(given_branches, most)

@@ -92,7 +92,7 @@ def test_inputs_without_content_are_averaged_before_they_are_normalised() -> Non
 numbers = st.lists(st.floats(-50, 0), min_size=4, max_size=4).map(np.array)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(numbers, st.lists(numbers, min_size=1, max_size=3).map(np.stack), st.floats(-20, 20))
 def test_calibration_is_a_probability_and_knows_no_scale(log_p: np.ndarray, free: np.ndarray, shift: float) -> None:
     q = calibrate_scores(log_p, free)

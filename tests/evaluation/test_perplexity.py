@@ -124,7 +124,7 @@ def once(length: int) -> list[int]:
     return [0, *[1] * (length - 1)][:length]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.integers(0, 400), st.integers(2, 100))
 def test_every_token_but_the_first_is_scored_once(length: int, context: int) -> None:
     cut = list(itertools.islice(windows(length, context), 2 * length + 2))
@@ -263,7 +263,7 @@ def test_the_first_documents_hold_about_so_many_tokens() -> None:
     assert (cut.name, cut.role, cut.fingerprint) == ("x", "learned", "f")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.integers(2, 50), min_size=1, max_size=8), st.integers(1, 300))
 def test_the_first_documents_never_hold_more_than_was_asked_for(sizes: list[int], tokens: int) -> None:
     held_out = set_of([np.arange(n) for n in sizes])

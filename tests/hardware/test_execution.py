@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -50,6 +51,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> Choose:
             return 1e9 * many * (bf16 if dtype == torch.bfloat16 else 1.0)
 
         monkeypatch.setattr(machine, "matmul_speed", speed)
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
         monkeypatch.setattr(machine, "core_count", lambda: cores)
         monkeypatch.setattr(machine, "available_memory", lambda: free)
         monkeypatch.setattr(execution, "_micro_batch_seconds", lambda *_: seconds)
@@ -84,6 +86,70 @@ def test_threads_are_those_that_help(chosen: Choose) -> None:
     assert chosen(cores=4, gain=3.0, ranks=2).threads == 2
     assert chosen(cores=4, gain=3.0, ranks=8).threads == 1
     assert chosen(cores=4, gain=0.3, threads=3).threads == 3
+
+
+def threads_by(monkeypatch: pytest.MonkeyPatch, gains: list[float], rounds: int = 5) -> int:
+    """The threads chosen of 4 cores when the rounds of a probe give these gains, over and over."""
+    speeds = itertools.cycle([speed for gain in gains for speed in (1.0, gain)])
+    monkeypatch.setattr(machine, "matmul_speed", lambda *_: next(speeds))
+    monkeypatch.setattr(machine, "core_count", lambda: 4)
+    monkeypatch.setattr(machine, "_ROUNDS", rounds)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before = torch.get_num_threads()
+    try:
+        return execution.choose_threads(None, (64, 64, 64), CPU, 1)[0]
+    finally:
+        torch.set_num_threads(before)
+
+
+NOISY = [
+    ([0.3, 2.8, 2.9, 2.8, 2.7], 4),  # a process that came and went
+    ([0.3, 0.3, 2.8, 0.3, 0.2], 1),  # one that stays
+    ([1.0, 1.05, 1.3, 1.02, 1.04], 4),  # within noise: the default
+    ([1.0, 1.05, 1.03, 1.02, 1.04], 1),
+]
+
+
+@pytest.mark.parametrize(("gains", "threads"), NOISY)
+def test_one_noisy_round_does_not_decide(gains: list[float], threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert threads_by(monkeypatch, gains) == threads
+
+
+def test_a_single_round_would_be_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert any(threads_by(monkeypatch, gains, rounds=1) != threads for gains, threads in NOISY)
+
+
+def test_rounds_end_early_when_they_take_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_MAX_PROBE_SECONDS", 0.0)
+    assert machine.compare_speeds(lambda: 2.0, lambda: 1.0) == [2.0]
+
+
+@pytest.mark.parametrize(
+    ("environment", "threads"),
+    [
+        ({"OMP_NUM_THREADS": "3"}, 3),
+        ({"OMP_NUM_THREADS": "2,4"}, 2),
+        ({"OMP_NUM_THREADS": "many"}, None),
+        ({"OMP_NUM_THREADS": "0"}, None),
+        (
+            {"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "2"},
+            None,
+        ),  # torchrun's own default
+        ({"OMP_NUM_THREADS": "3", "TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "2"}, 3),
+    ],
+)
+def test_the_threads_of_the_environment_are_obeyed(
+    environment: dict[str, str], threads: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("OMP_NUM_THREADS", "TORCHELASTIC_RUN_ID", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(machine, "matmul_speed", lambda *_: 1.0)
+    monkeypatch.setattr(machine, "core_count", lambda: 7)
+    chosen, reason = execution.choose_threads(None, (64, 64, 64), CPU, 1)
+    assert chosen == (threads or 1) and ("OMP_NUM_THREADS" in reason) == (threads is not None)
+    assert execution.choose_threads(5, (64, 64, 64), CPU, 1)[0] == 5
 
 
 def test_long_runs_are_compiled_and_short_ones_are_not(chosen: Choose) -> None:

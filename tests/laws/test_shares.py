@@ -49,7 +49,7 @@ def exact(counts: np.ndarray, shares: Sequence[float], largest: Sequence[int]) -
     return bool((off <= 1.5 * sum(largest)).all())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.floats(0.02, 0.98),
     st.integers(1, 8),

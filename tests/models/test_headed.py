@@ -26,6 +26,7 @@ from postgrad.models import model as m
 from postgrad.models.location import locate_model
 from postgrad.models.model import HeadedModel, verify_model
 from postgrad.models.pretrained import load_pretrained
+from postgrad.models.task import Task
 from postgrad.objectives.next_token import TokenLoss
 from tests.tiny_stages import make_workspace, save_model, t5_tokenizer
 
@@ -119,6 +120,6 @@ def test_a_stage_trains_it_and_keeps_the_bias(tmp_path: Path) -> None:
     save_model(model, tokenizer, shelf.folder / "bart")
     raw = shelf.stage("bart", model="bart", sources=[shelf.source("pair")], objectives=[{"kind": "text-to-text"}])
     done = shelf.run(raw)
-    after = load_pretrained(locate_model(str(done.run_folder), shelf.folder), "text-to-text").model
+    after = load_pretrained(locate_model(str(done.run_folder), shelf.folder), Task.TEXT_TO_TEXT).model
     assert torch.equal(after.final_logits_bias, model.final_logits_bias)  # type: ignore[arg-type]
     assert not torch.equal(after.model.shared.weight, model.model.shared.weight)  # type: ignore[union-attr]

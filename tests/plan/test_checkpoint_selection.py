@@ -121,7 +121,7 @@ def test_what_forgets_too_much_is_passed_over_and_without_any_other_it_is_what_f
     assert best_and_end([5.0, 1.0], rule, [0.02, 0.021])[0] == 1
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(st.floats(-5, 5), min_size=1, max_size=30),
     st.integers(1, 10),

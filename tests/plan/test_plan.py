@@ -302,7 +302,7 @@ def test_a_second_stage_replays_what_the_first_one_read(
     stage_of: StageOf, plan_of: PlanOf, cache: Path, tmp_path: Path
 ) -> None:
     raw = stage_of(output=str(tmp_path / "one"), tokens=1500)
-    raw["data"]["sources"][1]["stands_for"] = 10_000  # the start model's own training text
+    raw["data"]["sources"][1]["prior_tokens"] = 10_000  # the start model's own training text
     list(run_stage(plan_of(raw), command="t", cache=cache))
     one = read_record(tmp_path / "one")
     first = {e.name: e.tokens for e in one.consumed.values()}

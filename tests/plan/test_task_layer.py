@@ -397,7 +397,7 @@ def test_what_cannot_be_classified_is_told(shelf: Workspace) -> None:
     file, tuning, said = RUNS["bilstm on frozen layers"]
     run = shelf.run(stage_of(shelf, "bilstm-on-frozen-layers", file, tuning, **dict(said))).run_folder
     tagger = postgrad.load_classifier(str(run))
-    with pytest.raises(DataError, match=r"texts\[1\]: a text that is not cut into words"):
+    with pytest.raises(DataError, match=r"texts\[1\]: a text that is not split into words"):
         tagger.predict([["one"], "two"])
     with pytest.raises(DataError, match="a single text"):
         tagger.predict("one")

@@ -5,9 +5,10 @@
     python tests/regression/runs.py --write [--out FILE]      capture all runs anew
     python tests/regression/runs.py --list                    the names of the runs
 
-The models, tokenizers and texts are made here, from seeds. The package is driven through its command line alone, in this
-process, and everything is read from what that leaves behind. Whatever the package calls its keys, options and files stands in
-one place, `the adapter`: the rest of this file, and `expected.json`, keep the words of the commit that was captured.
+The models, tokenizers and texts are made from seeds, here and in `tests/tiny_models.py`. The package is driven through its
+command line alone, in this process, and everything is read from what that leaves behind. Whatever the package calls its keys,
+options and files stands in one place, `the adapter`: the rest of this file, and `expected.json`, keep the words of the commit
+that was captured.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ import random
 import re
 import shutil
 import signal
-import string
 import subprocess
 import sys
 import tempfile
@@ -46,20 +46,28 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 import yaml
 from safetensors import safe_open
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
-    BertConfig,
-    BertForMaskedLM,
-    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    T5Config,
-    T5ForConditionalGeneration,
 )
 from transformers.utils import logging as transformers_logging
 
 HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent))  # as a script and as a module of the tests
+
+from tiny_models import (  # noqa: E402
+    NUMBERS,
+    bert_tokenizer,
+    make_bert,
+    make_bpe,
+    make_llama,
+    make_t5,
+    new_text,
+    old_text,
+    t5_tokenizer,
+)
+
 EXPECTED = HERE / "expected.json"
 
 Data = dict[str, Any]
@@ -341,27 +349,6 @@ def _move(node: Any, old: list[str], new: list[str]) -> None:
 
 # == Texts and rows ====================================================================================================
 
-NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-
-
-def old_text(count: int, seed: int) -> list[str]:
-    """Documents of one kind: short sentences about numbers."""
-    rng = random.Random(seed)
-    return [
-        " ".join(f"{rng.choice(NUMBERS)} and {rng.choice(NUMBERS)}." for _ in range(rng.randint(3, 12)))
-        for _ in range(count)
-    ]
-
-
-def new_text(count: int, seed: int) -> list[str]:
-    """Documents of another kind: assignments."""
-    rng = random.Random(seed)
-
-    def line() -> str:
-        return f"x{rng.randint(0, 9)} = y{rng.randint(0, 9)} * {rng.randint(0, 99)};"
-
-    return ["\n".join(line() for _ in range(rng.randint(2, 9))) for _ in range(count)]
-
 
 def two_kinds(count: int, seed: int) -> list[tuple[str, str]]:
     """Short texts of both kinds, and which kind each is of."""
@@ -440,125 +427,25 @@ def write_rows(path: Path, rows: Iterable[Data]) -> Path:
 
 LENGTH = 48
 """Positions in a row."""
-VOCABULARY = 320
 CHAT_TEMPLATE = """\
 {%- for message in messages %}{% if not loop.first %}{{ "\\n\\n" }}{% endif %}### {{ message["role"] }}:
 {{ message["content"] }}{% if message["role"] == "assistant" %}<|end|>{% endif %}{% endfor %}\
 {% if add_generation_prompt %}{{ "\\n\\n### assistant:\\n" }}{% endif %}"""
 
 
-def bpe(special: list[str]) -> Tokenizer:
-    """A byte-level BPE tokenizer trained on both kinds of text, its special tokens first."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(old_text(50, 0) + new_text(50, 1), trainer)
-    return tokenizer
-
-
 def llama_tokenizer() -> PreTrainedTokenizerFast:
     """A decoder's tokenizer, with an end-of-text token alone."""
-    return PreTrainedTokenizerFast(tokenizer_object=bpe(["<|end|>"]), eos_token="<|end|>")
-
-
-def bert_tokenizer() -> PreTrainedTokenizerFast:
-    """A WordPiece tokenizer with a vocabulary written by hand."""
-    letters = [c for c in string.printable if not c.isspace()]
-    words = [*NUMBERS, "and", "yes", "no"]
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters), *words]
-    tokenizer = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        mask_token="[MASK]",
-        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
-    )
-
-
-def t5_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer that ends a text with `</s>` and has sentinels."""
-    tokenizer = bpe(["<pad>", "</s>", *(f"<extra_id_{i}>" for i in range(20))])
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
-
-
-def llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
-    """A two-layer Llama with random weights."""
-    torch.manual_seed(seed)
-    config = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "tie_word_embeddings": True,
-        "bos_token_id": None,
-        "eos_token_id": 0,
-        **changes,
-    }
-    return LlamaForCausalLM(LlamaConfig(**config)).eval()
+    return PreTrainedTokenizerFast(tokenizer_object=make_bpe(["<|end|>"]), eos_token="<|end|>")
 
 
 def biased_llama() -> LlamaForCausalLM:
     """A Llama whose linear layers have biases that are not zero."""
-    model = llama(attention_bias=True, mlp_bias=True)
+    model = make_llama(attention_bias=True, mlp_bias=True)
     torch.manual_seed(5)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
     return model
-
-
-def bert(vocabulary: int) -> BertForMaskedLM:
-    """A two-layer BERT with random weights, and dropout."""
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=vocabulary,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        hidden_dropout_prob=0.1,
-        attention_probs_dropout_prob=0.0,
-    )
-    return BertForMaskedLM(config).eval()
-
-
-def t5(vocabulary: int) -> T5ForConditionalGeneration:
-    """A T5 of two and two layers with random weights."""
-    torch.manual_seed(0)
-    config = T5Config(
-        vocab_size=vocabulary,
-        d_model=32,
-        d_kv=8,
-        d_ff=64,
-        num_layers=2,
-        num_heads=4,
-        dropout_rate=0.0,
-        decoder_start_token_id=0,
-        pad_token_id=0,
-        eos_token_id=1,
-    )
-    return T5ForConditionalGeneration(config).eval()
 
 
 def chatting_llama(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -573,7 +460,7 @@ def chatting_llama(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     longest = max(map(len, rows))
     ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
     labels = torch.tensor([row + [-100] * (longest - len(row)) for row in rows])
-    model = llama(max_position_embeddings=256)
+    model = make_llama(max_position_embeddings=256)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     for _ in range(200):
         model(input_ids=ids, labels=labels).loss.backward()
@@ -595,11 +482,11 @@ def write_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedToken
 
 
 def _write_llama(folder: Path) -> None:
-    write_model(folder, llama(), llama_tokenizer())
+    write_model(folder, make_llama(), llama_tokenizer())
 
 
 def _write_other(folder: Path) -> None:
-    write_model(folder, llama(7), llama_tokenizer())
+    write_model(folder, make_llama(7), llama_tokenizer())
 
 
 def _write_biased(folder: Path) -> None:
@@ -607,17 +494,17 @@ def _write_biased(folder: Path) -> None:
 
 
 def _write_wide(folder: Path) -> None:
-    write_model(folder, llama(max_position_embeddings=256), llama_tokenizer())
+    write_model(folder, make_llama(max_position_embeddings=256), llama_tokenizer())
 
 
 def _write_bert(folder: Path) -> None:
-    tokenizer = bert_tokenizer()
-    write_model(folder, bert(len(tokenizer)), tokenizer)
+    tokenizer = bert_tokenizer([*NUMBERS, "and", "yes", "no"])
+    write_model(folder, make_bert(len(tokenizer), dropout=0.1), tokenizer)
 
 
 def _write_t5(folder: Path) -> None:
     tokenizer = t5_tokenizer()
-    write_model(folder, t5(len(tokenizer)), tokenizer)
+    write_model(folder, make_t5(len(tokenizer)), tokenizer)
 
 
 def _write_talker(folder: Path) -> None:

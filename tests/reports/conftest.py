@@ -72,7 +72,7 @@ RELEARNING = {
             "forgotten": {"value": 0.412, "low": 0.39, "high": 0.434},
             "remaining": {"value": 0.081, "low": 0.06, "high": 0.1},
             "recovered": {"value": 0.331, "low": 0.31, "high": 0.35},
-            "start_model_gain": {"value": -0.012, "low": -0.02, "high": -0.004},
+            "start_model_change": {"value": -0.012, "low": -0.02, "high": -0.004},
             "recovered_share": {"value": 0.803, "low": 0.76, "high": 0.85},
         },
         "code": {
@@ -81,7 +81,7 @@ RELEARNING = {
             "forgotten": {"value": 0.001, "low": -0.01, "high": 0.012},
             "remaining": {"value": 0.0, "low": -0.01, "high": 0.01},
             "recovered": {"value": 0.001, "low": -0.01, "high": 0.01},
-            "start_model_gain": {"value": -0.01, "low": -0.02, "high": 0.0},
+            "start_model_change": {"value": -0.01, "low": -0.02, "high": 0.0},
             "recovered_share": None,
         },
     },

@@ -19,7 +19,6 @@ from postgrad.lineage.matrix import Lineage
 from postgrad.lineage.metrics import EvaluationRow, StepRow
 from postgrad.lineage.record import Record
 from postgrad.reports.html import document
-from postgrad.reports.pages import run_page
 from postgrad.reports.sections.held_out_tables import score_table
 from tests.reports.conftest import as_record, draw_comparison, draw_lineage, draw_run, make_metrics, make_record
 
@@ -184,7 +183,7 @@ def test_no_text_of_the_data_becomes_markup(record: dict, metrics: list[dict], t
 
 def test_a_missing_escape_would_be_seen(record: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mutant: without escaping, the walk above must fail."""
-    monkeypatch.setattr(run_page, "escape_html", lambda text, limit=0: str(text))
+    monkeypatch.setattr(document, "escape_html", lambda text, limit=0: str(text))
     record["name"] = "<script>alert(1)</script>"
     with pytest.raises(AssertionError):
         walked(draw_run(record, []))

@@ -222,7 +222,7 @@ def test_where_it_cannot_be_is_refused(shelf: Workspace) -> None:
     with pytest.raises(StageError, match="needs a decoder"):
         shelf.plan(stage_of(shelf, "t5", model="t5", objectives=[WRITES]))
     cached = [WRITES, {"kind": "distill", "on": ["old"], "cache": "sampled"}]
-    with pytest.raises(StageError, match="asked beforehand about 'old'"):
+    with pytest.raises(StageError, match="teacher predictions on 'old' cannot be cached"):
         shelf.plan(stage_of(shelf, "cached", objectives=cached))
     # Distillation that names no source leaves what is written to its own teacher.
     both = shelf.plan(

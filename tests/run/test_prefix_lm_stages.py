@@ -50,7 +50,7 @@ def by_hand(folder: Path, plan: Any) -> dict[str, float]:
     """Nats per token of each set, by plain transformers and a mask of four dimensions."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     out = {}
-    for held_out in plan.held_out:
+    for held_out in plan.evaluation.sets:
         nats = tokens = 0.0
         for row in held_out.rows:
             given = {name: torch.from_numpy(array)[None] for name, array in row.inputs.items()}
@@ -204,7 +204,7 @@ def test_models_that_read_in_other_ways_are_not_compared(shelf: Workspace, monke
 
 def test_attention_that_looks_back_only_is_refused(shelf: Workspace) -> None:
     compute = {"threads": 1, "dtype": "float32", "compile": False}
-    with pytest.raises(StageError, match="prefixes are read in both directions") as met:
+    with pytest.raises(StageError, match="reads its prefixes in both directions") as met:
         shelf.run(stage_of(shelf, "blocks", compute={**compute, "attention": "causal_blocks"}))
     assert met.value.where == "compute.attention"
     for attention in ("sdpa", "eager"):
@@ -236,7 +236,7 @@ def test_rows_longer_than_a_window_are_refused(shelf: Workspace) -> None:
 def test_samples_are_written_as_the_model_reads(shelf: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     """The start model's are not: it was never trained so."""
     asked: list[bool] = []
-    plain = continuations.prefilled
+    plain = continuations.prefill_prompt
     monkeypatch.setattr(continuations, "prefill_prompt", lambda model, ids: (asked.append(True), plain(model, ids))[1])
     objectives = [{"kind": "prefix-lm", "on": ["completion"]}, {"kind": "next-token"}]
     text = "one and two. three and four. five and six. seven and eight. nine and ten. one and two. three and four. " * 2

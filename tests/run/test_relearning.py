@@ -16,6 +16,7 @@ from postgrad.config.stage_file import parse_stage
 from postgrad.data.tokens.held_out_split import held_out_mask
 from postgrad.evaluation.before_after import read_scores
 from postgrad.evaluation.perplexity import Scores
+from postgrad.lineage.record import Interval, SetRelearning
 from postgrad.plan.plan import Plan, make_plan
 from postgrad.run import relearning
 from postgrad.run.events import InfoMessage, RunFinished
@@ -67,7 +68,7 @@ def test_what_comes_back_is_told_from_what_is_lost(carried_out: Carried, knowing
     (entry,) = found.sets.values()
     assert found.steps == 12 and found.learning_rate == pytest.approx(1e-2)
     assert entry.forgotten.low > 0
-    for loss in (entry.forgotten, entry.recovered, entry.remaining, entry.start_model_gain):
+    for loss in (entry.forgotten, entry.recovered, entry.remaining, entry.start_model_change):
         assert loss.low <= loss.value <= loss.high
     assert entry.recovered.value == pytest.approx(entry.forgotten.value - entry.remaining.value)
     assert entry.recovered_share.value == pytest.approx(entry.recovered.value / entry.forgotten.value)
@@ -77,10 +78,10 @@ def test_what_comes_back_is_told_from_what_is_lost(carried_out: Carried, knowing
     (line,) = [
         event.message
         for event in events
-        if isinstance(event, InfoMessage) and "12 steps on old text recovered" in event.message
+        if isinstance(event, InfoMessage) and "recovered in 12 steps on old text" in event.message
     ]
-    assert line.startswith("old-heldout: of +")
-    assert "What a few steps on old text bring back" in (last.run_folder / "report.html").read_text()
+    assert line.startswith("old-heldout: ")
+    assert "Forgetting recovered by a few steps" in (last.run_folder / "report.html").read_text()
     # Only the half that the steps have not read counts, and what was forgotten is that of the scores on it.
     held_out = next(h for h in plan_at(last).evaluation.sets if h.role == "retained")
     unread = held_out_mask(held_out.digests, 0.5)
@@ -169,8 +170,11 @@ def test_a_set_that_is_too_small_is_named(stage_of: StageOf, base: Path, tmp_pat
 
 
 def test_the_share_is_none_where_nothing_is_forgotten() -> None:
-    entry = {"forgot": {"value": -0.01, "low": -0.03, "high": 0.01}, "won": {}, "left": {}, "share": None}
-    assert "nothing forgotten" in relearning._relearning_line(entry, 5)
+    loss = Interval(value=-0.01, low=-0.03, high=0.01)
+    entry = SetRelearning(
+        documents=20, tokens=900, forgotten=loss, remaining=loss, recovered=loss, start_model_change=loss
+    )
+    assert "no significant forgetting" in relearning._relearning_line(entry, 5)
 
 
 def test_documents_are_paired_by_their_content() -> None:
@@ -189,29 +193,36 @@ def test_the_arithmetic_is_that_of_four_models_on_the_same_documents() -> None:
 
     everything, half = list(range(42)), [d for d in range(42) if d != 7]
     digests = np.arange(42, dtype=np.uint64) + 100
-    plan: Any = SimpleNamespace(held_out=[SimpleNamespace(name="old", digests=digests)])
+    plan: Any = SimpleNamespace(evaluation=SimpleNamespace(sets=[SimpleNamespace(name="old", digests=digests)]))
     one = np.ones(42)
     before, after = scores(one, everything), scores(2 * one + wobble, everything)
     floor, back = scores(0.9 * one, half, cut=3), scores(1.2 * one + wobble / 2, half)
     found = relearning._compare_copies(
         plan, "old", ({"old": before}, {"old": after}), (digests[half], floor), (digests[half], back)
     )
-    assert found is not None and found["documents"] == 40  # not 7, which two have not scored, nor 3, which one has cut
+    assert found is not None and found.documents == 40  # not 7, which two have not scored, nor 3, which one has cut
     common = np.array([d for d in everything if d not in (3, 7)])
     total = sizes[common].sum()
     shift = float((wobble[common] * sizes[common]).sum() / total)
-    expected = {"forgot": 1 + shift, "left": 0.3 + shift / 2, "won": 0.7 + shift / 2, "start_learnt": -0.1}
-    assert found["tokens"] == total
+    expected = {
+        "forgotten": 1 + shift,
+        "remaining": 0.3 + shift / 2,
+        "recovered": 0.7 + shift / 2,
+        "start_model_change": -0.1,
+    }
+    assert found.tokens == total
     for key, value in expected.items():
-        assert found[key]["value"] == pytest.approx(value), key
-        assert found[key]["low"] <= found[key]["value"] + 1e-9 and found[key]["high"] >= found[key]["value"] - 1e-9
-    assert found["share"]["value"] == pytest.approx(expected["won"] / expected["forgot"])
-    assert found["share"]["low"] < found["share"]["value"] < found["share"]["high"]
+        loss = getattr(found, key)
+        assert loss.value == pytest.approx(value), key
+        assert loss.low <= loss.value + 1e-9 and loss.high >= loss.value - 1e-9
+    assert found.recovered_share is not None
+    assert found.recovered_share.value == pytest.approx(expected["recovered"] / expected["forgotten"])
+    assert found.recovered_share.low < found.recovered_share.value < found.recovered_share.high
     # The interval over documents: half a width of 1.96 standard errors, by the law of large numbers.
     spread = float(np.sqrt((((wobble[common] - shift) * sizes[common]) ** 2).sum()) / total)
-    assert (found["forgot"]["high"] - found["forgot"]["low"]) / 2 == pytest.approx(1.96 * spread, rel=0.15)
+    assert (found.forgotten.high - found.forgotten.low) / 2 == pytest.approx(1.96 * spread, rel=0.15)
     nothing = scores(one - 0.5, everything)
     found = relearning._compare_copies(
         plan, "old", ({"old": before}, {"old": nothing}), (digests[half], floor), (digests[half], back)
     )
-    assert found is not None and found["share"] is None  # nothing was forgotten
+    assert found is not None and found.recovered_share is None  # nothing was forgotten

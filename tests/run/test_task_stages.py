@@ -900,7 +900,7 @@ def test_a_tuning_serves_a_task(shelf: Workspace, task: str, name: str) -> None:
     assert {n for n in before if not torch.equal(before[n], after[n])} == moving
     whole = shelf.run(stage("whole", tuning))
     assert run_trace(run_interrupted(shelf, stage("parts", tuning)).run_folder) == run_trace(whole.run_folder)
-    ((learned, change),) = [item for item in whole.record.changes.items() if item[1]["role"] == "learned"]
+    ((learned, change),) = [item for item in whole.record.changes.items() if item[1].role == "learned"]
     assert change.difference != 0
     following = shelf.run(
         stage(

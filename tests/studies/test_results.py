@@ -4,6 +4,7 @@ trained tokens goes on from part to part."""
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -71,13 +72,25 @@ def test_a_part_begins_where_the_one_before_ended(tmp_path: Path, monkeypatch: p
     for slug, rows in looks.items():
         steps[slug] = SimpleNamespace(kind="train", slug=slug)
         (tmp_path / slug).mkdir()
-        told = [{"kind": "evaluation", "step": step, "sets": {"old": {"nats": nats}}} for step, nats in rows]
-        told.insert(1, {"kind": "step", "step": 1, "loss": 7.0})
+        told: list[dict[str, Any]] = [
+            {
+                "kind": "evaluation",
+                "step": step,
+                "trained_tokens": step,
+                "sets": {"old": {"nats": nats, "change": 0.0, "low": 0.0, "high": 0.0}},
+            }
+            for step, nats in rows
+        ]
+        told.insert(1, {"kind": "step", "step": 1, "trained_tokens": 1, "loss": 7.0, "learning_rate": 0.1})
         (tmp_path / slug / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
-    folder = SimpleNamespace(place=lambda step: tmp_path / step.slug)
-    prepared = SimpleNamespace(work=SimpleNamespace(steps=steps), folder=folder)
+    folder = SimpleNamespace(step_path=lambda step: tmp_path / step.slug)
+    prepared = SimpleNamespace(graph=SimpleNamespace(steps=steps), folder=folder)
     tokens = {"one": 100, "two": 200}
-    monkeypatch.setattr(found_in, "_read_step_record", lambda _, key: {"plan": {"tokens": tokens[key.split("-")[0]]}})
+    monkeypatch.setattr(
+        found_in,
+        "_read_step_record",
+        lambda _, key: SimpleNamespace(plan=SimpleNamespace(tokens=tokens[key.split("-")[0]])),
+    )
     curve = _loss_curves(prepared, [["one-0", "blend", "two-0"], ["one-1", "blend", "two-1"]])  # type: ignore[arg-type]
     assert curve["switches"] == [0, 100]
     # The look at a sixth of the second part is one seed's alone.

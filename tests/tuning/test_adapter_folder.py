@@ -156,9 +156,9 @@ def later(folder: Path) -> None:
         (foreign, "VERA is not supported"),
         (cut, "tensors cannot be read"),
         (lambda folder: (folder / "tuning.safetensors").unlink(), "tensors cannot be read"),
-        (lambda folder: (folder / "tuning.json").write_text("{"), "cannot be read"),
-        (lambda folder: (folder / "tuning.json").write_bytes(b"\xff"), "cannot be read"),
-        (lambda folder: (folder / "tuning.json").write_text("[]"), "no JSON object"),
+        (lambda folder: (folder / "tuning.json").write_text("{"), "broken JSON"),
+        (lambda folder: (folder / "tuning.json").write_bytes(b"\xff"), "broken JSON"),
+        (lambda folder: (folder / "tuning.json").write_text("[]"), "should be an object"),
         (later, "format 2"),
     ],
 )

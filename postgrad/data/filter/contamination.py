@@ -1,8 +1,7 @@
 """Contamination: held-out text that occurs in the training text, as exact duplicates and as 13-grams.
 
-A document is an exact duplicate when its content has the same digest. Its 13-grams are 13 successive words in lower case, a
-word being letters and digits, whatever is between them. A document with fewer words is compared whole, with other such
-documents.
+A document is an exact duplicate when its content has the same digest. Its 13-grams are 13 successive words (`data.words`),
+whatever is between them. A document with fewer words is compared whole, with other such documents.
 
 Words and 13-grams are compared as 64-bit polynomial hashes, computed by numpy without a loop over words. For bytes b (mapped
 by a table T of random numbers) and an odd P, prefix[n] = sum over j < n of T[b_j] P^j mod 2^64, so the hash of bytes [i, j)
@@ -22,6 +21,7 @@ import numpy as np
 from postgrad.data.random_streams import mix_bits
 from postgrad.data.read.documents import Document
 from postgrad.data.tokens.store import digest
+from postgrad.data.words import separate_words
 
 GRAM_WORDS = 13
 """Words in a gram, as in the contamination analysis of GPT-3 (arXiv 2005.14165, appendix C)."""
@@ -210,7 +210,7 @@ def _hash_block(documents: list[Document]) -> _HashedDocuments:
             continue
         data = document.text.encode()
         digests[number] = digest(data)
-        lowered = data.lower() if document.text.isascii() else document.text.lower().encode()
+        lowered = data.lower() if document.text.isascii() else " ".join(separate_words(document.text)).encode()
         if len(lowered) > _BLOCK:
             flush(number)
             pieces = [_hash_words([piece])[0] for piece in _split_bytes(lowered)]

@@ -16,8 +16,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from postgrad.data.filter.near_duplicates import NearDuplicateIndex
-from postgrad.data.filter.ngrams import FEATURE_COUNT, count_buckets, hash_ngrams, split_words
+from postgrad.data.filter.ngrams import FEATURE_COUNT, count_buckets, hash_ngrams
 from postgrad.data.tokens.store import TokenStore
+from postgrad.data.words import split_words_and_signs
 from postgrad.errors import DataError
 
 MIN_WORDS = 1000
@@ -55,7 +56,7 @@ def target_counts(texts: Iterable[str], where: str) -> np.ndarray:
     """Counts of the hashed n-grams of the target texts, of shape (F,). Raises `DataError` for too few words."""
     total_F, word_count = np.zeros(FEATURE_COUNT, np.int64), 0
     for text in texts:
-        words = split_words(text.lower())
+        words = split_words_and_signs(text)
         word_count += len(words)
         total_F += count_buckets(hash_ngrams(words))
     if word_count < MIN_WORDS:
@@ -93,7 +94,7 @@ def importance_weights(
     ngram_counts: list[int] = []
     with tempfile.TemporaryFile() as spool:  # n-grams are needed twice, and may not fit in memory
         for text in texts:
-            buckets = hash_ngrams(split_words(text.lower()))
+            buckets = hash_ngrams(split_words_and_signs(text))
             raw_F += count_buckets(buckets)
             ngram_counts.append(len(buckets))
             spool.write(buckets.tobytes())

@@ -10,12 +10,12 @@ of Massive Datasets, chapter 3). With 16 bands of 8 rows, texts of similarity s 
 from __future__ import annotations
 
 import hashlib
-import re
 from collections import defaultdict
 
 import numpy as np
 
-_WORD_PATTERN = re.compile(r"\w+")
+from postgrad.data.words import split_words
+
 RUN_WORDS = 5
 """Words of a shingle; a shorter text is one shingle."""
 _BANDS, _BAND_ROWS = 16, 8
@@ -51,7 +51,7 @@ class NearDuplicateIndex:
 
     def _signature(self, text: str) -> np.ndarray:
         """The minimum hash of the text's shingles under each hash function."""
-        words = _WORD_PATTERN.findall(text.lower())
+        words = split_words(text)
         runs = {" ".join(words[i : i + RUN_WORDS]) for i in range(max(1, len(words) - RUN_WORDS + 1))}
         hashes = [int.from_bytes(hashlib.blake2b(run.encode(), digest_size=8).digest(), "little") for run in runs]
         # Multiplication by odd factors modulo 2^64 (Dietzfelbinger et al. 1997) permutes the hashes; overflow is intended.

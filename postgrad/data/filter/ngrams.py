@@ -7,21 +7,12 @@ Legend: F hashed features.
 
 from __future__ import annotations
 
-import re
 import zlib
 from collections.abc import Sequence
 
 import numpy as np
 
-WORD_PATTERN = re.compile(r"\w+|[^\w\s]+")
-"""Words and runs of punctuation, as in NLTK's wordpunct tokenizer."""
-
 FEATURE_COUNT = 10_000
-
-
-def split_words(text: str) -> list[str]:
-    """The words and runs of punctuation of a text."""
-    return WORD_PATTERN.findall(text)
 
 
 def hash_ngrams(words: Sequence[str]) -> np.ndarray:

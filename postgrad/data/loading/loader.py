@@ -73,9 +73,13 @@ class Loader:
         sources, rows = self.mixture.rows(self.skip_steps + step - 1)
         return list(zip(sources.tolist(), rows.tolist(), strict=True))
 
+    def first_position(self, step: int) -> int:
+        """Mixture position of the first row of a step."""
+        return (self.skip_steps + step - 1) * self.mixture.block_size
+
     def micro_batches(self, step: int) -> list[MicroBatchPlan]:
         """This rank's micro-batches of a step, before they are read."""
-        first = (self.skip_steps + step - 1) * self.mixture.block_size
+        first = self.first_position(step)
         groups: dict[tuple[str, tuple[int, ...]], list[MixtureRow]] = {}
         for i, (source, row) in enumerate(self.rows(step)):
             key = self.sources[source].layout, self.objectives[source]

@@ -40,6 +40,7 @@ COLUMN_LAYOUTS = (
     ColumnLayout(RowKind.CHAT, ("conversations",), ("system", "tools")),
     ColumnLayout(RowKind.INSTRUCTION, ("instruction", "output"), ("input", "system", "history", "references")),
     ColumnLayout(RowKind.COMPLETION, ("prompt", "completion"), ("references",)),
+    ColumnLayout(RowKind.CHAT, ("prompt", "completion"), ("system", "tools")),
     ColumnLayout(RowKind.PAIR, ("source", "target"), ("references",)),
     *(ColumnLayout(RowKind.PAIR, names, ("references",)) for names in _SUMMARY_COLUMNS),
     ColumnLayout(RowKind.PAIR, ("translation",)),

@@ -26,9 +26,10 @@ from postgrad.data.read.columns import (
     unknown_kind_error,
 )
 from postgrad.data.read.examples import Example, SkippedRow, check_encodable, make_example
-from postgrad.data.read.files import TEXT_SUFFIXES, RawRow, RawSource, file_suffix, find_files
+from postgrad.data.read.files import TEXT_SUFFIXES, RawRow, RawSource, file_suffix
+from postgrad.data.read.generated_text import GENERATED_COLUMN
 from postgrad.data.read.labels import Labels, collect_labels
-from postgrad.data.read.records import read_hub, read_records
+from postgrad.data.read.records import PROJECTED_SUFFIXES, read_hub, read_records
 from postgrad.data.read.row_kinds import KINDS, RowKind
 from postgrad.data.read.text_files import SPLIT_MODES, split_text_file
 from postgrad.data.read.text_lines import ReadCallback, ignore_progress
@@ -37,11 +38,15 @@ from postgrad.errors import DataError, suggest_nearest
 
 _PEEK_ROWS = 16
 
+READING = 2
+"""Version of how rows become examples; part of the key of every cache of them."""
+
 
 class Document(NamedTuple):
     """A text, or its token ids, and its location (`file:line`).
 
-    With an `example`, `text` is the example's own. A skipped row has no text, and a `skip_reason`.
+    With an `example`, `text` is the example's own. A skipped row has no text, and a `skip_reason`. `unused`: columns of the
+    row that nothing reads.
     """
 
     text: str | None
@@ -49,6 +54,7 @@ class Document(NamedTuple):
     location: str
     example: Example | None = None
     skip_reason: str = ""
+    unused: tuple[str, ...] = ()
 
     @property
     def is_empty(self) -> bool:
@@ -139,8 +145,7 @@ def detect_source_columns(source: RawSource) -> Columns | None:
     """
     if source.hub is not None:
         return _detect_columns(list(islice(read_hub(source.hub, source.root, source.where), _PEEK_ROWS)), source)
-    assert source.path is not None
-    for file in find_files(source.path, source.root, source.where):
+    for file in source.list_files().files:
         if file_suffix(file) in TEXT_SUFFIXES:
             return None
         if first := list(islice(read_records(file), _PEEK_ROWS)):
@@ -152,11 +157,10 @@ def _document_streams(source: RawSource, on_read: ReadCallback) -> Iterator[Iter
     if source.hub is not None:
         records = read_hub(source.hub, source.root, source.where)
         first = list(islice(records, _PEEK_ROWS))
-        yield _record_documents(_filter_records(chain(first, records), source), _detect_columns(first, source))
+        yield _record_documents(chain(first, records), _detect_columns(first, source), source)
         return
-    assert source.path is not None
     kind = ""
-    for file in find_files(source.path, source.root, source.where):
+    for file in source.list_files().files:
         is_text_file = file_suffix(file) in TEXT_SUFFIXES
         first = [] if is_text_file else list(islice(read_records(file), _PEEK_ROWS))
         if not first and not is_text_file:
@@ -174,16 +178,26 @@ def _document_streams(source: RawSource, on_read: ReadCallback) -> Iterator[Iter
         if is_text_file:
             yield _text_file_documents(file, source.documents, on_read)
         else:
-            names = {name for column in columns.by_role.values() for name in (column, column.partition(".")[0])}
-            records = read_records(file, names | source.row_filter.keys(), on_read)
-            yield _record_documents(_filter_records(records, source), columns, is_typed=file_suffix(file) != ".csv")
+            used, suffix = _used_columns(columns, source), file_suffix(file)
+            is_projected = suffix in PROJECTED_SUFFIXES
+            unread = (
+                tuple(name for name in first[0].values if name not in {*used, GENERATED_COLUMN}) if is_projected else ()
+            )
+            records = read_records(file, used, on_read)
+            yield _record_documents(records, columns, source, unread, is_typed=suffix not in (".csv", ".tsv"))
 
 
 def _text_file_documents(file: Path, split_mode: str, on_read: ReadCallback) -> Iterator[Document]:
     return (Document(text, None, f"{file}:{number}") for number, text in split_text_file(file, split_mode, on_read))
 
 
-def _filter_records(records: Iterator[RawRow], source: RawSource) -> Iterator[RawRow]:
+def _used_columns(columns: Columns, source: RawSource) -> set[str]:
+    """The columns that are read: those of the kind, and those of the filter."""
+    names = {name for column in columns.by_role.values() for name in (column, column.partition(".")[0])}
+    return names | source.row_filter.keys()
+
+
+def _filter_records(records: Iterable[RawRow], source: RawSource) -> Iterable[RawRow]:
     """The records that pass the source's filter."""
     if not source.row_filter:
         return records
@@ -247,7 +261,13 @@ def _detect_columns(records: list[RawRow], source: RawSource) -> Columns:
     if first and first.kind != columns.kind:
         other = next(each for each in records if not all(has_column(each.values.keys(), c) for c in first.required))
         raise _deviating_record_error(other, first)
+    if columns.kind == RowKind.COMPLETION and isinstance(_first_value(records, columns.by_role["prompt"]), list):
+        return detect_columns(names, source.columns, RowKind.CHAT) or columns  # a prompt of messages
     return columns
+
+
+def _first_value(records: Iterable[RawRow], column: str) -> Any:
+    return next((value for record in records if (value := record.values.get(column)) is not None), None)
 
 
 def _mixed_kinds_error(kind: str, earlier: str, location: str) -> DataError:
@@ -274,34 +294,41 @@ def _deviating_record_error(record: RawRow, columns: Columns) -> DataError:
     )
 
 
-def _record_documents(records: Iterator[RawRow], columns: Columns, *, is_typed: bool = True) -> Iterator[Document]:
-    if columns.kind.is_running_text:
-        return _running_text_documents(records, columns)
-    return _example_documents(records, columns, is_typed)
-
-
-def _running_text_documents(records: Iterator[RawRow], columns: Columns) -> Iterator[Document]:
-    column = columns.by_role[columns.kind]
-    convert = _text_document if columns.kind == RowKind.TEXT else _ids_document
-    for record in records:
-        if not has_column(record.values.keys(), column):
-            raise _deviating_record_error(record, columns)
-        yield convert(get_column(record.values, column, record.location), record.location, column)
-
-
-def _example_documents(records: Iterable[RawRow], columns: Columns, is_typed: bool) -> Iterator[Document]:
-    for record in records:
+def _record_documents(
+    records: Iterable[RawRow],
+    columns: Columns,
+    source: RawSource,
+    unread: tuple[str, ...] = (),
+    *,
+    is_typed: bool = True,
+) -> Iterator[Document]:
+    """The documents of records; `unread`: columns that their reader has left out."""
+    used = _used_columns(columns, source) | {GENERATED_COLUMN}
+    unused: dict[tuple[str, ...], tuple[str, ...]] = {}
+    for record in _filter_records(records, source):
         if not all(has_column(record.values.keys(), column) for column in columns.required):
             raise _deviating_record_error(record, columns)
-        values = {role: get_column(record.values, column, record.location) for role, column in columns.by_role.items()}
-        if not is_typed and "label" in values:
-            values["label"] = _parse_csv_label(values["label"])
-        try:
-            example = make_example(columns.kind, values, record.location)
-        except SkippedRow as reason:
-            yield Document("", None, record.location, None, str(reason))
-        else:
-            yield Document(example.text, None, record.location, example)
+        names = tuple(record.values)
+        if names not in unused:
+            unused[names] = tuple(name or "(no name)" for name in (*unread, *names) if name not in used)
+        document = _make_document(record, columns, source, is_typed)
+        yield document._replace(unused=unused[names]) if unused[names] else document
+
+
+def _make_document(record: RawRow, columns: Columns, source: RawSource, is_typed: bool) -> Document:
+    location = record.location
+    if columns.kind.is_running_text:
+        column = columns.by_role[columns.kind]
+        convert = _text_document if columns.kind == RowKind.TEXT else _ids_document
+        return convert(get_column(record.values, column, location), location, column)
+    values = {role: get_column(record.values, column, location) for role, column in columns.by_role.items()}
+    if not is_typed and "label" in values:
+        values["label"] = _parse_csv_label(values["label"])
+    try:
+        example = make_example(columns.kind, values, location, no_label=source.no_label)
+    except SkippedRow as reason:
+        return Document("", None, location, None, str(reason))
+    return Document(example.text, None, location, example)
 
 
 _INTEGER, _DECIMAL = re.compile(r"[+-]?\d+"), re.compile(r"[+-]?(\d+\.\d*|\.\d+)([eE][+-]?\d+)?")

@@ -21,18 +21,24 @@ from postgrad.errors import DataError, suggest_nearest
 
 Label = str | int | float
 
+NO_LABEL = -1
+"""The label of rows without one in published test sets."""
+NO_TAG = -100
+"""The tag of words without one, as torch's losses ignore it."""
+
 
 @dataclass(frozen=True)
 class Example:
     """A row with parts. `fields` by kind (strings unless noted):
 
-    - chat: `messages`, each a mapping with `role`, `content` and any other key that a template reads; `tools`, a list
+    - chat: `messages`, each a mapping with `role`, `content` and any other key that a template reads; `tools`, a list;
+      `context`, the indices of answers that are not trained
     - instruction: `instruction`, `input`, `output`, and the `messages` of the same conversation
     - completion: `prompt`, `completion`
     - pair: `source`, `target`, and the same under the row's own names
     - question: `question`, `context`, `answer`
     - labelled: one or two texts under their own names, and `label`, or `labels`, a tuple
-    - tagged: `tokens` and `tags`, tuples of equal length
+    - tagged: `tokens` and `tags`, tuples of equal length; a tag of -100 is none
     - choices: `question`, `choices`, a tuple, and `answer`, an index
 
     Instructions, completions, pairs and questions may have `references`, a tuple of equally valid answers that are not
@@ -58,12 +64,19 @@ class SkippedRow(Exception):
     """A well-formed row without anything to learn; its argument is the reason."""
 
 
-def make_example(kind: str, values: Mapping[str, Any], location: str) -> Example:
-    """Parse a row of `kind`; `values` are by role.
+def make_example(kind: str, values: Mapping[str, Any], location: str, *, no_label: int | None = NO_LABEL) -> Example:
+    """Parse a row of `kind`; `values` are by role. `no_label`: the whole number that means that there is no label.
 
     Raises `DataError` for a malformed row, and `SkippedRow` for one without anything to learn.
     """
     kind = RowKind(kind)
+    if (
+        kind == RowKind.LABELLED
+        and no_label is not None
+        and type(values.get("label")) is int
+        and values["label"] == no_label
+    ):
+        raise SkippedRow(f"no label ({no_label})")
     fields, texts = _PARSERS[kind](values, location)
     text = "\n".join(texts)
     check_encodable(text, "the row holds", location)
@@ -151,40 +164,68 @@ def _parse_tagged(values: Mapping[str, Any], location: str) -> _ParsedFields:
         )
     if not any(word.strip() for word in words):
         raise SkippedRow("no words")
+    if all(tag == NO_TAG for tag in tags):
+        raise SkippedRow("no tag")
     return {"tokens": tuple(words), "tags": tuple(tags)}, [" ".join(words)]
 
 
 # --- conversations ------------------------------------------------------------------------------------
 
+_CALL_ROLES = ("function_call", "tool_call")
 _CHAT_ROLES = {
-    **dict.fromkeys(("system", "developer"), "system"),
+    "system": "system",
+    "developer": "developer",
     **dict.fromkeys(("user", "human", "prompter"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot"), "assistant"),
-    **dict.fromkeys(("tool", "function", "observation"), "tool"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot", *_CALL_ROLES), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation", "tool_response"), "tool"),
 }
+SYSTEM_ROLES = ("system", "developer")
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+"""Names of a message's reasoning; the first one that a message has is its reasoning, as in transformers."""
+_TRAIN_KEYS = ("weight", "train", "training")
+"""Keys of a message that say whether it is trained."""
 
 
 def _parse_chat(values: Mapping[str, Any], location: str) -> _ParsedFields:
-    column = "messages" if "messages" in values else "conversations"
-    items = _list(values[column] or [], column, location)
-    messages = [_message(item, f"`{column}` {number}", location) for number, item in enumerate(items, 1)]
+    columns = (
+        ("prompt", "completion") if "prompt" in values else ("messages" if "messages" in values else "conversations",)
+    )
+    messages: list[dict[str, Any]] = []
+    is_trained: list[bool] = []
+    for column in columns:
+        for number, item in enumerate(_list(values[column] or [], column, location), 1):
+            message = _message(item, f"`{column}` {number}", location)
+            marks = [_is_trained(message.pop(key), key, location) for key in _TRAIN_KEYS if key in message]
+            is_trained.append(message["role"] == "assistant" and column != "prompt" and all(marks))
+            messages.append(message)
     system = _string(values, "system", location)
-    if system.strip() and not (messages and messages[0]["role"] == "system"):
+    if system.strip() and not (messages and messages[0]["role"] in SYSTEM_ROLES):
         messages.insert(0, {"role": "system", "content": system})
+        is_trained.insert(0, False)
+    has_answer = any(message["role"] == "assistant" for message in messages)
     # Messages after the last answer train nothing.
-    while messages and messages[-1]["role"] != "assistant":
+    while messages and not is_trained[len(messages) - 1]:
         messages.pop()
     if not messages:
-        raise SkippedRow("no answer")
-    if next(message["role"] for message in messages if message["role"] != "system") == "assistant":
+        raise SkippedRow("no answer that is to be trained" if has_answer else "no answer")
+    if next(message["role"] for message in messages if message["role"] not in SYSTEM_ROLES) == "assistant":
         raise SkippedRow("an answer before any question")
-    for message in messages:
-        if message["role"] == "assistant" and not message.get("tool_calls"):
+    for message, is_answer in zip(messages, is_trained, strict=False):
+        if is_answer and not message.get("tool_calls"):
             _require_text(message["content"], "empty answer")
     fields: dict[str, Any] = {"messages": tuple(messages)}
+    context = tuple(i for i, m in enumerate(messages) if m["role"] == "assistant" and not is_trained[i])
+    if context:
+        fields["context"] = context
     if tools := _tools(values.get("tools"), location):
         fields["tools"] = tools
     return fields, [_message_text(message) for message in messages]
+
+
+def _is_trained(value: Any, key: str, location: str) -> bool:
+    if value not in (0, 1):  # true and false are 1 and 0
+        raise DataError(f"a message has {describe_value(value)} for its `{key}`", where=location, expected="0 or 1")
+    return bool(value)
 
 
 def _message(value: Any, name: str, location: str) -> dict[str, Any]:
@@ -206,7 +247,29 @@ def _message(value: Any, name: str, location: str) -> dict[str, Any]:
         content = "".join(_content_text(part, name, location) for part in content)
     if not isinstance(content, str):
         raise DataError(f"{name} has {describe_value(content)} for its content", where=location, expected="text")
+    if role in _CALL_ROLES:
+        keys, content = {**keys, "tool_calls": content}, ""
+    elif "function_call" in keys and "tool_calls" not in keys:
+        keys["tool_calls"] = keys.pop("function_call")
+    if "tool_calls" in keys:
+        keys["tool_calls"] = _tool_calls(keys["tool_calls"], name, location)
     return {"role": _CHAT_ROLES[role], "content": content, **keys}
+
+
+def _tool_calls(value: Any, name: str, location: str) -> list[Any]:
+    """Tool calls as a list of `{"type": "function", "function": {...}}`, also from JSON text and from the calls alone."""
+    if isinstance(value, str):
+        value = _parse_json(value, f"the call of {name}", location)
+    items = [value] if isinstance(value, Mapping) else value
+    if not isinstance(items, list) or not all(isinstance(item, Mapping) for item in items):
+        raise DataError(
+            f"{name} has {describe_value(value)} for its tool calls",
+            where=location,
+            expected='{"name": ..., "arguments": {...}}, or a list of such calls',
+        )
+    return [
+        {"type": "function", "function": item} if "name" in item and "function" not in item else item for item in items
+    ]
 
 
 def _content_text(part: Any, name: str, location: str) -> str:
@@ -219,18 +282,22 @@ def _content_text(part: Any, name: str, location: str) -> str:
 
 def _tools(value: Any, location: str) -> list[Any]:
     if isinstance(value, str) and value.strip():
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            raise DataError(
-                "`tools` is not valid JSON", where=location, expected="a list of tools, or a JSON string of one"
-            ) from None
-    return _list(value, "tools", location) if value else []
+        value = _parse_json(value, "`tools`", location)
+    tools = _list(value, "tools", location) if value else []
+    return [_parse_json(tool, "`tools`", location) if isinstance(tool, str) else tool for tool in tools]
+
+
+def _parse_json(text: str, name: str, location: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise DataError(f"{name} is not valid JSON", where=location, expected="JSON, as a value or as text") from None
 
 
 def _message_text(message: Mapping[str, Any]) -> str:
     calls = message.get("tool_calls")
-    return message["content"] + (json.dumps(calls, sort_keys=True, default=str) if calls else "")
+    reasoning = next((message[key] for key in REASONING_KEYS if isinstance(message.get(key), str)), "")
+    return reasoning + message["content"] + (json.dumps(calls, sort_keys=True, default=str) if calls else "")
 
 
 def _parse_instruction(values: Mapping[str, Any], location: str) -> _ParsedFields:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from postgrad.data.problem_type import ProblemType
-from postgrad.data.read.examples import Example, Label
+from postgrad.data.read.examples import NO_TAG, Example, Label
 from postgrad.data.read.row_kinds import RowKind
 from postgrad.errors import DataError, suggest_nearest
 
@@ -115,7 +115,7 @@ def merge_labels(label_sets: Iterable[Labels]) -> Labels:
 def _example_labels(example: Example) -> tuple[ProblemType, Sequence[Label]]:
     """The problem type of an example, and its labels."""
     if example.kind == RowKind.TAGGED:
-        return ProblemType.TAGS, example.fields["tags"]
+        return ProblemType.TAGS, [tag for tag in example.fields["tags"] if tag != NO_TAG]
     if "labels" in example.fields:
         return ProblemType.MULTI_LABEL, example.fields["labels"]
     return ProblemType.CLASS, (example.fields["label"],)

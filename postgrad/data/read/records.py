@@ -1,43 +1,34 @@
-"""Records of a file or a Hub data set: readers for JSON lines, JSON, CSV, Parquet and text, all as streams.
+"""Records of a file or a Hub data set: readers for JSON lines, JSON, CSV, Parquet, Arrow and text, all as streams.
 
-Memory does not grow with the file. Every record knows its location: `file:line`, or `file:row` for Parquet, JSON arrays and
-the Hub. Any problem with a file is a `DataError` with that location.
+Memory does not grow with the file. Every record knows its location: `file:line`, or `file:row` for Parquet, Arrow, JSON arrays
+and the Hub. Any problem with a file is a `DataError` with that location.
 """
 
 from __future__ import annotations
 
 import csv
 import json
-import tempfile
 from collections.abc import Collection, Iterator
+from functools import partial
 from pathlib import Path
-from typing import IO
 
+from postgrad.data.read.columnar_files import drop_filled_nulls, read_columnar_file
 from postgrad.data.read.files import (
-    COMPRESSIONS,
     FILE_SUFFIXES,
     TEXT_SUFFIXES,
     HubDataset,
     RawRow,
-    error_reason,
     file_suffix,
-    format_names,
 )
 from postgrad.data.read.json_stream import json_error_message, make_record, read_json
-from postgrad.data.read.text_lines import (
-    BrokenStream,
-    ReadCallback,
-    ignore_progress,
-    not_utf8_error,
-    read_blocks,
-    read_lines,
-)
-from postgrad.errors import DataError, MissingExtra
+from postgrad.data.read.text_lines import ReadCallback, ignore_progress, read_lines
+from postgrad.errors import DataError, MissingExtra, format_names
 
 FIELD_CAP = 16 * 2**20
 """Characters in one CSV field. The parser holds four bytes for each, and a missing quote swallows the rest of the file."""
 
-_BOMB_RATIO, _BOMB_BYTES = 200, 2**30
+PROJECTED_SUFFIXES = (".parquet", ".arrow")
+"""Formats of which only the columns that are used are read."""
 
 
 def read_records(
@@ -45,15 +36,21 @@ def read_records(
 ) -> Iterator[RawRow]:
     """The records of `file`, one at a time; a text file has a record `{"text": line}` for each line.
 
-    `column_names`: the columns that are used (Parquet reads no others). Raises `DataError` with the location of whatever
-    cannot be read.
+    `column_names`: the columns that are used (Parquet and Arrow read no others). Raises `DataError` with the location of
+    whatever cannot be read.
     """
     suffix = file_suffix(file)
     if suffix in TEXT_SUFFIXES:
         return (RawRow({"text": text}, str(file), number) for number, text in read_lines(file, on_read))
-    if suffix == ".parquet":
-        return _read_parquet(file, column_names, on_read)
-    reader = {".jsonl": _read_json_lines, ".json": read_json, ".csv": _read_csv}.get(suffix)
+    if suffix in PROJECTED_SUFFIXES:
+        return read_columnar_file(file, column_names, on_read)
+    reader = {
+        ".jsonl": _read_json_lines,
+        ".ndjson": _read_json_lines,
+        ".json": read_json,
+        ".csv": _read_csv,
+        ".tsv": partial(_read_csv, delimiter="\t"),
+    }.get(suffix)
     if reader is None:
         raise DataError(f"{file.name} is of no known kind", where=str(file), expected=" ".join(FILE_SUFFIXES))
     return reader(file, on_read)
@@ -74,10 +71,10 @@ def _read_json_lines(file: Path, on_read: ReadCallback) -> Iterator[RawRow]:
         yield make_record(value, name, number)
 
 
-def _read_csv(file: Path, on_read: ReadCallback) -> Iterator[RawRow]:
+def _read_csv(file: Path, on_read: ReadCallback, delimiter: str = ",") -> Iterator[RawRow]:
     name = str(file)
     csv.field_size_limit(max(FIELD_CAP, csv.field_size_limit()))  # a global setting: the module has no other
-    table = csv.reader((line.text for line in read_lines(file, on_read)), strict=True)
+    table = csv.reader((line.text for line in read_lines(file, on_read)), strict=True, delimiter=delimiter)
     header: list[str] | None = None
     start = 1
     while True:
@@ -96,10 +93,10 @@ def _read_csv(file: Path, on_read: ReadCallback) -> Iterator[RawRow]:
         if not cells:
             continue
         if header is None:
-            header = cells
-            if len(set(header)) < len(header) or not all(header):
+            header = cells  # a column without a name, such as the index that pandas writes, is in no kind of rows
+            if len(set(filter(None, header))) < len(list(filter(None, header))) or not any(header):
                 raise DataError(
-                    f"the header names a column twice or not at all: {format_names(header)}",
+                    f"the header names a column twice, or none: {format_names(header)}",
                     where=f"{name}:{line}",
                     expected="one name for each column",
                 )
@@ -111,65 +108,6 @@ def _read_csv(file: Path, on_read: ReadCallback) -> Iterator[RawRow]:
                 expected=f"{len(header)} fields, as in the header",
             )
         yield RawRow(dict(zip(header, cells, strict=True)), name, line)
-
-
-def _read_parquet(file: Path, column_names: Collection[str] | None, on_read: ReadCallback) -> Iterator[RawRow]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise MissingExtra(
-            "reading .parquet needs the package pyarrow", where=str(file), hint="pip install pyarrow"
-        ) from None
-    name, number = str(file), 0
-    try:
-        with _open_unpacked(file) as raw:
-            table = pyarrow.parquet.ParquetFile(raw, buffer_size=2**20, pre_buffer=False)
-            rows = max(1, table.metadata.num_rows)
-            names = [column for column in table.schema_arrow.names if column_names is None or column in column_names]
-            groups = (table.metadata.row_group(index) for index in range(table.metadata.num_row_groups))
-            uncompressed = sum(group.total_byte_size for group in groups)
-            batch_size = min(2048, max(1, 2**22 * rows // max(1, uncompressed)))  # about 4 MiB of rows
-            size = file.stat().st_size
-            for batch in table.iter_batches(batch_size=batch_size, columns=names):
-                columns = [batch.column(index) for index in range(batch.num_columns)]
-                try:
-                    values = [column.to_pylist() for column in columns]
-                except ValueError:  # text that is not UTF-8: go row by row to find the row
-                    for index in range(batch.num_rows):
-                        number += 1
-                        cells = [column[index].as_py() for column in columns]
-                        yield RawRow(dict(zip(names, cells, strict=True)), name, number)
-                    continue
-                for cells in zip(*values, strict=True) if names else [()] * batch.num_rows:
-                    number += 1
-                    yield RawRow(dict(zip(names, cells, strict=True)), name, number)
-                on_read(size * number // rows - size * (number - batch.num_rows) // rows)
-    except UnicodeDecodeError as error:
-        raise not_utf8_error(file, number, error.object[error.start], error.start + 1) from None
-    except (BrokenStream, pyarrow.ArrowException, OSError, ValueError, OverflowError, RecursionError) as error:
-        raise DataError(
-            f"not a complete Parquet file: {error_reason(error).splitlines()[0]}", where=f"{name}:{number + 1}"
-        ) from None
-
-
-def _open_unpacked(file: Path) -> IO[bytes]:
-    """Open a Parquet file; a compressed one is unpacked to a temporary file, as Parquet is read from its end."""
-    if file.suffix.lower() not in COMPRESSIONS:
-        return open(file, "rb")
-    spool = tempfile.TemporaryFile()  # noqa: SIM115 (the caller closes it)
-    try:
-        written, max_bytes = 0, max(_BOMB_BYTES, _BOMB_RATIO * file.stat().st_size)
-        for block in read_blocks(file, ignore_progress):
-            written += len(block)
-            if written > max_bytes:
-                raise BrokenStream(f"it unpacks to more than {_BOMB_RATIO} times its size")
-            spool.write(block)
-        spool.seek(0)
-    except BaseException:
-        spool.close()
-        raise
-    return spool
 
 
 def read_hub(hub: HubDataset, root: Path, where: str) -> Iterator[RawRow]:
@@ -190,6 +128,7 @@ def read_hub(hub: HubDataset, root: Path, where: str) -> Iterator[RawRow]:
     try:
         stream = datasets.load_dataset(name, hub.subset, split=hub.split, revision=hub.revision, streaming=True)
         for number, values in enumerate(stream, 1):
+            values = {column: drop_filled_nulls(value) for column, value in values.items()}
             yield make_record(values, f"{hub.name}/{hub.split}", number)
     except DataError:
         raise

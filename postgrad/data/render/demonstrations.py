@@ -21,6 +21,7 @@ from postgrad.data.read.examples import Example
 from postgrad.data.read.labels import Labels
 from postgrad.data.render.renderer import RenderedExample, Renderer
 from postgrad.data.tokens.store import digest
+from postgrad.data.words import SEGMENTATION, split_words
 
 RetrievalMethod = Literal["bm25", "embedding", "seed", "once", "balanced"]
 """Most similar by words or by vectors; random for each question; random once for all; or once, balanced over the answers."""
@@ -55,6 +56,8 @@ class Demonstrations:
         if self.method == "embedding":
             pool.update(self._embeddings.tobytes())
         parts = [self.renderer.fingerprint, pool.hexdigest(), self.count, self.method, self.max_tokens, self.seed]
+        if self.method == "bm25":
+            parts.append(SEGMENTATION)
         return hashlib.sha256(json.dumps(["demonstrations", *parts]).encode()).hexdigest()
 
     def render(self, example: Example) -> RenderedExample:
@@ -167,8 +170,8 @@ def _digest(text: str) -> int:
 
 
 def _bm25_words(text: str) -> list[str]:
-    """Lower-case words for BM25."""
-    return "".join(letter if letter.isalnum() else " " for letter in text.lower()).split() or [""]
+    """The words of a text for BM25, which needs one."""
+    return split_words(text) or [""]
 
 
 def _normalize(vector: np.ndarray) -> np.ndarray:

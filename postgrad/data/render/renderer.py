@@ -13,13 +13,14 @@ class RenderedExample(NamedTuple):
 
     With `is_joint` the pieces are tokenised as one text, and a token gets the greatest mark of its characters; otherwise each
     piece is tokenised alone. With `mark_first_token` only the first token of a piece gets its mark, and the document's EOS
-    gets none (by default it gets the last piece's).
+    gets none (by default it gets the last piece's). `omitted`: the parts of the example that the text leaves out.
     """
 
     pieces: tuple[tuple[str, int], ...]
     values: tuple[float, ...] = ()
     is_joint: bool = True
     mark_first_token: bool = False
+    omitted: tuple[str, ...] = ()
 
 
 class Renderer(Protocol):

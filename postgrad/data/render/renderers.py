@@ -13,7 +13,7 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
-from postgrad.data.read.examples import Example
+from postgrad.data.read.examples import NO_TAG, Example
 from postgrad.data.read.labels import Labels
 from postgrad.data.read.row_kinds import RowKind
 from postgrad.data.render.renderer import RenderedExample
@@ -21,6 +21,8 @@ from postgrad.errors import DataError, StageError, suggest_nearest
 
 ANSWER, CONTEXT = 1, 0
 """Marks of trained tokens, and of tokens that are only inputs."""
+
+_NO_TAG_TEXT = f"words without a tag ({NO_TAG})"
 
 _DEFAULT_TEMPLATES = MappingProxyType(
     {
@@ -130,7 +132,8 @@ class ClassRenderer:
 class TagRenderer:
     """Renders the words of a tagged row, joined by `joiner`: the first token of each is marked with its tag's index + 1.
 
-    A word without a token of its own (removed by normalisation, or merged with the word before) has no mark.
+    A word without a token of its own (removed by normalisation, or merged with the word before) has no mark, nor has one
+    without a tag.
     """
 
     labels: Labels
@@ -145,9 +148,10 @@ class TagRenderer:
         """The words and their tags. Raises `DataError` for an unknown tag."""
         _require_kind(example, RowKind.TAGGED)
         pieces: list[tuple[str, int]] = []
-        for word, tag in zip(example.fields["tokens"], example.fields["tags"], strict=True):
-            pieces += [(self.joiner, 0), (word, self.labels.index(tag) + 1)]
-        return RenderedExample(tuple(pieces[1:]), mark_first_token=True)
+        tags = example.fields["tags"]
+        for word, tag in zip(example.fields["tokens"], tags, strict=True):
+            pieces += [(self.joiner, 0), (word, 0 if tag == NO_TAG else self.labels.index(tag) + 1)]
+        return RenderedExample(tuple(pieces[1:]), mark_first_token=True, omitted=(_NO_TAG_TEXT,) * tags.count(NO_TAG))
 
 
 def _require_kind(example: Example, kind: RowKind) -> None:
@@ -182,6 +186,12 @@ def _template_fields(example: Example, label_words: Mapping[str, str]) -> dict[s
                 "letter": letters[index],
             }
         case RowKind.TAGGED:
+            if NO_TAG in fields["tags"]:
+                raise DataError(
+                    f"{fields['tags'].count(NO_TAG)} {_NO_TAG_TEXT}",
+                    expected="a tag for each word, to write the tags as text",
+                    hint="objectives: [{kind: classify, problem: tags}] leaves such words out",
+                )
             tags = (_label_text(tag, label_words) for tag in fields["tags"])
             return {"tokens": " ".join(fields["tokens"]), "tags": " ".join(tags)}
         case RowKind.INSTRUCTION:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 from postgrad.data.read.documents import Document
 from postgrad.data.read.row_kinds import RowKind
@@ -36,6 +37,8 @@ class EncodingBatch:
     """Bytes and digest of the document of which this is the last piece."""
     skipped: tuple[str, ...] = ()
     """Reasons of the skipped rows."""
+    unused: Mapping[str, int] = field(default_factory=dict)
+    """Numbers of rows, by the column that nothing reads."""
 
     @property
     def kind(self) -> str:
@@ -55,13 +58,16 @@ def split_batches(documents: Iterator[Document]) -> Iterator[EncodingBatch]:
     """Batches of about `BATCH_CHARACTERS`, and shards of about `SHARD_CHARACTERS`."""
     batch: list[Document] = []
     skipped: list[str] = []
+    unused: Counter[str] = Counter()
     size = shard_size = read_count = 0
     for document in documents:
         read_count += 1
+        unused.update(document.unused)
         text, ids = document.text, document.ids
         if text is not None and len(text) > WHOLE_DOCUMENT and document.example is None:
             if batch or read_count > 1:
-                yield EncodingBatch(batch, read_count - 1, False)
+                yield EncodingBatch(batch, read_count - 1, False, skipped=tuple(skipped), unused=unused)
+                skipped, unused = [], Counter()
             ends_shard = shard_size + len(text) >= SHARD_CHARACTERS
             yield from _piece_batches(text, document.location, ends_shard)
             batch, size, read_count, shard_size = [], 0, 0, 0 if ends_shard else shard_size + len(text)
@@ -75,10 +81,11 @@ def split_batches(documents: Iterator[Document]) -> Iterator[EncodingBatch]:
             skipped.append(document.skip_reason)
         ends_shard = shard_size >= SHARD_CHARACTERS
         if ends_shard or size >= BATCH_CHARACTERS or read_count >= BATCH_DOCUMENTS:
-            yield EncodingBatch(batch, read_count, ends_shard, skipped=tuple(skipped))
+            yield EncodingBatch(batch, read_count, ends_shard, skipped=tuple(skipped), unused=unused)
+            unused = Counter()
             batch, skipped, size, read_count, shard_size = [], [], 0, 0, 0 if ends_shard else shard_size
     if read_count:
-        yield EncodingBatch(batch, read_count, True, skipped=tuple(skipped))
+        yield EncodingBatch(batch, read_count, True, skipped=tuple(skipped), unused=unused)
 
 
 def _piece_batches(text: str, location: str, ends_shard: bool) -> Iterator[EncodingBatch]:

@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from postgrad.data.read.documents import read_labels
-from postgrad.data.read.files import HubDataset, RawSource, find_files
+from postgrad.data.read.documents import READING, read_labels
+from postgrad.data.read.files import HubDataset, RawSource
 from postgrad.data.read.labels import Labels, merge_labels
 from postgrad.data.tokens.store import FORMAT
 from postgrad.errors import DataError, DiskError, MissingExtra
@@ -40,7 +40,7 @@ class SourceFiles:
     def from_source(cls, source: RawSource, cache: Path) -> SourceFiles:
         """Hash the files of a source. Raises `DataError` when one cannot be read."""
         if source.path is not None:
-            files = find_files(source.path, source.root, source.where)
+            files: Sequence[Path] = source.list_files().files
         else:
             assert source.hub is not None
             hub, folder = source.hub, source.root / source.hub.name
@@ -101,7 +101,8 @@ def read_all_labels(sources: Sequence[RawSource], cache: Path) -> Labels:
 
 
 def _cached_labels(source: RawSource, cache: Path) -> Labels:
-    key = [FORMAT, source_fingerprint(source, cache), dict(source.columns), source.kind, sorted_filter(source)]
+    fingerprint, columns = source_fingerprint(source, cache), dict(source.columns)
+    key = [FORMAT, READING, fingerprint, columns, source.kind, sorted_filter(source), source.no_label]
     memo_file = cache / "labels" / f"{hash_json(key)}.json"
     if labels := read_cached_json(memo_file, Labels, hash_json(key)):
         return labels

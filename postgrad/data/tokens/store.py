@@ -22,7 +22,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -33,7 +33,16 @@ import numpy as np
 
 from postgrad.data.problem_type import ProblemType
 from postgrad.errors import CheckpointError, DataError, PostgradError
-from postgrad.storage.atomic import MANIFEST, disk_error, publish_folder, read_manifest, remove_folder, sha256, verify
+from postgrad.storage.atomic import (
+    MANIFEST,
+    disk_errors,
+    publish_folder,
+    read_manifest,
+    remove_folder,
+    sha256,
+    verify,
+    write_all,
+)
 from postgrad.storage.checked_files import read_checked_json, write_checked_json
 from postgrad.storage.read_json import read_json
 from postgrad.storage.verification import verify_files
@@ -86,6 +95,10 @@ class TokenStore:
         """Type of the labels in `values` or marks: `class`, `multi`, `number` or `tags`."""
         self.skipped: dict[str, int] = header.get("skipped", {})
         """Numbers of skipped documents (part of the empty ones), by reason."""
+        self.unused: dict[str, int] = header.get("unused", {})
+        """Numbers of rows, by the column that nothing reads."""
+        self.omitted: dict[str, int] = header.get("omitted", {})
+        """How often the rendered text leaves out a part of a row, by the part."""
         self.dtype = np.dtype(header["dtype"])
 
     @classmethod
@@ -219,6 +232,8 @@ class Shard:
     bytes: int
     skipped: dict[str, int] = field(default_factory=dict)
     """Numbers of skipped documents (part of the empty ones), by reason."""
+    unused: dict[str, int] = field(default_factory=dict)
+    omitted: dict[str, int] = field(default_factory=dict)
 
     @property
     def read_count(self) -> int:
@@ -248,7 +263,7 @@ class ShardWriter:
         self.number, self.vocabulary = number, vocabulary
         self.dtype = token_dtype(vocabulary)
         self.documents = self.tokens = self.bytes = 0
-        self.skipped: Counter[str] = Counter()
+        self.skipped, self.unused, self.omitted = Counter[str](), Counter[str](), Counter[str]()
         self._open_tokens = 0
         self._tokens = open(folder / "tokens.bin", "xb", buffering=0)  # noqa: SIM115 (closed in `close`)
         self._table = open(folder / "documents.bin", "xb", buffering=0)  # noqa: SIM115
@@ -284,13 +299,13 @@ class ShardWriter:
                 expected=f"ids below the vocabulary size, {self.vocabulary:,}",
                 hint="use the model's own tokenizer",
             )
-        _write_all(self._tokens, ids.astype(self.dtype).tobytes())
+        write_all(self._tokens, ids.astype(self.dtype).tobytes())
         if self._marks is not None:
             assert marks is not None and len(marks) == len(ids)
-            _write_all(self._marks, marks.astype(MARK_DTYPE).tobytes())
+            write_all(self._marks, marks.astype(MARK_DTYPE).tobytes())
         if self._values is not None:
             assert values is not None and len(values) == len(lengths)
-            _write_all(self._values, values.astype(VALUE_DTYPE).tobytes())
+            write_all(self._values, values.astype(VALUE_DTYPE).tobytes())
         lengths = lengths.astype(np.int64)
         lengths[0] += self._open_tokens
         complete = len(lengths) - is_partial
@@ -301,7 +316,7 @@ class ShardWriter:
         table["tokens"] = lengths[:complete]
         table["bytes"] = sizes[:complete]
         table["digest"] = digests[:complete]
-        _write_all(self._table, table.tobytes())
+        write_all(self._table, table.tobytes())
         self.documents += complete
         self.tokens += int(lengths[:complete].sum())
         self.bytes += int(table["bytes"].sum())
@@ -324,7 +339,8 @@ def publish_shard(
             empty = write(writer)
         finally:
             writer.close()
-        shard = Shard(number, writer.documents, empty, writer.tokens, writer.bytes, dict(writer.skipped))
+        counts = (dict(each) for each in (writer.skipped, writer.unused, writer.omitted))
+        shard = Shard(number, writer.documents, empty, writer.tokens, writer.bytes, *counts)
         shards.append(shard)
         (folder / "shard.json").write_text(json.dumps(asdict(shard), indent=1))
 
@@ -359,7 +375,7 @@ def publish_store(
     documents = sum(shard.documents for shard in shards)
     streams = ("tokens.bin", "marks.bin") if extras.marks else ("tokens.bin",)
     files: dict[str, Any] = {}
-    try:
+    with disk_errors(final):
         for shard in shards:
             folder = building / shard_name(shard.number)
             manifest = read_manifest(folder)
@@ -372,10 +388,9 @@ def publish_store(
                 building, shards, "values", _npy_header(VALUE_DTYPE, (documents, extras.width))
             )
         if extras.marks:
-            skipped: Counter[str] = Counter()
-            for shard in shards:
-                skipped.update(shard.skipped)
-            header = {**header, "format": MARKED_FORMAT, "skipped": dict(skipped)}
+            header = {**header, "format": MARKED_FORMAT, "skipped": _add_counts(shard.skipped for shard in shards)}
+        unused, omitted = (_add_counts(getattr(shard, name) for shard in shards) for name in ("unused", "omitted"))
+        header |= ({"unused": unused} if unused else {}) | ({"omitted": omitted} if omitted else {})
         full_header = {
             "format": FORMAT,
             **header,
@@ -393,9 +408,14 @@ def publish_store(
             if not final.is_dir():
                 raise
             shutil.rmtree(building, ignore_errors=True)  # another process was first, with the same bytes
-    except OSError as error:
-        raise disk_error(error, final) from error
     return remove_leftovers(TokenStore.open(final))
+
+
+def _add_counts(parts: Iterable[dict[str, int]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for part in parts:
+        total.update(part)
+    return dict(total)
 
 
 def _concatenate_shards(building: Path, shards: Sequence[Shard], name: str, head: bytes) -> dict[str, str | int]:
@@ -430,9 +450,3 @@ def _npy_header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
         head, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     )
     return head.getvalue()
-
-
-def _write_all(file: io.FileIO, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[file.write(view) :]

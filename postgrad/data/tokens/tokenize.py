@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from postgrad.data.read import text_files
-from postgrad.data.read.documents import detect_kind, read_documents
+from postgrad.data.read.documents import READING, detect_kind, read_documents
 from postgrad.data.read.files import RawSource
 from postgrad.data.read.row_kinds import RUNNING_TEXT_KINDS, RowKind
 from postgrad.data.render.renderer import Renderer
@@ -40,7 +40,7 @@ from postgrad.data.tokens.store import (
     remove_leftovers,
 )
 from postgrad.errors import DataError
-from postgrad.storage.atomic import disk_error, remove_staging
+from postgrad.storage.atomic import disk_errors, remove_staging
 from postgrad.storage.file_lock import file_lock
 
 ProgressCallback = Callable[[int, int], None]
@@ -62,11 +62,9 @@ def build_store(
     """
     if renderer is not None and detect_kind(source) in RUNNING_TEXT_KINDS:
         renderer = None
-    try:
+    with disk_errors(cache):
         for folder in ("stores", "building", "locks"):
             (cache / folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise disk_error(error, cache) from error
     source_files = SourceFiles.from_source(source, cache)
     fingerprint = _store_fingerprint(source, encoder, renderer, source_files)
     final = cache / "stores" / fingerprint
@@ -84,10 +82,12 @@ def _store_fingerprint(
 ) -> str:
     # Options at their defaults are left out: new ones must not change the names of existing stores.
     options: dict[str, Any] = {} if source.kind in ("auto", RowKind.TEXT) else {"kind": source.kind}
+    if source.no_label is None:
+        options["no_label"] = None
     if source.row_filter:
         options["only"] = sorted_filter(source)
     if renderer is not None:
-        options |= {"format": MARKED_FORMAT, "renderer": renderer.fingerprint}
+        options |= {"format": MARKED_FORMAT, "reading": READING, "renderer": renderer.fingerprint}
     cuts = (text_files.SINGLE_FILE_BYTES, text_files.PASSAGE_CHARACTERS, text_files.PARAGRAPH_CAP)
     return hash_json(
         {
@@ -160,6 +160,8 @@ def _build(
                     kind = kind or batch.kind
                     writer.add(*encoded[:5], marks=encoded.marks, values=encoded.values, is_partial=not batch.is_last)
                     writer.skipped.update(batch.skipped + encoded.skipped)
+                    writer.unused.update(batch.unused)
+                    writer.omitted.update(encoded.omitted)
                     empty += batch.read_count - len(encoded.lengths) * batch.is_last
                     if progress:
                         progress(min(bytes_read, source_files.size), source_files.size)
@@ -178,7 +180,7 @@ def _build(
         )
     header = {
         "vocabulary": encoder.vocabulary,
-        "bos": encoder.bos,
+        "bos": encoder.stored_prefix,
         "eos": encoder.eos,
         "kind": kind,
         "fingerprint": final.name,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
+from postgrad.foreign_text import mask_secrets, plain_text
 from postgrad.lineage.metrics import MetricsRow
 from postgrad.lineage.record import Record, Sample, SetChange
 from postgrad.reports.html.charts import ForestRow, ScatterPoint, Series, VerticalMark, forest_plot, line_chart, scatter
 from postgrad.reports.html.document import (
-    FOOTER,
     MAX_YAML_CHARACTERS,
     bold_name,
     details,
@@ -20,15 +20,7 @@ from postgrad.reports.html.document import (
     sample_box,
     side_by_side,
 )
-from postgrad.reports.html.notation import (
-    escape_html,
-    finite,
-    format_duration,
-    format_percent,
-    format_signed,
-    mask_secrets,
-    plain_text,
-)
+from postgrad.reports.html.notation import finite, format_duration, format_percent, format_signed
 from postgrad.reports.html.table import Cell, Column, Number, Table, count_cell, text_cell
 from postgrad.reports.sections.comparison_table import arm_names, comparison_table, mean_difference, removed_share
 from postgrad.reports.sections.curves import (
@@ -76,12 +68,8 @@ def comparison_page(
         listed = ", ".join(bold_name(n) for n in unfinished[:8])
         notice = f'<div class="notice"><p><b>Not finished:</b> {listed}. Their missing values are empty.</p></div>'
     number = "1 run" if len(records) == 1 else f"{len(records)} runs"
-    header = (
-        f'<p class="over">postgrad \u00b7 comparison of {number}</p>'
-        f"<h1><bdi>{escape_html(title or 'Comparison', 160)}</bdi></h1>"
-        f"{damage_notice(damage)}{_headline(records, names, baseline)}{notice}"
-    )
-    return render_page(f"{title or 'Comparison'} \u2013 postgrad", header, sections, FOOTER)
+    title, lead = title or "Comparison", damage_notice(damage) + _headline(records, names, baseline)
+    return render_page(title, f"comparison of {number}", title, f"{lead}{notice}", sections)
 
 
 def _mean_changes(records: Sequence[Record], names: Sequence[str], role: str) -> dict[str, float]:

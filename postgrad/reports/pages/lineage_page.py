@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 
+from postgrad.foreign_text import mask_secrets, plain_text
 from postgrad.lineage.matrix import Lineage
 from postgrad.reports.html.charts import Series, heat_table, line_chart
-from postgrad.reports.html.document import FOOTER, figure, format_time, render_page, side_by_side
-from postgrad.reports.html.notation import escape_html, format_compact, format_signed, mask_secrets, plain_text
+from postgrad.reports.html.document import figure, format_time, render_page, side_by_side
+from postgrad.reports.html.notation import escape_html, format_compact, format_signed
 from postgrad.reports.sections.curves import MAX_SERIES
 from postgrad.reports.sections.lineage_tables import lineage_summary_table
 
@@ -24,8 +25,7 @@ def lineage_page(lineage: Lineage) -> str:
     lead += f", {format_compact(total)} trained tokens" if total else ""
     if lineage.summary.forgetting is not None:
         lead += f". Forgetting over the chain: {format_signed(lineage.summary.forgetting)} nats per token"
-    header = f'<p class="over">postgrad \u00b7 lineage</p><h1>Lineage</h1><p class="lead">{lead}.</p>'
-    return render_page("Lineage \u2013 postgrad", header, sections, FOOTER)
+    return render_page("Lineage", "lineage", "Lineage", f'<p class="lead">{lead}.</p>', sections)
 
 
 def _stage_chain(lineage: Lineage) -> str:

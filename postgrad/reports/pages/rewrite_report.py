@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from postgrad.config.stage_file import dump_stage
 from postgrad.errors import StageError
-from postgrad.lineage.metrics import read_run_metrics
-from postgrad.lineage.record import PLAN, RECORD, Fingerprints, ModelSummary, Record, read_record, validate_part
+from postgrad.lineage.metrics import METRICS, MetricsRow, read_metrics, read_run_metrics
+from postgrad.lineage.record import LOCK, PLAN, RECORD, Fingerprints, ModelSummary, Record, read_record, validate_part
 from postgrad.lineage.saved_plan import read_plan
 from postgrad.reports.html import document
 from postgrad.reports.pages import run_page
+from postgrad.storage.file_lock import is_locked
 
 
 def rewrite_report(run_folder: Path) -> Path:
     """Write `report.html` of a run folder again. Raises `StageError` when `run_folder` is not one."""
-    if (run_folder / RECORD).exists():
-        record = read_record(run_folder)
-    elif (run_folder / PLAN).exists():
+    record = read_record(run_folder) if (run_folder / RECORD).exists() else None
+    metrics = read_run_metrics(run_folder, record) if record else None
+    if record is None or metrics is None or _is_resumed(run_folder, record, metrics.rows):
+        if not (run_folder / PLAN).exists():
+            raise StageError(f"{run_folder} is not a run folder", expected="the output folder of `postgrad train`")
         record = _unfinished_record(run_folder)
-    else:
-        raise StageError(f"{run_folder} is not a run folder", expected="the output folder of `postgrad train`")
-    metrics = read_run_metrics(run_folder, record)
+        metrics = read_metrics(run_folder / METRICS, record.id)
     html = run_page.run_page(record, metrics, metrics.damage)
     return document.write_page(run_folder / "report.html", html)
+
+
+def _is_resumed(run_folder: Path, record: Record, rows: Sequence[MetricsRow]) -> bool:
+    """Whether a run has gone on since it was stopped, so that its record is an old one."""
+    last_step = max((row.step for row in rows), default=0)
+    return record.status == "stopped" and (last_step > record.totals.steps or is_locked(run_folder / LOCK))
 
 
 def _unfinished_record(run_folder: Path) -> Record:
@@ -41,4 +49,5 @@ def _unfinished_record(run_folder: Path) -> Record:
         fingerprints=validate_part(Fingerprints, saved.fingerprints, str(run_folder / PLAN)),
         execution=saved.execution,
         plan=saved.plan,
+        schedule_curve=saved.schedule_curve,
     )

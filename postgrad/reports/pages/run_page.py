@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from postgrad.foreign_text import plain_text
 from postgrad.lineage.metrics import MetricsRow
 from postgrad.lineage.record import Record
-from postgrad.reports.html.document import FOOTER, intro_paragraph, render_page, sample_box
-from postgrad.reports.html.notation import escape_html, plain_text
+from postgrad.reports.html.document import intro_paragraph, render_page, sample_box
 from postgrad.reports.sections.curves import read_curves
 from postgrad.reports.sections.drift_section import drift_section
 from postgrad.reports.sections.method_section import method_section, reproduce_section
@@ -42,12 +42,9 @@ def run_page(record: Record, metrics: Iterable[MetricsRow], damage: Sequence[str
         ("method", "Method", "Stage and machine", method_section(record)),
         ("again", "Reproduce", "Provenance and reproduction", reproduce_section(record)),
     ]
-    header = (
-        '<p class="over">postgrad \u00b7 report of one stage</p>'
-        f"<h1><bdi>{escape_html(name)}</bdi></h1>{headline(record, curves)}{run_facts(record, curves)}"
-        f"{damage_notice(damage)}{notice_boxes(record, curves)}{verdict_cards(record)}"
-    )
-    return render_page(f"{name} \u2013 postgrad", header, sections, FOOTER)
+    lead = headline(record, curves) + run_facts(record, curves) + damage_notice(damage)
+    lead += notice_boxes(record, curves) + verdict_cards(record)
+    return render_page(name, "report of one stage", name, lead, sections)
 
 
 def _samples_section(record: Record) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from postgrad.foreign_text import plain_text
 from postgrad.reports.html.charts import (
     ForestRow,
     LimitLine,
@@ -16,7 +17,6 @@ from postgrad.reports.html.charts import (
     scatter,
 )
 from postgrad.reports.html.document import (
-    FOOTER,
     bold_name,
     details,
     facts,
@@ -26,14 +26,7 @@ from postgrad.reports.html.document import (
     render_page,
     side_by_side,
 )
-from postgrad.reports.html.notation import (
-    escape_html,
-    format_compact,
-    format_duration,
-    format_percent,
-    format_signed,
-    plain_text,
-)
+from postgrad.reports.html.notation import escape_html, format_compact, format_duration, format_percent, format_signed
 from postgrad.reports.html.table import Cell, Column, Table, change_cell, interval_cell, text_cell
 from postgrad.reports.result_models import EstimateInterval, StudyArm, StudyCurve, StudyResults, StudySet
 from postgrad.reports.sections.study_table import claims_table, study_arms_table
@@ -57,12 +50,8 @@ def study_page(study: StudyResults) -> str:
         ("method", "Method", "Method", _method_section(study)),
     ]
     arm_count, seed_count = len(study.arms), len(study.seeds)
-    header = (
-        f'<p class="over">postgrad · study of {arm_count} arm{"s" * (arm_count != 1)},'
-        f" {seed_count} seed{'s' * (seed_count != 1)}</p>"
-        f"<h1><bdi>{escape_html(study.name, 160)}</bdi></h1>{_headline(study)}"
-    )
-    return render_page(f"{plain_text(study.name, 80)} – postgrad", header, sections, FOOTER)
+    kind = f"study of {arm_count} arm{'s' * (arm_count != 1)}, {seed_count} seed{'s' * (seed_count != 1)}"
+    return render_page(plain_text(study.name, 80), kind, study.name, _headline(study), sections)
 
 
 def _headline(study: StudyResults) -> str:

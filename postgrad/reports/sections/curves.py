@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from postgrad.lineage.metrics import EvaluationRow, MetricsRow, StepRow
+from postgrad.foreign_text import plain_text
+from postgrad.lineage.metrics import EvaluationRow, MetricsRow, SkippedStepRow, StepRow
 from postgrad.lineage.record import SetChange
 from postgrad.reports.html.charts import ForestRow, Point, Series
-from postgrad.reports.html.notation import finite, plain_text
+from postgrad.reports.html.notation import finite
 from postgrad.reports.html.verdicts import tone_of, verdict_of
 
 MAX_SERIES = 12
@@ -48,6 +49,7 @@ class Curves:
     selection_values: list[Point] = field(default_factory=list)
     task_values: dict[str, dict[str, list[Point]]] = field(default_factory=dict)
     """By metric and task."""
+    skipped_steps: list[SkippedStepRow] = field(default_factory=list)
     last_step: int = 0
     non_finite_count: int = 0
 
@@ -85,6 +87,8 @@ def read_curves(metrics: Iterable[MetricsRow]) -> Curves:
         curves.last_step = max(curves.last_step, row.step)
         if isinstance(row, EvaluationRow):
             curves._add_evaluation(row)
+        elif isinstance(row, SkippedStepRow):
+            curves.skipped_steps.append(row)
         else:
             curves._add_step(row)
     return curves

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from postgrad.lineage.record import Record, SetChange, SetScore
+from postgrad.foreign_text import mask_secrets, plain_text
+from postgrad.lineage.record import Record, SetChange, SetScore, SkippedStep
 from postgrad.reports.html.document import bold_name, format_time, verdict_badge
 from postgrad.reports.html.notation import (
     escape_html,
@@ -15,8 +16,6 @@ from postgrad.reports.html.notation import (
     format_fixed,
     format_percent,
     format_signed,
-    mask_secrets,
-    plain_text,
 )
 from postgrad.reports.html.verdicts import tone_of, verdict_of
 from postgrad.reports.sections.curves import Curves
@@ -144,6 +143,8 @@ def run_facts(record: Record, curves: Curves) -> str:
 def notice_boxes(record: Record, curves: Curves) -> str:
     """What qualifies the numbers: an unfinished run, the retention gate, non-finite losses, contamination."""
     notices = [*_status_notices(record, curves), *_gate_notices(record)]
+    if curves.skipped_steps:
+        notices.append(("bad", escape_html(skipped_steps_sentence(curves.skipped_steps))))
     if curves.non_finite_count:
         number = format_count(curves.non_finite_count)
         notices.append(("bad", f"{number} training losses are not finite; they are gaps in the curves."))
@@ -158,6 +159,16 @@ def damage_notice(damage: Sequence[str]) -> str:
     more = f" {format_count(len(damage) - _DAMAGE_SHOWN)} more." if len(damage) > _DAMAGE_SHOWN else ""
     shown = ". ".join(escape_html(each, 300) for each in damage[:_DAMAGE_SHOWN])
     return f'<div class="notice t-bad"><p><b>A file of the run is damaged.</b> {shown}.{more}</p></div>'
+
+
+def skipped_steps_sentence(steps: Sequence[SkippedStep]) -> str:
+    """Which steps changed no weight, and on which rows."""
+    listed = "; ".join(f"step {format_count(step.step)} ({plain_text(step.list_rows(), 300)})" for step in steps)
+    count = f"{len(steps)} steps were" if len(steps) > 1 else "1 step was"
+    return (
+        f"{count} skipped, since the loss or the gradient was not finite: {listed}. Skipped steps change no weight, and their "
+        f"{format_count(sum(step.tokens for step in steps))} tokens do not count as trained."
+    )
 
 
 def _status_notices(record: Record, curves: Curves) -> list[tuple[str, str]]:

@@ -14,7 +14,7 @@ def relearning_table(record: Record) -> Table | None:
         return None
     body = []
     for name, entry in record.relearning.sets.items():
-        losses = (entry.forgotten, entry.recovered, entry.remaining, entry.start_model_gain)
+        losses = (entry.forgotten, entry.recovered, entry.remaining, entry.start_model_change)
         share = interval_cell(entry.recovered_share, 0, write=format_percent, absent="no significant forgetting")
         body.append(
             (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from postgrad.foreign_text import plain_text
 from postgrad.lineage.record import Record, TaskRecord
 from postgrad.reports.html.charts import ForestRow, Point, Series, forest_plot, line_chart
 from postgrad.reports.html.document import (
@@ -15,7 +16,7 @@ from postgrad.reports.html.document import (
     side_by_side,
     text_boxes,
 )
-from postgrad.reports.html.notation import format_count, plain_text
+from postgrad.reports.html.notation import format_count
 from postgrad.reports.html.table import (
     CHANGE_FIELDS,
     VALUE_FIELDS,
@@ -77,7 +78,7 @@ def _task_row(task: TaskRecord, metric: str) -> tuple[Cell, ...]:
         text_cell(task.role),
         text_cell(prompting_text(task)),
         count_cell(task.items),
-        text_cell(metric),
+        text_cell(_metric_text(task, metric)),
         verdict_cell(change),
         interval_cell(before, decimals),
         interval_cell(after, decimals),
@@ -95,7 +96,7 @@ def task_score_table(tasks: Sequence[TaskScore], caption: str) -> Table:
             text_cell(task.name),
             text_cell(prompting_text(task)),
             count_cell(task.items),
-            text_cell(metric),
+            text_cell(_metric_text(task, metric)),
             interval_cell(task.scores.get(metric), _metric_decimals(metric)),
             value_cell(task.scores[metric].std if metric in task.scores else None, _metric_decimals(metric)),
             text_cell(omissions_text(task) or "none"),
@@ -145,6 +146,12 @@ def _metric_decimals(metric: str) -> int:
     return 1 if metric in PERCENT_METRICS else 3
 
 
+def _metric_text(task: TaskRecord, metric: str) -> str:
+    """`BLEU (zh)`: the metric with its tokenizers, where they are not sacrebleu's default alone."""
+    names = task.tokenizers.get(metric, [])
+    return metric if names in ([], ["13a"]) else f"{metric} ({', '.join(names)})"
+
+
 def prompting_text(task: TaskRecord) -> str:
     """`5 shots, 3 seeds, multiple choice`."""
     shots = f"{task.shots} shot{'s' * (task.shots > 1)}" if task.shots else "zero-shot"
@@ -153,10 +160,13 @@ def prompting_text(task: TaskRecord) -> str:
 
 
 def omissions_text(task: TaskRecord) -> str:
-    """Skipped items by reason, and prompts with fewer demonstrations; empty without any."""
+    """Skipped items by reason, prompts with fewer demonstrations, and items without words; empty without any."""
     parts = [f"{format_count(n)} {plain_text(reason)}" for reason, n in task.skipped.items() if n]
     if task.truncated_prompts:
         parts.append(f"{format_count(task.truncated_prompts)} prompts with fewer shots")
+    parts += [
+        f"{format_count(n)} without words for {metric}, compared as a whole" for metric, n in task.without_words.items()
+    ]
     return ", ".join(parts)
 
 

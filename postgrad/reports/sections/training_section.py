@@ -59,7 +59,7 @@ def _learning_rate_figure(record: Record, curves: Curves) -> str:
         lines.append(Series("applied", rates, colour=3))
     marks = []
     if planned and curves.last_step and curves.last_step < planned[-1][0] * 0.99:
-        word = "ended here" if record.published_checkpoint else "stopped here"
+        word = "now" if record.status == "running" else "ended here" if record.published_checkpoint else "stopped here"
         marks.append(VerticalMark(float(curves.last_step), word))
     note = "The schedule of the stage." if planned else "As recorded at each step."
     if is_adaptive:

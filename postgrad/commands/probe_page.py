@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
+from postgrad.data.problem_type import ProblemType
+from postgrad.foreign_text import mask_secrets, plain_text
+from postgrad.lineage.record import Interval
 from postgrad.reports.html.charts import LimitLine, Series, line_chart
 from postgrad.reports.html.document import (
-    FOOTER,
     escaped_passage,
     facts,
     figure,
@@ -17,25 +20,25 @@ from postgrad.reports.html.document import (
 from postgrad.reports.html.notation import (
     ABSENT,
     escape_html,
+    finite,
     format_count,
     format_fixed,
     format_percent,
     format_signed,
-    mask_secrets,
-    plain_text,
 )
 from postgrad.reports.html.table import Cell, Column, Number, Table, change_cell, text_cell, value_cell
-from postgrad.reports.result_models import EstimateInterval, ProbedView, ProbeSummary
 
-_NO_ESTIMATE = EstimateInterval()
+if TYPE_CHECKING:
+    from postgrad.commands.probe import LayerProbe, LayerView
 
 
-def probe_table(result: ProbeSummary) -> Table:
+def probe_table(result: LayerProbe) -> Table:
     """Every view: its main metric with the interval and its change against the last layer, then the other metrics."""
     main = result.metric
     others = [name for name in result.views[0].metrics if name != main] if result.views else []
-    baseline = "baseline: the mean" if result.problem == "number" else "baseline: the most frequent"
-    body = [_view_row(view, main, others) for view in [*result.views, ProbedView(name=baseline, metrics=result.guess)]]
+    baseline = "baseline: the mean" if result.problem == ProblemType.NUMBER else "baseline: the most frequent"
+    body = [_view_row(v.name, v.metrics, v.against_last, v.strength, main, others) for v in result.views]
+    body.append(_view_row(baseline, result.guess, {}, None, main, others))
     columns = (
         Column("view", is_text=True),
         Column(plain_text(main)),
@@ -48,51 +51,57 @@ def probe_table(result: ProbeSummary) -> Table:
     return Table(f"{plain_text(mask_secrets(result.model))}: linear probes by layer", columns, tuple(body))
 
 
-def _view_row(view: ProbedView, main: str, others: Sequence[str]) -> tuple[Cell, ...]:
-    entry, change = view.metrics.get(main, _NO_ESTIMATE), view.against_last.get(main, _NO_ESTIMATE)
-    penalty = Number(f"{view.strength:g}" if view.strength else ABSENT, view.strength)
+def _view_row(
+    name: str,
+    metrics: Mapping[str, Interval],
+    against_last: Mapping[str, Interval],
+    strength: float | None,
+    main: str,
+    others: Sequence[str],
+) -> tuple[Cell, ...]:
+    values = [value_cell(metrics[metric].value if metric in metrics else None) for metric in (main, *others)]
+    change = against_last.get(main)
     return (
-        text_cell(view.name),
-        value_cell(entry.value),
-        _ends_cell(entry),
-        change_cell(change.value),
+        text_cell(name),
+        values[0],
+        _ends_cell(metrics.get(main)),
+        change_cell(change.value if change else None),
         _ends_cell(change, signs=True),
-        *(value_cell(view.metrics.get(name, _NO_ESTIMATE).value) for name in others),
-        Cell((penalty,)),
+        *values[1:],
+        Cell((Number(f"{strength:g}" if strength else ABSENT, strength),)),
     )
 
 
-def _ends_cell(entry: EstimateInterval, *, signs: bool = False) -> Cell:
+def _ends_cell(entry: Interval | None, *, signs: bool = False) -> Cell:
     """The ends of an interval."""
     write = format_signed if signs else format_fixed
-    if entry.low is None or entry.high is None:
+    low, high = (finite(entry.low), finite(entry.high)) if entry else (None, None)
+    if low is None or high is None:
         return Cell((Number(ABSENT, None),))
-    return Cell((Number(write(entry.low), entry.low), " to ", Number(write(entry.high), entry.high)))
+    return Cell((Number(write(low), low), " to ", Number(write(high), high)))
 
 
-def probe_page(result: ProbeSummary) -> str:
+def probe_page(result: LayerProbe) -> str:
     """The main metric by layer, the layer weights of the mix, and all numbers."""
     sections = [
         ("layers", "Layers", "Layer by layer", side_by_side(_layers_figure(result), _mix_figure(result))),
         ("numbers", "Numbers", "In numbers", probe_table(result).html()),
         ("how", "Method", "Method", _method_section(result)),
     ]
-    title = f"Layers of {plain_text(mask_secrets(result.model))} \u2013 postgrad"
-    return render_page(title, _header(result), sections, FOOTER)
+    title = f"Layers of {plain_text(mask_secrets(result.model))}"
+    return render_page(title, "probe", "Layer by layer", _lead(result), sections)
 
 
-def _header(result: ProbeSummary) -> str:
-    main, guess = result.metric, result.guess.get(result.metric, _NO_ESTIMATE).value
-    sign = -1 if main == "MSE" else 1
-    best = max(result.views, key=lambda v: sign * v.dev, default=ProbedView(name=ABSENT))
-    value = best.metrics.get(main, _NO_ESTIMATE).value
-    lead = f"Best on dev: <b>{escape_html(best.name)}</b>, {escape_html(main)} {format_fixed(value)}"
+def _lead(result: LayerProbe) -> str:
+    best, guess = result.best, result.guess.get(result.metric)
+    lead = f"Best on dev: <b>{escape_html(best.name)}</b>, {escape_html(result.metric)}"
+    lead += f" {format_fixed(best.metrics[result.metric].value)}"
     if guess is not None:
-        lead += f" on the test part (baseline: {format_fixed(guess)})"
-    return f'<p class="over">postgrad \u00b7 probe</p><h1>Layer by layer</h1><p class="lead">{lead}.</p>'
+        lead += f" on the test part (baseline: {format_fixed(guess.value)})"
+    return f'<p class="lead">{lead}.</p>'
 
 
-def _method_section(result: ProbeSummary) -> str:
+def _method_section(result: LayerProbe) -> str:
     settings = facts(
         [
             ("Model", result.model),
@@ -116,7 +125,7 @@ def _method_section(result: ProbeSummary) -> str:
     return intro + settings + "".join(f"<p>{escaped_passage(note)}</p>" for note in result.notes)
 
 
-def _mix_figure(result: ProbeSummary) -> str:
+def _mix_figure(result: LayerProbe) -> str:
     shares = next((view.shares for view in result.views if view.shares), [])
     if not shares:
         return ""
@@ -131,8 +140,8 @@ def _mix_figure(result: ProbeSummary) -> str:
     )  # fmt: skip
 
 
-def _layers_figure(result: ProbeSummary) -> str:
-    main, guess = result.metric, result.guess.get(result.metric, _NO_ESTIMATE).value
+def _layers_figure(result: LayerProbe) -> str:
+    main, guess = result.metric, result.guess.get(result.metric)
     single = [view for view in result.views if view.kind == "state"]
     joined = [view for view in result.views if view.kind != "state"]
     positions = [result.layers + 1.0 + i for i in range(len(joined))]
@@ -143,9 +152,9 @@ def _layers_figure(result: ProbeSummary) -> str:
     ]
     labels = [*_layer_ticks(result.layers), *((x, view.kind) for x, view in zip(positions, joined, strict=True))]
     levels = []
-    if guess:
-        text = format_percent(guess) if 0 <= guess <= 1 else format_fixed(guess)
-        levels.append(LimitLine(guess, f"baseline {text}"))
+    if guess and guess.value:
+        text = format_percent(guess.value) if 0 <= guess.value <= 1 else format_fixed(guess.value)
+        levels.append(LimitLine(guess.value, f"baseline {text}"))
     return figure(
         f"{main} by layer",
         lambda w: line_chart(
@@ -156,12 +165,12 @@ def _layers_figure(result: ProbeSummary) -> str:
     )  # fmt: skip
 
 
-def _view_series(name: str, main: str, views: Sequence[ProbedView], positions: Sequence[float], colour: int) -> Series:
+def _view_series(name: str, main: str, views: Sequence[LayerView], positions: Sequence[float], colour: int) -> Series:
     entries = [(x, view.metrics[main]) for x, view in zip(positions, views, strict=True) if main in view.metrics]
     return Series(
         name,
-        [(x, entry.value or 0.0) for x, entry in entries],
-        band=[(x, entry.low or 0.0, entry.high or 0.0) for x, entry in entries],
+        [(x, entry.value) for x, entry in entries],
+        band=[(x, entry.low, entry.high) for x, entry in entries],
         has_markers=True,
         colour=colour,
     )

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from postgrad.reports.html.charts import ForestRow, LimitLine, forest_plot
-from postgrad.reports.html.document import FOOTER, facts, figure, intro_paragraph, render_page, side_by_side
+from postgrad.reports.html.document import facts, figure, intro_paragraph, render_page, side_by_side
 from postgrad.reports.html.notation import escape_html, format_percent, format_signed
 from postgrad.reports.html.table import Cell, Column, Table, text_cell, value_cell
-from postgrad.reports.result_models import Distance, ShiftResult
+
+if TYPE_CHECKING:
+    from postgrad.analysis.domain_shift import ShiftEstimate
+    from postgrad.commands.shift import MeasuredShift
 
 _MEASURES = {
     "byte trigrams": ("Byte trigrams", "Jensen-Shannon divergence, bits"),
@@ -21,7 +26,7 @@ _LEADS = {
 }
 
 
-def shift_page(result: ShiftResult) -> str:
+def shift_page(result: MeasuredShift) -> str:
     """The page of a measured shift."""
     sections = [
         ("advice", "Settings", "Suggested settings", _advice_section(result)),
@@ -29,18 +34,16 @@ def shift_page(result: ShiftResult) -> str:
         ("model", "Model", "Both texts under the model", _model_section(result)),
     ]
     surprise = result.surprise
-    value = surprise.value or 0.0
-    header = (
-        '<p class="over">postgrad · shift</p>'
-        f"<h1><bdi>{escape_html(result.model, 160)}</bdi></h1>"
+    value = surprise.value
+    lead = (
         f'<p class="lead">{_LEADS[result.strength]} The model needs {abs(value):.3f} bits {"fewer" if value < 0 else "more"}'
         f" per byte of the new text than of the old (new minus old {format_signed(surprise.low)} to"
         f" {format_signed(surprise.high)}).</p>"
     )
-    return render_page("Shift – postgrad", header, sections, FOOTER)
+    return render_page("Shift", "shift", result.model, lead, sections)
 
 
-def _advice_section(result: ShiftResult) -> str:
+def _advice_section(result: MeasuredShift) -> str:
     """A card for each proposed setting."""
     cards = "".join(
         f'<li class="t-even"><div class="what"><span>{escape_html(proposal.what)}</span></div>'
@@ -52,7 +55,7 @@ def _advice_section(result: ShiftResult) -> str:
     return f'{intro}<ul class="cards">{cards}</ul>'
 
 
-def _distance_section(result: ShiftResult) -> str:
+def _distance_section(result: MeasuredShift) -> str:
     figures = [
         _distance_figure(name, unit, result.distances[key])
         for key, (name, unit) in _MEASURES.items()
@@ -64,8 +67,8 @@ def _distance_section(result: ShiftResult) -> str:
     ) + side_by_side(*figures)
 
 
-def _distance_figure(name: str, unit: str, distance: Distance) -> str:
-    if distance.value is None or distance.same is None:
+def _distance_figure(name: str, unit: str, distance: ShiftEstimate) -> str:
+    if distance.same is None:
         return ""
     tone = "bad" if distance.value > distance.same else "even"
     rows = [ForestRow("old to new", distance.value, distance.low, distance.high, tone)]
@@ -73,13 +76,13 @@ def _distance_figure(name: str, unit: str, distance: Distance) -> str:
     return figure(name, lambda w: forest_plot(rows, title=name, x_label=unit, width=w, limit=limit, sign=False))
 
 
-def _model_section(result: ShiftResult) -> str:
+def _model_section(result: MeasuredShift) -> str:
     texts = (result.old, result.new)
     rows: list[list[Cell]] = [
         [text_cell("bits per byte"), *(value_cell(text.bits.value) for text in texts)],
-        [text_cell("bytes per token"), *(value_cell(text.bytes_per_token, 2) for text in texts)],
-        [text_cell("tokens per word"), *(value_cell(text.tokens_per_word, 2) for text in texts)],
-        [text_cell("unknown tokens"), *(text_cell(format_percent(text.unknown, 2)) for text in texts)],
+        [text_cell("bytes per token"), *(value_cell(text.fertility.bytes_per_token, 2) for text in texts)],
+        [text_cell("tokens per word"), *(value_cell(text.fertility.tokens_per_word, 2) for text in texts)],
+        [text_cell("unknown tokens"), *(text_cell(format_percent(text.fertility.unknown, 2)) for text in texts)],
     ]
     columns = (Column("measure", is_text=True), Column("old"), Column("new"))
     table = Table("Both texts under the model and its tokenizer", columns, tuple(map(tuple, rows)))

@@ -4,49 +4,47 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Sequence
+from typing import TYPE_CHECKING
 
 from postgrad.reports.html.charts import ScatterPoint, Series, line_chart, scatter
-from postgrad.reports.html.document import FOOTER, figure, intro_paragraph, render_page, side_by_side
+from postgrad.reports.html.document import figure, intro_paragraph, render_page, side_by_side
 from postgrad.reports.html.notation import escape_html
 from postgrad.reports.html.table import Column, Table, difference_cell, text_cell
-from postgrad.reports.result_models import BlendPoint, BlendResult
+
+if TYPE_CHECKING:
+    from postgrad.commands.blend import Blend, BlendedModel
 
 
-def blend_page(result: BlendResult) -> str:
+def blend_page(result: Blend) -> str:
     """The page of a sweep."""
-    end = f"the mean of its last {result.average} checkpoints" if result.average else result.run
-    chosen = f" Selected: <b>{escape_html(result.chosen)}</b>." if result.chosen else ""
-    header = (
-        '<p class="over">postgrad · blend</p>'
-        f"<h1><bdi>{escape_html(result.run, 160)}</bdi></h1>"
-        f'<p class="lead">Between {escape_html(result.start, 120)} (weight 0) and {escape_html(end, 120)} (weight 1).'
-        f"{chosen}</p>"
-    )
-    labelled = {"0", "0.5", "1", str(result.chosen)}
+    end = f"the mean of its last {result.average} checkpoints" if result.average else str(result.run)
+    chosen = f" Selected: <b>{escape_html(result.chosen.name)}</b>." if result.chosen else ""
+    between = f"Between {escape_html(result.start, 120)} (weight 0) and {escape_html(end, 120)} (weight 1)."
+    labelled = {"0", "0.5", "1", *([result.chosen.name] if result.chosen else [])}
     sections = [
         ("frontier", "Frontier", "Recovered forgetting against lost gain", _frontier_section(result.points, labelled)),
         ("numbers", "Numbers", "Every point", _points_table(result.points)),
     ]
-    return render_page("Blend – postgrad", header, sections, FOOTER)
+    return render_page("Blend", "blend", str(result.run), f'<p class="lead">{between}{chosen}</p>', sections)
 
 
-def _frontier_section(points: Sequence[BlendPoint], labelled_points: Container[str]) -> str:
+def _frontier_section(points: Sequence[BlendedModel], labelled_points: Container[str]) -> str:
     """The loss by weight, and gain against forgetting; only `labelled_points` have a label."""
     whole = [point for point in points if point.block is None]
     series = [
         Series(
-            f"{name} ({change.role})",
-            [(p.weight, _number_or_nan(p.changes[name].difference)) for p in whole],
-            [(p.weight, _number_or_nan(p.changes[name].low), _number_or_nan(p.changes[name].high)) for p in whole],
+            f"{name} ({item.role})",
+            [(p.weight, p.changes[name].change.difference) for p in whole],
+            [(p.weight, p.changes[name].change.low, p.changes[name].change.high) for p in whole],
             has_markers=True,
         )
-        for name, change in points[0].changes.items()
+        for name, item in points[0].changes.items()
     ]
     spots = [
         ScatterPoint(
             point.name,
-            _role_mean(point, "retained"),
-            -_role_mean(point, "learned"),
+            _mean_change(point, "retained"),
+            -_mean_change(point, "learned"),
             is_muted=point.name not in labelled_points,
         )
         for point in points
@@ -71,18 +69,15 @@ def _frontier_section(points: Sequence[BlendPoint], labelled_points: Container[s
     )  # fmt: skip
 
 
-def _points_table(points: Sequence[BlendPoint]) -> str:
-    columns = (Column("weight"), *(Column(name, change.role) for name, change in points[0].changes.items()))
+def _points_table(points: Sequence[BlendedModel]) -> str:
+    columns = (Column("weight"), *(Column(name, item.role) for name, item in points[0].changes.items()))
     rows = tuple(
-        (text_cell(point.name), *(difference_cell(change, 4) for change in point.changes.values())) for point in points
+        (text_cell(point.name), *(difference_cell(item.change, 4) for item in point.changes.values()))
+        for point in points
     )
     return Table("Change against the start model, nats per token, with 95 % intervals", columns, rows).html()
 
 
-def _role_mean(point: BlendPoint, role: str) -> float:
-    values = [_number_or_nan(change.difference) for change in point.changes.values() if change.role == role]
-    return sum(values) / len(values) if values else math.nan
-
-
-def _number_or_nan(value: float | None) -> float:
-    return math.nan if value is None else value
+def _mean_change(point: BlendedModel, role: str) -> float:
+    mean = point.mean_change(role)
+    return math.nan if mean is None else mean
