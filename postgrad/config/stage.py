@@ -12,7 +12,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic import (
+    BeforeValidator,
+    Discriminator,
+    Field,
+    SerializerFunctionWrapHandler,
+    Tag,
+    model_serializer,
+    model_validator,
+)
 
 from postgrad.config.document_filters import AnySelection
 from postgrad.config.mixing import AnyMixing, fill_shares
@@ -194,6 +202,14 @@ class HeldOutFile(TemplatedRowFormat):
     same_format_as: str | None = None
     """A source of this stage with the same row kind, columns and templates. Default: the only source of its role whose kind is
     set."""
+
+    @model_serializer(mode="wrap")
+    def _omit_unset_split(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Fingerprints of stages from before this key stay the same."""
+        dumped = serialize(self)
+        if dumped.get("split") is None:
+            dumped.pop("split", None)
+        return dumped
 
 
 def expand_held_out_file(value: Any) -> Any:
