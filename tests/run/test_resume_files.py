@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from postgrad.errors import PostgradError, ResumeError
+from postgrad.errors import PostgradError, ResumeError, StageError
 from postgrad.lineage.record import read_record
 from postgrad.run import training_session
 from postgrad.run.events import RunEvent, RunFinished, RunStarted, StepCompleted, WarningMessage
@@ -126,7 +126,7 @@ def test_a_model_folder_of_a_killed_process_is_published_again(runs: Runs, stopp
 
 def test_the_record_of_another_run_is_refused(runs: Runs, stopped: Path) -> None:
     shutil.copy(runs.other / "record.json", stopped)
-    with pytest.raises(ResumeError, match="record of another run") as caught:
+    with pytest.raises(StageError, match=r"this file is of the run \w+, and plan.json beside it") as caught:
         runs.resume(stopped)
     assert caught.value.where == str(stopped / "record.json")
 
