@@ -180,8 +180,8 @@ class OptimizerConfig(ConfigModel):
     max_grad_norm: Annotated[float, Field(gt=0), BeforeValidator(reject_bool)] = 1.0
     """Largest 2-norm of the whole gradient; larger ones are clipped."""
     max_skipped_steps: Annotated[int, Field(ge=0), BeforeValidator(reject_bool)] = 10
-    """How many steps may be skipped because their loss or gradient is not finite; one more ends the run. A skipped step changes
-    no weight and counts no trained token. May be changed on resume."""
+    """How many steps, at most half of all, may be skipped because their loss or gradient is not finite; one more ends the run.
+    A skipped step changes no weight and counts no trained token. May be changed on resume."""
     moments: Literal["reset", "keep", "keep-second"] = "reset"
     """Initial moments: zero, or those of the start checkpoint (both, or only the second)."""
     sparse_update: AnyUpdate | None = None

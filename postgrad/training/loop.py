@@ -17,25 +17,23 @@ def train_steps(
 ) -> Iterator[StepReport | SkippedStepRow]:
     """Train up to `last_step`, and yield a report after each step, or the row of a step that was skipped.
 
-    Raises `NonFiniteError` when more than `run.max_skipped_steps` steps, or half of all, have a loss or gradient that is not
-    finite.
+    Raises `NonFiniteError` when more than `run.max_skipped_steps` steps have a loss or gradient that is not finite.
     """
     run.model.train()
-    max_skipped = min(run.max_skipped_steps, last_step // 2)  # most of a short stage skipped: the model is broken
     while run.step < last_step:
         report = step_function(run, loader(run.step + 1, last=last_step))
         if isinstance(report, StepReport):
             yield report
             continue
         row = _make_row(report, loader, run.sources)
-        if run.skipped_steps > max_skipped:
+        if run.skipped_steps > run.max_skipped_steps:
             raise NonFiniteError(
                 f"loss {report.loss} and gradient norm {report.gradient_norm} ({row.list_rows()}); the weights are unchanged, "
                 f"and {run.skipped_steps - 1} earlier steps were skipped",
                 where=f"step {row.step}",
-                expected=f"at most {max_skipped} steps whose loss or gradient is not finite",
-                hint="raise optimizer.max_skipped_steps and repeat the command: it resumes from the last checkpoint; if most "
-                "steps fail, lower schedule.peak in a stage with another `output`",
+                expected=f"at most {run.max_skipped_steps} steps whose loss or gradient is not finite",
+                hint="raise optimizer.max_skipped_steps (half of the steps count at most) and repeat the command: it resumes "
+                "from the last checkpoint; if most steps fail, lower schedule.peak in a stage with another `output`",
             )
         yield row
 
