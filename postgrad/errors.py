@@ -23,7 +23,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Iterable
 from functools import partial
+from pathlib import Path
 from typing import Any
+
+from postgrad.foreign_text import mask_secrets, visible_text
 
 
 class PostgradError(Exception):
@@ -34,6 +37,8 @@ class PostgradError(Exception):
     """Of several processes, the rank that prints an error which all of them raise; None: each that raises it."""
 
     def __init__(self, problem: str, *, where: str = "", expected: str = "", hint: str = "") -> None:
+        # Names and values in a message come from files.
+        problem, where, expected, hint = (mask_secrets(visible_text(text)) for text in (problem, where, expected, hint))
         self.problem, self.where, self.expected, self.hint = problem, where, expected, hint
         lines = [f"{where}: {problem}" if where else problem]
         if expected:
@@ -115,6 +120,26 @@ def suggest_nearest(word: str, known: Iterable[str]) -> str:
     """A hint `did you mean 'x'?` for a mistyped word, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"did you mean '{close[0]}'?" if close else ""
+
+
+def suggest_path(missing: Path) -> str:
+    """A hint for a path that does not exist: a similar name in the nearest existing folder, or the names in it."""
+    parent = missing.parent
+    while not parent.is_dir() and parent != parent.parent:
+        missing, parent = parent, parent.parent
+    try:
+        names = sorted(entry.name for entry in parent.iterdir() if not entry.name.startswith("."))
+    except OSError:
+        return ""
+    return suggest_nearest(missing.name, names) or (
+        f"{parent} has {format_names(names)}" if names else f"{parent} is empty"
+    )
+
+
+def format_names(names: Iterable[str], limit: int = 6) -> str:
+    """The first names, and how many more there are."""
+    listed = list(names)
+    return ", ".join(listed[:limit]) + (f" and {len(listed) - limit} more" if len(listed) > limit else "")
 
 
 def suggest_nearest_or_all(word: str, known: Iterable[str]) -> str:

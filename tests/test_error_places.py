@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import re
 from collections.abc import Iterator
@@ -63,6 +64,12 @@ def command_line_words() -> set[str]:
     return words
 
 
+@functools.cache
+def schemas() -> tuple[dict[str, Any], ...]:
+    """Of a stage file and of a study file."""
+    return json.loads(json_schema()), json.loads(study_schema())
+
+
 def exists(place: str, words: set[str]) -> bool:
     path = re.sub(r"\[\w*\]", "", place).split(".")
     return (
@@ -70,7 +77,7 @@ def exists(place: str, words: set[str]) -> bool:
         or all(word in words for word in place.split())
         or place in postgrad.__all__
         or place in ("study init", "predict", "adapter_model.safetensors")  # a mode, a method, a file of PEFT's
-        or any(has_path(schema, path) for schema in map(json.loads, (json_schema(), study_schema())))
+        or any(has_path(schema, path) for schema in schemas())
     )
 
 

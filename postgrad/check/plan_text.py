@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from postgrad.foreign_text import plain_text
 from postgrad.lineage.record import Contamination, DocumentSelection
 from postgrad.optim import lr_schedules
 from postgrad.plan.checkpoint_selection import selection_rule_line
 from postgrad.plan.evaluation_plan import EvaluationPlan
 from postgrad.plan.plan import Plan
 from postgrad.plan.prompted_task import PromptedTask
-from postgrad.reports.html.notation import plain_text
 from postgrad.reports.sections.task_section import omissions_text, prompting_text
 from postgrad.run.task_scores import describe_task
 

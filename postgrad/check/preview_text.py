@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from postgrad.check.preview_rows import PreviewRow, PreviewSource, RowSegment, State, Token
-from postgrad.reports.html.notation import multiline_text
+from postgrad.foreign_text import multiline_text
 
 STATE_STYLES: dict[State, str] = {"trained": "bold green", "context": "", "padding": "dim"}
 INPUT_STYLE = "yellow"

@@ -26,8 +26,8 @@ from postgrad.data.render.renderer import Renderer
 from postgrad.data.render.renderers import ClassRenderer, PlainRenderer, TagRenderer
 from postgrad.data.tokens.source_files import read_all_labels
 from postgrad.errors import DataError
+from postgrad.foreign_text import plain_text
 from postgrad.plan.sources import ResolvedSource
-from postgrad.reports.html.notation import plain_text
 
 _MAX_LABEL_NAMES = 6
 

@@ -16,6 +16,7 @@ import typer
 from postgrad.cli import measure_verbs, model_verbs, stage_verbs
 from postgrad.cli.options import Verb
 from postgrad.cli.streams import lasting_streams, stop_on_signals
+from postgrad.cli.terminal import guard_streams
 from postgrad.errors import PostgradError
 from postgrad.version import __version__
 
@@ -75,7 +76,7 @@ def _run_guarded(run: Callable[[], object]) -> None:
         run()
     except PostgradError as error:
         if error.reported_by in (None, int(os.environ.get("RANK", "0"))):
-            print(f"error: {error}", file=sys.stderr)
+            _print_error(f"error: {error}")
         raise SystemExit(error.exit_code) from None
     except SystemExit as ended:
         if ended.code == 130:  # typer's exit code for Ctrl-C
@@ -93,8 +94,13 @@ def _run_guarded(run: Callable[[], object]) -> None:
         )
         raise SystemExit(1) from None
     except OSError as error:  # a file that vanished, or that may not be read
-        print(f"error: {error.filename or 'the system'}: {error.strerror or error}", file=sys.stderr)
+        _print_error(f"error: {error.filename or 'the system'}: {error.strerror or error}")
         raise SystemExit(1) from None
+
+
+def _print_error(text: str) -> None:
+    with guard_streams():
+        print(text, file=sys.stderr)
 
 
 if __name__ == "__main__":

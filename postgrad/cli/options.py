@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from postgrad.cli.terminal import guard_streams
 from postgrad.errors import MissingExtra, StageError
 
 if TYPE_CHECKING:
@@ -73,6 +74,11 @@ class Verb(TyperCommand):
             if option in renamed:
                 raise StageError("no such option", where=option, hint=f"it is now {renamed[option]}")
         return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the verb with guarded streams."""
+        with guard_streams():
+            return super().invoke(ctx)
 
 
 def require_training() -> None:

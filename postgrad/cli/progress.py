@@ -9,9 +9,10 @@ import time
 from collections.abc import Iterable
 from typing import Protocol, runtime_checkable
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from postgrad.cli.terminal import make_console, raw_stream
+from postgrad.foreign_text import visible_text
 from postgrad.hardware.memory import format_bytes
 from postgrad.lineage.metrics import EvaluationRow
 from postgrad.reports.html.notation import format_duration
@@ -154,16 +155,17 @@ class ProgressLine:
 
     def __call__(self, activity: str, done: int, total: int) -> None:
         now = time.perf_counter()
-        if sys.stderr.isatty() and now - self.start_time > _COUNT_EVERY_SECONDS and now - self.last_shown > 0.2:
+        stream = raw_stream(sys.stderr)
+        if stream.isatty() and now - self.start_time > _COUNT_EVERY_SECONDS and now - self.last_shown > 0.2:
             self.last_shown = now
-            print(f"\r{activity}: {done / total:.0%}\x1b[K", end="", file=sys.stderr, flush=True)
+            print(f"\r{visible_text(activity)}: {done / total:.0%}\x1b[K", end="", file=stream, flush=True)
 
     def __enter__(self) -> ProgressLine:
         return self
 
     def __exit__(self, *_: object) -> None:
         if self.last_shown:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+            print("\r\x1b[K", end="", file=raw_stream(sys.stderr), flush=True)
 
 
 class _PlainScreen(Screen):
@@ -206,15 +208,17 @@ class _BarScreen(Screen):
     """One moving line, and lasting lines above it."""
 
     def __init__(self) -> None:
-        self.console = Console(stderr=True, highlight=False)
+        self.console = make_console(stderr=True)
         self.progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=20),
-            TextColumn("{task.percentage:>3.0f}%"),
-            TextColumn("{task.fields[more]}"),
+            TextColumn("{task.percentage:>3.0f}%", markup=False),
+            TextColumn("{task.fields[more]}", markup=False),
             console=self.console,
             transient=True,
             refresh_per_second=4,
+            redirect_stdout=False,  # the streams are guarded already
+            redirect_stderr=False,
         )
         self.is_started = False
         self.task: TaskID | None = None
@@ -257,7 +261,7 @@ class _BarScreen(Screen):
                         worst = max(rises, key=lambda n: rises[n])
                         self.forgetting = f"{worst} {rises[worst]:+.3f}"
                 if line := event_text(event):
-                    self.console.print(line, markup=False)
+                    self.console.print(line)
 
     def close(self) -> None:
         if self.is_started:

@@ -104,12 +104,11 @@ def check(
     if as_json or not result.rows:
         print_result(result, as_json, f"{result.text}\n{following}")
         return
-    from rich.console import Console
-
     from postgrad.check.preview_text import print_rows
+    from postgrad.cli.terminal import make_console
 
     print(f"{result.text}\n")
-    print_rows(list(result.rows), Console(highlight=False))
+    print_rows(list(result.rows), make_console(stderr=False))
     print(f"\n{following}")
 
 

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from postgrad.cli.terminal import make_console
 from postgrad.lineage.metrics import EvaluationRow
 from postgrad.reports.html.notation import format_duration, format_signed
 from postgrad.studies.run_step import StepProgress, StepWarning
@@ -183,12 +183,18 @@ class _LiveStudyScreen(StudyScreen):
     """A live table of the arms, and lasting lines above it."""
 
     def __init__(self) -> None:
-        self.console = Console(stderr=True, highlight=False)
+        self.console = make_console(stderr=True)
         self.live: Live | None = None
 
     def show_message(self, text: str) -> None:
         if self.live is None:
-            self.live = Live(console=self.console, refresh_per_second=4, transient=True)
+            self.live = Live(
+                console=self.console,
+                refresh_per_second=4,
+                transient=True,
+                redirect_stdout=False,  # the streams are guarded already
+                redirect_stderr=False,
+            )
             self.live.start()
         self.live.update(f"{text} ...")
 
@@ -197,9 +203,9 @@ class _LiveStudyScreen(StudyScreen):
         assert self.live is not None
         match event:
             case StepFailed(key, error):
-                self.console.print(f"{_step_slug(progress, key)} FAILED: {error}", markup=False)
+                self.console.print(f"{_step_slug(progress, key)} FAILED: {error}")
             case StepWarning(key, message):
-                self.console.print(f"{_step_slug(progress, key)}: warning: {message}", markup=False)
+                self.console.print(f"{_step_slug(progress, key)}: warning: {message}")
         self.live.update(progress_table(progress))
 
     def close(self) -> None:

@@ -20,7 +20,7 @@ from postgrad.lineage.record import RECORD, read_record
 from postgrad.models.location import ModelLocation, locate_model
 from postgrad.models.model_sizes import load_model_sizes
 from postgrad.models.pretrained import load_tokenizer
-from postgrad.plan.model_inputs import make_encoder
+from postgrad.plan.model_inputs import make_encoder, unknown_notes
 from postgrad.storage.atomic import write_atomically
 
 _REPLAY_SHARE = 0.10
@@ -63,6 +63,7 @@ class WrittenStage(Result):
     """How the text was read, such as `text` or `chat`."""
     samples: tuple[str, ...]
     """The first 100 characters of the first three documents."""
+    notes: tuple[str, ...]
 
 
 def write_stage(
@@ -83,7 +84,8 @@ def write_stage(
     root = stage_path.resolve().parent
     start = locate_model(model, root)
     sizes = load_model_sizes(start)
-    encoder = make_encoder(load_tokenizer(start), sizes.vocab_size)
+    tokenizer = load_tokenizer(start)
+    encoder = make_encoder(tokenizer, sizes.vocab_size)
     positions = sizes.positions or 1024
     files = Files("new", data, root=root, where="--data")
     store = build_store(files, encoder, cache)
@@ -136,7 +138,10 @@ def write_stage(
         retained="" if replay else "\n  # retained: [old-heldout.jsonl]   # old text, to measure forgetting",
     )
     write_atomically(stage_path, text)
-    return WrittenStage(stage_path, data, len(store), store.tokens, store.bytes, store.kind, tuple(samples))
+    notes = unknown_notes(tokenizer, encoder, {data: store})
+    return WrittenStage(
+        stage_path, data, len(store), store.tokens, store.bytes, store.kind, tuple(samples), tuple(notes)
+    )
 
 
 def _suggested_rates(start: ModelLocation, model: str) -> tuple[str, str, str]:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import yaml
-
 from postgrad.commands.cache import cache_folder
 from postgrad.commands.score_files import DEFAULT_CONTEXT, score_model
-from postgrad.config.stage_file import parse_recorded_stage
+from postgrad.config.stage_file import parse_recorded_stage, parse_recorded_yaml
 from postgrad.evaluation.held_out import HeldOutSet
 from postgrad.hardware import machine
 from postgrad.lineage.record import Record
@@ -44,7 +42,7 @@ def _load_first_start(record: Record, cache: Path) -> ModelLocation:
     if record.model.new_model is None:
         return locate_model(record.model.source or record.model.start_model, folder)
     return resolve_start_model(
-        parse_recorded_stage(yaml.safe_load(record.stage_yaml or ""), record.name), folder, cache
+        parse_recorded_stage(parse_recorded_yaml(record.stage_yaml, record.name), record.name), folder, cache
     )
 
 
@@ -52,7 +50,7 @@ def _load_stage_sets(stages: Stages, key: str, cache: Path) -> dict[str, HeldOut
     """The held-out sets of the stage whose record has `key`, read again."""
     for _, record in stages:
         if any(set_key(record, name) == key for name in record.changes):
-            raw = yaml.safe_load(record.stage_yaml or "")
+            raw = parse_recorded_yaml(record.stage_yaml, record.name)
             raw["evaluation"]["tasks"] = []  # their files may have moved, and the matrix has no column for them
             stage = parse_recorded_stage(raw, record.name)
             plan = make_plan(stage, Path(record.stage_folder or "."), cache)

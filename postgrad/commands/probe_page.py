@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from postgrad.data.problem_type import ProblemType
+from postgrad.foreign_text import mask_secrets, plain_text
 from postgrad.lineage.record import Interval
 from postgrad.reports.html.charts import LimitLine, Series, line_chart
 from postgrad.reports.html.document import (
@@ -24,8 +25,6 @@ from postgrad.reports.html.notation import (
     format_fixed,
     format_percent,
     format_signed,
-    mask_secrets,
-    plain_text,
 )
 from postgrad.reports.html.table import Cell, Column, Number, Table, change_cell, text_cell, value_cell
 

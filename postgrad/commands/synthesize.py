@@ -27,12 +27,12 @@ from postgrad.data.filter.near_duplicates import NearDuplicateIndex, repetition_
 from postgrad.data.read.documents import read_documents
 from postgrad.data.read.files import RawSource as Files
 from postgrad.data.read.generated_text import GENERATED_COLUMN
+from postgrad.data.render.frame import TextPrefix
 from postgrad.data.tokens.encoder import Encoder
 from postgrad.data.words import split_spaces
 from postgrad.errors import DataError, ModelError, StageError
 from postgrad.evaluation.continuations import decode_ids
 from postgrad.evaluation.generate_documents import generate_documents
-from postgrad.evaluation.held_out import insert_after_bos
 from postgrad.hardware import machine
 from postgrad.hardware.memory import memory_errors
 from postgrad.models.location import locate_model
@@ -128,15 +128,15 @@ class TextGenerator:
     model: CausalModel
     tokenizer: PreTrainedTokenizerBase
     encoder: Encoder
-    virtual_tokens: tuple[int, ...]
-    """Ids of a soft prompt that go before every text."""
+    prefix: TextPrefix
+    """Special tokens and soft prompts before every text."""
     max_positions: int | None
 
     @property
     def stop_tokens(self) -> set[int]:
         """Token ids that end a document."""
         named = getattr(self.model.pretrained.generation_config, "eos_token_id", None)
-        own = [self.encoder.eos, self.encoder.bos, *(named if isinstance(named, list) else [named])]
+        own = [self.encoder.eos, *self.encoder.prefix_ids, *(named if isinstance(named, list) else [named])]
         return {token for token in own if token is not None}
 
 
@@ -171,9 +171,8 @@ def load_generator(
     opened = open_model(start)
     view = wrap_model(opened.model, Task.CAUSAL).to(machine.default_device())
     assert isinstance(view, CausalModel)
-    return TextGenerator(
-        model, start_fingerprint(start) or model, view, tokenizer, encoder, tuple(opened.frame.prefix_ids), limit
-    )
+    prefix = TextPrefix(opened.frame.outer_ids, encoder.prefix_ids, opened.frame.prefix_ids)
+    return TextGenerator(model, start_fingerprint(start) or model, view, tokenizer, encoder, prefix, limit)
 
 
 def synthesize(
@@ -211,19 +210,18 @@ def _generate_documents(
 ) -> Iterator[Candidate]:
     """Documents of running text after their prompts."""
     batch_prompts = [prompts[number % len(prompts)] for number in numbers]
-    bos = generator.encoder.bos
     documents = generate_documents(
         generator.model,
-        [insert_after_bos(ids, generator.virtual_tokens, bos) for ids, _ in batch_prompts],
+        [generator.prefix.insert(ids) for ids, _ in batch_prompts],
         numbers,
         seed=request.seed,
-        max_new_tokens=request.max_document_tokens - len(batch_prompts[0][0]) - len(generator.virtual_tokens),
+        max_new_tokens=request.max_document_tokens - len(batch_prompts[0][0]) - len(generator.prefix.virtual_tokens),
         stop_ids=generator.stop_tokens,
         temperature=request.temperature,
         top_p=request.top_p,
     )
     for (ids, origin), new in zip(batch_prompts, documents, strict=True):
-        prompt = ids[1:] if bos is not None or not request.prompt_tokens else ids
+        prompt = ids[len(generator.encoder.prefix_ids) :] if request.prompt_tokens else ids[:0]
         text = decode_ids(generator.tokenizer, np.concatenate([prompt, new.ids])).strip()
         short = "too short" if len(split_spaces(text)) < _MIN_WORDS else None
         repeats = "repetitive" if repetition_share(new.ids.tolist()) > request.max_repetition else None
@@ -412,13 +410,11 @@ def check_request(out: Path, request: SynthesisRequest) -> None:
 def _read_prompts(
     files: Sequence[str], request: SynthesisRequest, tokenizer: PreTrainedTokenizerBase, encoder: Encoder
 ) -> list[tuple[np.ndarray, str]]:
-    """The prompts with their origins: the first tokens of given texts, or the BOS alone."""
-    # A model without a BOS has learnt that a text begins after the EOS of another.
-    first = encoder.bos if encoder.bos is not None else encoder.eos
+    """The prompts with their origins: the first tokens of given texts, or the special tokens before a text alone."""
     if not request.prompt_tokens:
-        return [(np.array([first]), "bos")]
+        # A model without a BOS has learnt that a text begins after the EOS of another.
+        return [(np.array(encoder.prefix_ids or (encoder.eos,)), "bos")]
     prompts: list[tuple[np.ndarray, str]] = []
-    lead = [] if encoder.bos is None else [first]
     for path in files:
         documents = read_documents(Files("prompts", str(path), root=Path.cwd(), where="--prompts"))
         for document in islice(documents, _MAX_PROMPTS):
@@ -426,7 +422,7 @@ def _read_prompts(
                 continue
             ids = tokenizer(document.text[: 32 * request.prompt_tokens], add_special_tokens=False)["input_ids"]
             if len(ids) >= request.prompt_tokens:
-                prompts.append((np.array([*lead, *ids[: request.prompt_tokens]]), document.location))
+                prompts.append((np.array([*encoder.prefix_ids, *ids[: request.prompt_tokens]]), document.location))
     if not prompts:
         raise DataError(
             f"no text of {request.prompt_tokens} tokens",

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
-from postgrad.config.quantities import ConfigModel, Share, TokenCount
+from postgrad.config.quantities import ConfigModel, Seed, Share, TokenCount
 from postgrad.config.row_format import RowFormat
 
 MIN_THRESHOLD = 0.7
@@ -43,7 +43,7 @@ class DsirSelection(ConfigModel):
     """Files with the target text: at least 1,000 words."""
     keep: Annotated[Share, Field(gt=0)]
     """Share of the documents to keep."""
-    seed: Annotated[int, Field(ge=0)] | None = None
+    seed: Seed | None = None
     """Seed of the resampling. Default: that of the stage."""
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from postgrad.config.quantities import ConfigModel, Length, Method, Positive, Share, reject_bool
+from postgrad.config.quantities import ConfigModel, Count, Length, Method, Positive, Share, Width, reject_bool
 from postgrad.data.read.row_kinds import RUNNING_TEXT_KINDS
 from postgrad.models.task import Task
 
@@ -129,9 +129,9 @@ class ClassifierHeadConfig(ConfigModel):
     kind: Literal["auto", "linear", "mlp", "bilstm"] = "auto"
     """auto: the one that transformers has for the backbone, if all else is as there, else linear; mlp: tanh layers and a linear
     one."""
-    width: Positive | None = None
+    width: Width | None = None
     """Width of the tanh layers, or of each direction of the BiLSTM. Default: that of their input; 768 for the BiLSTM."""
-    depth: Positive | None = None
+    depth: Annotated[Positive, Field(le=100)] | None = None
     """Number of tanh or BiLSTM layers. Default: one; two for the BiLSTM, as in BERT's feature-based experiments."""
     dropout: Annotated[float, Field(ge=0, lt=1), BeforeValidator(reject_bool)] | None = None
     """Dropout between its layers. Default: that of the backbone, or 10%."""
@@ -295,7 +295,7 @@ class OnPolicyObjective(RowObjectiveConfig):
     """As for `distill`: `start`, or an earlier model with the same tokenizer."""
     weight: AnyWeight = 1.0  # type: ignore[assignment]
     """Factor of the loss: a number, or a mapping for one that changes over the stage."""
-    prompt_tokens: Annotated[int, Field(ge=0)] = 32
+    prompt_tokens: Count = 32
     """Length of the prompts taken from running text; 0: none. The prompt of an example is everything before its answer."""
     max_new_tokens: Positive = 96
     """Largest number of tokens to generate. Prompt and continuation must fit into `data.sequence_length`."""

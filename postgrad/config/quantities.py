@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Annotated, Any, ClassVar, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from postgrad.errors import StageError
+
+MAX_TOKENS, MAX_STEPS, MAX_COUNT, MAX_WIDTH, MAX_ROW = 10**15, 10**9, 10**6, 2**16, 2**20
+"""Limits, beyond which a number is a mistake: tokens; steps; batch sizes, rows and other counts; ranks and widths; tokens in a
+row."""
 
 _UNITS = {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
 
 
 _NUMBER = r"\d[\d_,]*(?:\.\d*)?(?:e[+-]?\d+)?|\.\d+(?:e[+-]?\d+)?"
+
+
+def _parse_number(text: str) -> float:
+    return float(text.replace("_", "").replace(",", ""))
 
 
 def reject_bool(value: Any) -> Any:
@@ -30,7 +38,7 @@ def _validate_token_count(value: Any) -> Any:
         match = re.fullmatch(rf"\s*({_NUMBER})\s*([kmbgt]?)\s*(?:tokens?)?\s*", value, re.IGNORECASE)
         if not match:
             raise ValueError(f"a number of tokens such as 500k, 20M or 1.5B is expected, not {value!r}")
-        value = float(match[1].replace("_", "").replace(",", "")) * _UNITS[match[2].lower()]
+        value = _parse_number(match[1]) * _UNITS[match[2].lower()]
     if isinstance(value, float):
         if not math.isfinite(value):
             raise ValueError(f"a number of tokens such as 500k, 20M or 1.5B is expected, not {value}")
@@ -43,16 +51,18 @@ def _validate_share(value: Any) -> Any:
         match = re.fullmatch(rf"\s*({_NUMBER})\s*(%?)\s*", value, re.IGNORECASE)
         if not match:
             raise ValueError(f"a share such as 5% or 0.05 is expected, not {value!r}")
-        return float(match[1].replace("_", "").replace(",", "")) / (100 if match[2] else 1)
+        return _parse_number(match[1]) / (100 if match[2] else 1)
     return reject_bool(value)
 
 
 def _validate_length(value: Any) -> Any:
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_TOKENS:
         return f"{value} steps"
-    if isinstance(value, str) and re.fullmatch(
-        rf"\s*(?:{_NUMBER})\s*(%|steps?|[kmbgt]?\s*tokens?|)\s*", value, re.IGNORECASE
+    if isinstance(value, str) and (
+        match := re.fullmatch(rf"\s*({_NUMBER})\s*(%|steps?|[kmbgt]?\s*tokens?|)\s*", value, re.IGNORECASE)
     ):
+        if _parse_number(match[1]) > MAX_TOKENS:
+            raise ValueError(f"a length of at most {MAX_TOKENS:.0e} is expected, not {value!r}")
         return f"{value.strip()} steps" if re.fullmatch(r"[\d_]+", value.strip()) else value.strip()
     raise ValueError(f"a length such as 1%, 200 steps or 2M tokens is expected, not {value!r}")
 
@@ -74,12 +84,12 @@ def _validate_patience(value: Any) -> Any:
 # Each of these may be text in a file, and the schema allows it, since editors validate against it.
 TokenCount = Annotated[
     int,
-    Field(gt=0, description="tokens: 500k, 20M, 1.5B"),
+    Field(gt=0, le=MAX_TOKENS, description="tokens: 500k, 20M, 1.5B"),
     BeforeValidator(_validate_token_count, json_schema_input_type=int | float | str),
 ]
 TokenCountOrZero = Annotated[
     int,
-    Field(ge=0, description="tokens: 500k, 20M, 1.5B; 0: none"),
+    Field(ge=0, le=MAX_TOKENS, description="tokens: 500k, 20M, 1.5B; 0: none"),
     BeforeValidator(_validate_token_count, json_schema_input_type=int | float | str),
 ]
 Share = Annotated[
@@ -93,12 +103,18 @@ Length = Annotated[
     BeforeValidator(_validate_length, json_schema_input_type=int | str),
 ]
 Patience = Annotated[
-    Annotated[int, Field(gt=0)] | None,
+    Annotated[int, Field(gt=0, le=MAX_COUNT)] | None,
     Field(description="3 evaluations, or none"),
     BeforeValidator(_validate_patience, json_schema_input_type=int | str | None),
 ]
 Rate = Annotated[float, Field(gt=0, description="a learning rate"), BeforeValidator(reject_bool)]
-Positive = Annotated[int, Field(gt=0), BeforeValidator(reject_bool)]
+Positive = Annotated[int, Field(gt=0, le=MAX_COUNT), BeforeValidator(reject_bool)]
+Count = Annotated[int, Field(ge=0, le=MAX_COUNT), BeforeValidator(reject_bool)]
+Width = Annotated[
+    int, Field(gt=0, le=MAX_WIDTH, description="a rank, width or number of vectors"), BeforeValidator(reject_bool)
+]
+Seed = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
+Name = Annotated[str, Field(pattern=r"^[\w.\-]*\w[\w.\-]*$", max_length=100)]
 Beta = Annotated[float, Field(ge=0, lt=1), BeforeValidator(reject_bool)]
 
 
@@ -107,7 +123,7 @@ def length_in_steps(length: str, steps: int, tokens: int) -> float:
     match = re.fullmatch(rf"({_NUMBER})\s*(.*)", length, re.IGNORECASE)
     assert match, length
     unit = match[2].lower().strip()
-    number = float(match[1].replace("_", "").replace(",", ""))
+    number = _parse_number(match[1])
     if unit == "%":
         return number / 100 * steps
     if unit.endswith(("token", "tokens")):
@@ -115,10 +131,33 @@ def length_in_steps(length: str, steps: int, tokens: int) -> float:
     return number
 
 
+def _find_nul(value: Any) -> str | None:
+    """The path below `value` of a text with a NUL character."""
+    if isinstance(value, str):
+        return "" if "\0" in value else None
+    if isinstance(value, Mapping):
+        items = [(f".{key}", item) for key, item in value.items()]
+    else:
+        items = [(f"[{i}]", item) for i, item in enumerate(value)] if isinstance(value, list | tuple) else []
+    for key, item in items:
+        rest = "" if "\0" in key else _find_nul(item)
+        if rest is not None:
+            return key.replace("\0", "?") + rest
+    return None
+
+
 class ConfigModel(BaseModel):
     """A frozen piece of a stage; every key is known."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_nul(cls, value: Any) -> Any:
+        """No path, name or prompt has a NUL character, which would end it in the middle."""
+        if (path := _find_nul(value)) is not None:
+            raise ValueError(f"`{path.strip('.')}` holds a NUL character")
+        return value
 
 
 class Method(ConfigModel):

@@ -19,11 +19,18 @@ from postgrad.config.mixing import AnyMixing, fill_shares
 from postgrad.config.objectives import AnyObjective
 from postgrad.config.penalties import AnyPenalty
 from postgrad.config.quantities import (
+    MAX_COUNT,
+    MAX_ROW,
+    MAX_STEPS,
+    MAX_TOKENS,
     Beta,
     ConfigModel,
+    Count,
     Length,
+    Name,
     Patience,
     Positive,
+    Seed,
     Share,
     TokenCount,
     TokenCountOrZero,
@@ -42,16 +49,16 @@ from postgrad.storage.fingerprint import fingerprint
 class Source(TemplatedRowFormat):
     """Training text: files (`path`), a Hub data set (`hub`), or everything the start model was trained on (`seen_so_far`)."""
 
-    name: Annotated[str, Field(pattern=r"^[\w.\-]+$")]
+    name: Name
     """Name of the source in the plan, the metrics and the report."""
     path: str | None = None
-    """A file, a folder or a glob; .txt .md .jsonl .json .csv .parquet, each also .gz and .zst."""
+    """A file, a folder or a glob; .txt .md .jsonl .ndjson .json .csv .tsv .parquet .arrow, each also .gz and .zst."""
     hub: str | None = None
     """A data set on the Hugging Face Hub, `owner/name`."""
     subset: str | None = None
     """Subset (configuration) of the Hub data set. Default: its own default."""
     split: str = "train"
-    """Split of the Hub data set."""
+    """Split of the Hub data set, or of a folder that has splits."""
     revision: str | None = None
     """Branch, tag or commit of the Hub data set. Default: its main branch."""
     seen_so_far: bool = False
@@ -63,7 +70,7 @@ class Source(TemplatedRowFormat):
     held_out: Share | None = None
     """Share of documents (by content hash) to hold out for evaluation. Default: about 200 documents if `evaluation` has no file
     of that role (learned; retained for replay), else none."""
-    max_passes: Annotated[float, Field(gt=0), BeforeValidator(reject_bool)] = 4.0
+    max_passes: Annotated[float, Field(gt=0, le=MAX_STEPS), BeforeValidator(reject_bool)] = 4.0
     """Limit of passes over the source in this stage; see `data.on_exhausted`."""
     prior_tokens: TokenCount | None = None
     """Tokens of this distribution that the start model was trained on before its first recorded stage. Default: unknown."""
@@ -106,7 +113,7 @@ class DataConfig(ConfigModel):
 
     sources: Annotated[list[Source], Field(min_length=1)]
     """The sources and their shares."""
-    sequence_length: Annotated[int, Field(ge=2)] = 1024
+    sequence_length: Annotated[int, Field(ge=2, le=MAX_ROW), BeforeValidator(reject_bool)] = 1024
     """Tokens in a row."""
     mixing: AnyMixing | None = None
     """How several sources without a `share` divide the remainder."""
@@ -115,9 +122,9 @@ class DataConfig(ConfigModel):
     on_exhausted: Literal["refuse", "repeat", "stop", "renormalise"] = "refuse"
     """When a source would exceed its `max_passes`: refuse before the training, repeat it anyway, stop the stage there, or give
     its share to the other sources from there on."""
-    skip_steps: Annotated[int, Field(ge=0)] = 0
+    skip_steps: Annotated[int, Field(ge=0, le=MAX_STEPS), BeforeValidator(reject_bool)] = 0
     """Start at the data of this step of the same sources and seed; an anneal branched from step N skips N."""
-    max_document_tokens: Annotated[int, Field(ge=2)] | None = None
+    max_document_tokens: Annotated[int, Field(ge=2, le=MAX_TOKENS), BeforeValidator(reject_bool)] | None = None
     """Cut longer documents at this many tokens; the cut tokens are counted. Default: no limit."""
     eos: str | None = None
     """The token that ends a document. Default: that of the tokenizer."""
@@ -178,10 +185,12 @@ class OptimizerConfig(ConfigModel):
 class HeldOutFile(TemplatedRowFormat):
     """Held-out text, or held-out rows of a task."""
 
-    name: Annotated[str, Field(pattern=r"^[\w.\-]+$")]
+    name: Name
     """Name of the set."""
     path: str
     """A file, a folder or a glob."""
+    split: str | None = None
+    """Split of a folder that has splits. Default: `test`, else `validation`."""
     same_format_as: str | None = None
     """A source of this stage with the same row kind, columns and templates. Default: the only source of its role whose kind is
     set."""
@@ -189,8 +198,9 @@ class HeldOutFile(TemplatedRowFormat):
 
 def expand_held_out_file(value: Any) -> Any:
     if isinstance(value, str):
-        stem = re.sub(r"(\.(txt|md|jsonl|json|csv|parquet|gz|zst))+$", "", Path(value).name)
-        return {"name": re.sub(r"[^\w.\-]+", "-", stem) or "held-out", "path": value}
+        stem = re.sub(r"(\.(txt|md|jsonl|ndjson|json|csv|tsv|parquet|arrow|gz|zst))+$", "", Path(value).name)
+        name = re.sub(r"[^\w.\-]+", "-", stem)[:100]
+        return {"name": name if re.search(r"\w", name) else "held-out", "path": value}
     return value
 
 
@@ -218,11 +228,11 @@ class EvaluationConfig(ConfigModel):
     drift_tokens: TokenCountOrZero = 10_000
     """Tokens of each set on which to compare outputs and layers of the start model and the trained one; both are in memory
     then. 0 disables it."""
-    relearning_steps: Annotated[int, Field(ge=0)] = 0
+    relearning_steps: Count = 0
     """Relearning test: fine-tune copies of the trained and of the start model for this many steps on old text, at the stage's
     highest rate, to separate lost knowledge from misalignment. Uses half of each retained set, or the rest of its source. 0
     disables it."""
-    samples: Annotated[int, Field(ge=0)] = 2
+    samples: Count = 2
     """Texts of each set to continue before and after, for the report."""
     tasks: list[TaskConfig] = []
     """Prompted tasks, before and after."""
@@ -303,7 +313,7 @@ class NewTokenizer(ConfigModel):
 
     kind: Literal["byte-bpe"] = "byte-bpe"
     """Byte-level BPE, which can encode every text."""
-    vocab_size: Annotated[int, Field(ge=300)] = 8000
+    vocab_size: Annotated[int, Field(ge=300, le=MAX_COUNT), BeforeValidator(reject_bool)] = 8000
     """Size of the vocabulary, special tokens included; smaller if the text has no more pairs that occur twice."""
 
 
@@ -338,7 +348,7 @@ AnyModel = Annotated[Annotated[str, Tag("by name")] | Annotated[FreshModel, Tag(
 class Stage(ConfigModel):
     """One stage of a lineage."""
 
-    name: Annotated[str, Field(pattern=r"^[\w.\-]+$")]
+    name: Name
     """Name of the run and, without `output`, of its folder."""
     model: AnyModel
     """The start model: a folder, a Hub name, a run folder or a checkpoint; or a mapping for a new model."""
@@ -350,7 +360,7 @@ class Stage(ConfigModel):
     """The budget in trained tokens, replay included (compute-equivalent)."""
     new_tokens: TokenCount | None = None
     """... or the budget in tokens of the new sources; replay comes on top."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     """Seed of the row order, of masks and spans, of new weights and of dropout."""
     data: DataConfig
     """The training data."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,46 @@ from postgrad.config.renamed_keys import refuse_earlier_stage_names, upgrade_sta
 from postgrad.config.stage import EvaluationConfig, Stage
 from postgrad.config.tasks import TaskConfig
 from postgrad.errors import PostgradError, StageError, suggest_nearest
+from postgrad.storage.regular_file import read_regular_file
+
+MAX_BYTES, MAX_NODES, MAX_DEPTH, MAX_NUMBER_CHARACTERS = 2**20, 20_000, 50, 100
+"""Limits of a YAML file: its size; its values, where each alias counts as all that it stands for; levels of nesting; the
+length of a number, date or other value that is no text."""
 
 
 class _StrictLoader(yaml.SafeLoader):
     """YAML without surprises: a key that is a duplicate is an error, where YAML would let the last one win.
 
-    `on` and `off` are words, as they are in YAML 1.2, and a key is never a truth value.
+    `on` and `off` are words, as they are in YAML 1.2, and a key is never a truth value. Nodes, nesting and aliases are limited.
     """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._count, self._depth, self._sizes = 0, 0, dict[int, int]()
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event, start = self.peek_event(), self._count
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            raise _limit_error(f"it is nested more than {MAX_DEPTH} levels deep", event)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if isinstance(event, yaml.AliasEvent):
+            if id(node) not in self._sizes:
+                raise _limit_error(f"the alias *{event.anchor} is part of what it stands for", event)
+            self._count += self._sizes[id(node)]
+        else:
+            self._count += 1
+            self._sizes[id(node)] = self._count - start
+        if self._count > MAX_NODES:
+            raise _limit_error(f"it has more than {MAX_NODES:,} values, aliases written out", event)
+        if (
+            isinstance(node, yaml.ScalarNode)
+            and not node.tag.endswith(":str")
+            and len(node.value) > MAX_NUMBER_CHARACTERS
+        ):
+            raise _limit_error(f"a value of {len(node.value):,} characters that is no text", event)
+        return node
 
     yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in found if first not in "oO" or tag != "tag:yaml.org,2002:bool"]
@@ -29,19 +62,25 @@ class _StrictLoader(yaml.SafeLoader):
     }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: list[Any] = []
+        seen: set[Any] = set()
         for key_node, _ in node.value:
             if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *other`, whose keys may be overridden
                 continue
             if key_node.tag == "tag:yaml.org,2002:bool":
                 key_node.tag = "tag:yaml.org,2002:str"
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                continue  # an error of YAML's own
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key!r} is a duplicate", key_node.start_mark
                 )
-            seen.append(key)
+            seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+def _limit_error(problem: str, event: yaml.Event) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
 
 
 def read_yaml(text: str) -> Any:
@@ -79,6 +118,14 @@ def parse_recorded_stage(raw: Mapping[str, Any], where: str) -> Stage:
     return parse_stage(upgrade_stage(raw), where)
 
 
+def parse_recorded_yaml(text: str | None, where: str) -> dict[str, Any]:
+    """The stage that a record holds as YAML, as plain data. Raises `StageError` for a record without one."""
+    raw = _parse_yaml(text or "", where)
+    if not isinstance(raw, dict):
+        raise StageError("the record holds no stage", where=where)
+    return raw
+
+
 def load_tasks(path: Path, shots: int | None = None) -> list[TaskConfig]:
     """A list of tasks, each written as under `evaluation.tasks` of a stage; `shots` replaces the number of all of them.
 
@@ -107,19 +154,24 @@ def read_mapping(path: Path, description: str, expected: str) -> dict[str, Any]:
 def _read_yaml_file(path: Path, description: str) -> Any:
     """A YAML file as plain data."""
     try:
-        text = path.read_text()
-    except OSError as error:
-        raise StageError(f"{description} cannot be read ({error.strerror})", where=str(path)) from error
-    except UnicodeDecodeError as error:
-        raise StageError(f"{description} is not UTF-8", where=str(path)) from error
+        text = read_regular_file(path, MAX_BYTES).decode()
+    except (OSError, ValueError) as error:
+        if isinstance(error, UnicodeDecodeError):
+            raise StageError(f"{description} is not UTF-8", where=str(path)) from error
+        reason = error.strerror if isinstance(error, OSError) else error  # a ValueError: a path with a NUL
+        raise StageError(f"{description} cannot be read ({reason})", where=str(path)) from error
+    return _parse_yaml(text, str(path))
+
+
+def _parse_yaml(text: str, where: str) -> Any:
     try:
         return read_yaml(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise StageError(f"not YAML: {getattr(error, 'problem', error)}", where=where) from error
+        place = f"{where}:{mark.line + 1}" if mark else where
+        raise StageError(f"not YAML: {getattr(error, 'problem', None) or error}", where=place) from error
     except ValueError as error:  # what looks like a date and is none
-        raise StageError(f"not YAML: {error}", where=str(path)) from error
+        raise StageError(f"not YAML: {error}", where=where) from error
 
 
 def json_schema() -> str:
@@ -134,6 +186,8 @@ def apply_override(raw: dict[str, Any], text: str) -> None:
         raise StageError(f"cannot read the override {text!r}", expected="key.sub=value")
     here: Any = raw
     *path, last = key.split(".")
+    if len(path) >= MAX_DEPTH:
+        raise StageError(f"the override has {len(path) + 1:,} levels", where=key[:40], expected=f"at most {MAX_DEPTH}")
     for name in path:
         here = _find_item(here, name, key) if isinstance(here, list) else here.setdefault(name, {})
         if not isinstance(here, (dict, list)):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
-from postgrad.config.quantities import ConfigModel, Positive
+from postgrad.config.quantities import ConfigModel, Count, Name, Positive
 from postgrad.config.row_format import TemplatedRowFormat
 
 TaskMetric = Literal[
@@ -27,7 +27,7 @@ class FewShotConfig(ConfigModel):
 class TaskConfig(TemplatedRowFormat):
     """Rows of a task, prompted and scored by the model's answers."""
 
-    name: Annotated[str, Field(pattern=r"^[\w.\-]+$")]
+    name: Name
     """Name of the task."""
     path: str
     """A file, a folder or a glob with test rows."""
@@ -35,7 +35,7 @@ class TaskConfig(TemplatedRowFormat):
     """Whether the model must retain or learn the task."""
     cluster: str | None = None
     """Task cluster; a task of a cluster that no source has is unseen. Default: none."""
-    shots: Annotated[int, Field(ge=0)] = 0
+    shots: Count = 0
     """Number of demonstrations before each question; those that do not fit the context are dropped from the front."""
     few_shot: FewShotConfig | None = None
     """The demonstrations; required above zero shots."""

@@ -4,10 +4,21 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from postgrad.config.quantities import ConfigModel, Length, Method, Positive, Share, get_kinds, length_in_steps
+from postgrad.config.quantities import (
+    ConfigModel,
+    Count,
+    Length,
+    Method,
+    Positive,
+    Share,
+    Width,
+    get_kinds,
+    length_in_steps,
+)
 from postgrad.data.render.prompt_template import Template
+from postgrad.errors import StageError
 
 Dropout = Annotated[float, Field(ge=0, lt=1)]
 Slots = Literal["all"] | list[Literal["encoder", "decoder", "cross"]]
@@ -53,7 +64,7 @@ class BlocksTuning(PartialTuning):
     kind: Literal["blocks"]
     last: Positive | None = None
     """Number of last blocks to train ..."""
-    all_but_first: Annotated[int, Field(ge=0)] | None = None
+    all_but_first: Count | None = None
     """... or number of first blocks to freeze ..."""
     targets: list[str] = []
     """... or names of modules to train, with the wildcards `*` and `?`."""
@@ -103,7 +114,7 @@ class AdapterTuning(PartialTuning):
     """houlsby: after attention and feed-forward; pfeiffer: after the feed-forward; parallel: parallel to the feed-forward."""
     reduction: Annotated[float, Field(gt=0)] = 16
     """Width of the model over that of the bottleneck ..."""
-    size: Positive | None = None
+    size: Width | None = None
     """... or the width of the bottleneck itself."""
     activation: str | None = None
     """Activation of the bottleneck, by its name in transformers. Default: as published, swish for houlsby, else relu."""
@@ -122,9 +133,9 @@ class PrefixTuning(PartialTuning):
 
     implementation: ClassVar[str] = "postgrad.tuning.prefix:Prefix"
     kind: Literal["prefix"]
-    length: Positive = 10
+    length: Width = 10
     """Number of keys, and of values, in each layer."""
-    hidden: Positive = 512
+    hidden: Width = 512
     """Width of the MLP."""
     deep: bool = False
     """Two hidden layers in the MLP instead of one."""
@@ -141,7 +152,7 @@ class PTuningV2(PartialTuning):
 
     implementation: ClassVar[str] = "postgrad.tuning.prefix:Prefix"
     kind: Literal["p-tuning-v2"]
-    length: Positive = 20
+    length: Width = 20
     """Number of keys, and of values, in each layer."""
     dropout: Dropout = 0.1
     """Dropout on the keys and values during training."""
@@ -156,7 +167,7 @@ class PromptTuningConfig(PartialTuning):
 
     implementation: ClassVar[str] = "postgrad.tuning.prompt:PromptTuning"
     kind: Literal["prompt"]
-    length: Positive = 20
+    length: Width = 20
     """Number of vectors."""
     init: Literal["random", "vocabulary", "text", "labels"] = "vocabulary"
     """Initial values: random, or the embeddings of frequent tokens, of a text, or of class labels."""
@@ -177,10 +188,21 @@ class PTuning(PartialTuning):
     """The input: `{3}` are three vectors, `{x}` is the text, `[MASK]` a special token; other words are literal."""
     encoder: Literal["lstm", "mlp"] = "lstm"
     """The network that computes the vectors."""
-    hidden: Positive | None = None
+    hidden: Width | None = None
     """Width of the encoder. Default: as published."""
     backbone: Literal["frozen", "trained"] = "frozen"
     """`trained`: train all weights of the model too."""
+
+    @field_validator("template")
+    @classmethod
+    def _check_template(cls, value: str) -> str:
+        try:
+            Template.parse(value)
+        except StageError as error:
+            raise ValueError(
+                ", ".join([error.problem, *([f"expected: {error.expected}"] * bool(error.expected))])
+            ) from None
+        return value
 
     def options(self, steps: int, tokens: int) -> dict[str, Any]:
         options = super().options(steps, tokens)
@@ -204,7 +226,7 @@ class InstructionPromptTuning(PartialTuning):
 
     implementation: ClassVar[str] = "postgrad.tuning.prompt:PromptTuning"
     kind: Literal["instruction-prompt"]
-    length: Positive = 100
+    length: Width = 100
     """Number of vectors."""
     init: Literal["random", "vocabulary", "text"] = "random"
     """Initial values: random, or the embeddings of frequent tokens or of a text."""
@@ -229,7 +251,7 @@ class LoraTuning(PartialTuning):
     variant: Literal["lora", "rslora", "dora", "pissa"] = "lora"
     """rslora: another scale, see `alpha`; dora: with a trained magnitude of each row; pissa: initialised from the largest
     singular directions."""
-    rank: Positive = 16
+    rank: Width = 16
     """Rows of A and columns of B in the update B A of each matrix."""
     alpha: Annotated[float, Field(gt=0)] | None = None
     """Scale of the update: alpha / rank (rsLoRA: alpha / sqrt(rank)). Default: twice the rank (pissa: the rank)."""
@@ -267,7 +289,7 @@ class ExpandTuning(PartialTuning):
 
     implementation: ClassVar[str] = "postgrad.tuning.block_expansion:BlockExpansion"
     kind: Literal["expand"]
-    blocks: Positive = 1
+    blocks: Annotated[Positive, Field(le=100)] = 1
     """New blocks at each position."""
     every: Positive | None = None
     """Insert after every this many blocks ..."""

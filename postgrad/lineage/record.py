@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from postgrad.errors import StageError
 from postgrad.lineage.previous_format import PREVIOUS_FORMAT, upgrade_record
-from postgrad.storage.atomic import write_atomically
+from postgrad.storage.atomic import write_without_secrets
 
 RECORD = "record.json"
 STAGE = "stage.yaml"
@@ -628,7 +628,7 @@ class Record(RecordPart):
 
 def write_record(run_folder: Path, record: Record) -> None:
     """Write a run's record atomically."""
-    write_atomically(run_folder / RECORD, json.dumps(record.as_json(), indent=1) + "\n")
+    write_without_secrets(run_folder / RECORD, json.dumps(record.as_json(), indent=1) + "\n")
 
 
 def read_record(run_folder: Path) -> Record:

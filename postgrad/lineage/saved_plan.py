@@ -9,7 +9,7 @@ from typing import Any
 from postgrad.errors import StageError
 from postgrad.lineage.previous_format import upgrade_plan
 from postgrad.lineage.record import PLAN, ConsumedSource, ExecutionSummary, PlanSummary, RecordPart, validate_part
-from postgrad.storage.atomic import write_atomically
+from postgrad.storage.atomic import write_without_secrets
 
 
 class ReplayableSource(RecordPart):
@@ -44,7 +44,7 @@ class SavedPlan(RecordPart):
 
 def write_plan(run_folder: Path, plan: SavedPlan) -> None:
     """Write a run's plan atomically."""
-    write_atomically(run_folder / PLAN, json.dumps(plan.as_json(), indent=1))
+    write_without_secrets(run_folder / PLAN, json.dumps(plan.as_json(), indent=1))
 
 
 def read_plan(run_folder: Path) -> SavedPlan:

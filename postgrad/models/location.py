@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from postgrad.errors import ModelError
+from postgrad.errors import ModelError, suggest_nearest, suggest_path
 from postgrad.storage.read_json import read_json
+from postgrad.storage.regular_file import describe_special_file, find_special_file
 
 TUNING_FILE, PEFT_FILE = "tuning.json", "adapter_config.json"
 """Descriptions of a tuning's folder: ours, and PEFT's."""
@@ -54,6 +56,10 @@ def _locate(name: str, roots: Sequence[Path], base: str | None, where: str, tuni
     """The location of a name relative to one of `roots`, as the base of `tunings` (folders)."""
     root, folder = _find_folder(name, roots, where)
     if folder.is_dir():
+        if special := find_special_file(folder):
+            raise ModelError(
+                f"{special} is {describe_special_file(special)}", where=where, expected="a folder of regular files"
+            )
         if (folder / "stage.yaml").exists():  # a run folder
             if not _has_model_config(folder / "model"):
                 raise ModelError(
@@ -71,13 +77,29 @@ def _locate(name: str, roots: Sequence[Path], base: str | None, where: str, tuni
         run = folder.parent.parent if folder.parent.name == "checkpoints" else None
         run = run if run and (run / "stage.yaml").exists() else None
         return _resolve_base(ModelLocation(name, folder, run), root, base, tunings)
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or ((root / name).parent.is_dir() and "/" not in name):
-        raise ModelError(
-            f"there is no folder {name}",
-            where=where,
-            expected="a folder with config.json and safetensors weights, a run folder, or a Hub name (owner/name)",
-        )
+    refuse_missing_folder(
+        name,
+        root,
+        where=where,
+        expected="a folder with config.json and safetensors weights, a run folder, or a Hub name (owner/name)",
+    )
     return ModelLocation(name, None)
+
+
+def refuse_missing_folder(name: str, root: Path, *, where: str, expected: str) -> None:
+    """Raise `ModelError` for a name that cannot be one on the Hub: a mistyped path is not looked up there.
+
+    A Hub name is `owner/name`, where `owner` is no folder of `root`, and no folder there is called nearly the same.
+    """
+    path = root / Path(name).expanduser()
+    parts = path.relative_to(root).parts if path.is_relative_to(root) else ()
+    is_hub_name = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(?<!\.json)", name, re.ASCII) and len(parts) == 2
+    if is_hub_name and not path.parent.is_dir():
+        entries = root.iterdir() if root.is_dir() else ()
+        if not suggest_nearest(parts[0], [entry.name for entry in entries if (entry / parts[1]).is_dir()]):
+            return
+    place = "" if Path(name).expanduser().is_absolute() else f" in {root.resolve()}"
+    raise ModelError(f"there is no folder {name}{place}", where=where, expected=expected, hint=suggest_path(path))
 
 
 def _has_model_config(folder: Path) -> bool:

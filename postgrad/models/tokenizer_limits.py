@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from transformers import PreTrainedTokenizerBase
 
 from postgrad.errors import ModelError
-from postgrad.storage.read_json import read_regular_file
+from postgrad.storage.regular_file import read_regular_file
 
 _MAX_BYTES = 512 * 2**20
 _MAX_GROWTH = 64

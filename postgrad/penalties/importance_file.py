@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from postgrad.errors import DataError
+from postgrad.storage.regular_file import open_regular_file
 
 FORMAT = 1
 METADATA_KEY = "importance"
@@ -55,11 +56,13 @@ class ImportanceFile:
         """Raises `DataError` when the file is unreadable, or no importance file."""
         self.path = path
         try:
+            open_regular_file(path).close()
             self._file = safe_open(path, "pt")
             metadata = self._file.metadata() or {}
         except (OSError, SafetensorError) as error:
+            reason = error.strerror if isinstance(error, OSError) else None
             raise DataError(
-                f"the importance file is unreadable: {error}",
+                f"the importance file is unreadable: {reason or error}",
                 where=str(path),
                 expected="a file written by `postgrad importance`",
             ) from error

@@ -31,6 +31,7 @@ from postgrad.data.layouts.seq2seq import Seq2SeqRows
 from postgrad.data.layouts.span_corruption import SpanCorruptionRows
 from postgrad.data.layouts.windows import TooLongPolicy
 from postgrad.data.problem_type import ProblemType
+from postgrad.data.read.files import RawSource, format_names
 from postgrad.data.tokens.store import TokenStore
 from postgrad.data.tokens.subset import Subset
 from postgrad.errors import StageError
@@ -120,9 +121,9 @@ def make_span_corruption_rows(objective: SpanCorruptionObjective, request: RowsR
     inputs = request.inputs
     return SpanCorruptionRows(
         request.store,
-        _without_eos(request.options, inputs.encoder.eos),
+        request.options,
         sentinels=inputs.sentinels,
-        eos=inputs.encoder.eos,
+        target=inputs.target_frame,
         decoder_start=inputs.decoder_start,
         seed=inputs.seed,
         density=objective.density,
@@ -135,9 +136,9 @@ def make_seq2seq_rows(objective: TextToTextObjective, request: RowsRequest) -> R
     inputs = request.inputs
     return Seq2SeqRows(
         request.store,
-        _without_eos(request.options, inputs.encoder.eos),
+        request.options,
         target_length=objective.target_length,
-        eos=inputs.encoder.eos,
+        target=inputs.target_frame,
         decoder_start=inputs.decoder_start,
         seed=inputs.seed,
         too_long=_resolve_too_long(objective, request.store.kind),
@@ -176,6 +177,16 @@ def describe_skipped(skipped: Mapping[str, int]) -> list[str]:
     return [f"{count:,} rows are skipped ({reason})" for reason, count in skipped.items() if count]
 
 
+def describe_passed_over(source: RawSource) -> list[str]:
+    """A note on the files of a source's folder that are not read, by the reason."""
+    listing = source.list_files() if source.path is not None else None
+    if listing is None or not listing.passed_over:
+        return []
+    parts = (f"{len(names):,} ({reason}): {format_names(names, 3)}" for reason, names in listing.passed_over.items())
+    split = f" of split {listing.split}" if listing.split else ""
+    return [f"{len(listing.files):,} files{split} are read; passed over: {'; '.join(parts)}"]
+
+
 def describe_omitted(omitted: Mapping[str, int]) -> list[str]:
     """Notes on parts of rows that their text leaves out."""
     return [f"{count:,} times a row has what its rendered text leaves out: {part}" for part, count in omitted.items()]
@@ -211,10 +222,3 @@ def verbalisers(store: TokenStore | Subset, model_inputs: ModelInputs, words: Ma
 def _without_separator(options: RowOptions) -> RowOptions:
     """Options for running text, which has no answer for a separator to precede."""
     return dataclasses.replace(options, frame=dataclasses.replace(options.frame, separator_ids=()))
-
-
-def _without_eos(options: RowOptions, eos: int) -> RowOptions:
-    """Options for rows that append an EOS of their own to the text."""
-    suffix_ids = options.frame.suffix_ids
-    suffix_ids = suffix_ids[:-1] if suffix_ids[-1:] == (eos,) else suffix_ids
-    return dataclasses.replace(options, frame=dataclasses.replace(options.frame, suffix_ids=suffix_ids))

@@ -13,6 +13,7 @@ import numpy as np
 
 from postgrad.config.document_filters import PerplexitySelection
 from postgrad.data.filter.data_selection import CountCallback, ignore_progress
+from postgrad.data.render.frame import TextPrefix
 from postgrad.data.tokens.encoder import Encoder
 from postgrad.data.tokens.store import TokenStore
 from postgrad.errors import ModelError, StageError
@@ -39,7 +40,7 @@ class PerplexityScorer:
 
     model: Model
     encoder: Encoder
-    virtual_tokens: tuple[int, ...]
+    prefix: TextPrefix
     context: int
 
 
@@ -55,7 +56,7 @@ def make_scorer(method: PerplexitySelection, root: Path, model_inputs: ModelInpu
     return PerplexityScorer(
         wrap_model(opened.model, Task.CAUSAL).to(machine.default_device()),
         encoder,
-        opened.frame.prefix_ids,
+        TextPrefix(opened.frame.outer_ids, encoder.prefix_ids, opened.frame.prefix_ids),
         sizes.limit_context(_DEFAULT_CONTEXT_LENGTH),
     )
 
@@ -124,8 +125,7 @@ def _read_document(
     size = int(store.documents["bytes"][number])
     if encoder.fingerprint != store_encoder.fingerprint:
         text = store_encoder.load().decode(ids.tolist(), skip_special_tokens=True)
-        lead = [] if encoder.bos is None else [encoder.bos]
-        ids = np.array([*lead, *encoder.load().encode(text, add_special_tokens=False).ids], np.int64)
+        ids = np.array([*encoder.prefix_ids, *encoder.load().encode(text, add_special_tokens=False).ids], np.int64)
         size = len(text.encode())
     if len(ids) > tokens:
         ids = ids[:tokens]
@@ -141,8 +141,7 @@ def _score_documents(scorer: PerplexityScorer, documents: tuple[np.ndarray, ...]
         documents,
         bytes_N,
         "",
-        virtual_tokens=scorer.virtual_tokens,
-        bos=scorer.encoder.bos,
+        prefix=scorer.prefix,
     )
     scores = score_held_out(scorer.model, held_out, context=scorer.context)
     nats_N = np.bincount(scores.document_W, scores.nats_W, len(documents))

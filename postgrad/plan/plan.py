@@ -11,9 +11,11 @@ import numpy as np
 
 from postgrad.config import stage as s
 from postgrad.config.objectives import AnyObjective, PrefixLMObjective
+from postgrad.data.read.files import matches_path
 from postgrad.data.render.chat import plain_template
 from postgrad.errors import StageError
-from postgrad.lineage.record import PlannedSource, PlanSummary
+from postgrad.lineage.metrics import METRICS
+from postgrad.lineage.record import RECORD, PlannedSource, PlanSummary
 from postgrad.models.location import ModelLocation
 from postgrad.optim import lr_schedules
 from postgrad.plan.data_plan import DataPlan, plan_data
@@ -22,6 +24,7 @@ from postgrad.plan.evaluation_plan import EvaluationPlan, plan_evaluation
 from postgrad.plan.held_out_documents import HeldOutDocuments, check_labels, select_held_out_documents
 from postgrad.plan.held_out_files import resolve_held_out_files
 from postgrad.plan.lr_schedule import make_schedule
+from postgrad.plan.model_inputs import unknown_notes
 from postgrad.plan.model_plan import ModelPlan, plan_model
 from postgrad.plan.objective_matching import (
     get_start_objectives,
@@ -125,6 +128,8 @@ def make_plan(stage: s.Stage, root: Path, cache: Path, progress: ProgressCallbac
 
     Paths in the stage are relative to `root`, the stage file's folder. Raises the error of whatever is impossible.
     """
+    output = (root / (stage.output or f"runs/{stage.name}")).resolve()
+    _refuse_output_in_data(output, stage, root)
     start = resolve_start_model(stage, root, cache, progress)
     _require_retained_set(stage)
     notes = [new_model_note(start, stage)] if start.scratch_recipe else []
@@ -142,7 +147,8 @@ def make_plan(stage: s.Stage, root: Path, cache: Path, progress: ProgressCallbac
     sources = resolve_sources(stage, specs, labels, demonstrations, model.inputs, cache, progress)
     if any(uses_plain_chat_template(source.renderer) for source in sources):
         # The trained model is published with the chat template that it was trained with.
-        model.tokenizer.chat_template = plain_template(model.inputs.encoder.bos is not None)
+        model.tokenizer.chat_template = plain_template(_prefix_text(model))
+    notes += unknown_notes(model.tokenizer, model.inputs.encoder, {each.name: each.store for each in sources})
     held_out, tables = select_held_out_documents(stage, sources, files, seen, model.inputs, cache, progress, notes)
     _require_retained_documents(stage, held_out)
     tasks = [
@@ -158,7 +164,7 @@ def make_plan(stage: s.Stage, root: Path, cache: Path, progress: ProgressCallbac
     return Plan(
         stage=stage,
         root=root,
-        output=(root / (stage.output or f"runs/{stage.name}")).resolve(),
+        output=output,
         model=model,
         data=data,
         evaluation=plan_evaluation(stage, model, data, held_out, tasks, schedule, notes),
@@ -170,10 +176,32 @@ def make_plan(stage: s.Stage, root: Path, cache: Path, progress: ProgressCallbac
     )
 
 
+def _prefix_text(model: ModelPlan) -> str:
+    """The special tokens that the tokenizer adds before a text, as text."""
+    return "".join(model.tokenizer.convert_ids_to_tokens(list(model.inputs.encoder.prefix_ids)))
+
+
 def _excluded_digests(tables: Sequence[np.ndarray], tasks: Sequence[PromptedTask]) -> np.ndarray | None:
     """Digests of held-out documents and test rows, which are not trained on."""
     digests = [table["digest"] for table in tables] + [task.test_digests_N for task in tasks]
     return np.unique(np.concatenate(digests)) if digests else None
+
+
+def _refuse_output_in_data(output: Path, stage: s.Stage, root: Path) -> None:
+    """Raise `StageError` if files of the run would be read as data: a resumed run would find other data than it began with."""
+    paths = [
+        (f"data.sources[{i}]", source.path) for i, source in enumerate(stage.data.sources) if source.path is not None
+    ]
+    paths += [(f"evaluation.{role}", item.path) for role, item in stage.evaluation.held_out_files()]
+    paths += [(f"evaluation.tasks[{i}]", task.path) for i, task in enumerate(stage.evaluation.tasks)]
+    for where, path in paths:
+        if any(matches_path(output / name, path, root) for name in (METRICS, RECORD)):
+            raise StageError(
+                f"the run folder {output} is inside of the data {path}: its own files would be read as data",
+                where=where,
+                expected="a folder or pattern without the run folder",
+                hint="name another folder under `output`, or a narrower `path`",
+            )
 
 
 def _require_retained_set(stage: s.Stage) -> None:

@@ -18,21 +18,25 @@ from postgrad.config import stage as s
 from postgrad.config.objectives import NextTokenObjective
 from postgrad.data.tokens.train_vocabulary import VocabularySource, train_vocabulary
 from postgrad.errors import CheckpointError, ModelError, StageError
+from postgrad.hardware import machine
 from postgrad.models.auto_classes import load_config
 from postgrad.models.families import SpecialTokens, count_weights, parse_model_name, solve_config
 from postgrad.models.from_scratch import init_model, make_tokenizer, select_special_tokens, set_dropout, set_token_ids
-from postgrad.models.location import ModelLocation, locate_model
+from postgrad.models.location import ModelLocation, locate_model, refuse_missing_folder
 from postgrad.models.model_sizes import get_model_sizes
-from postgrad.models.pretrained import load_tokenizer, save_pretrained
+from postgrad.models.pretrained import load_tokenizer
+from postgrad.models.published_vocabulary import publish_pretrained
 from postgrad.plan.held_out_files import inherit_row_format
 from postgrad.plan.row_renderers import make_row_template
 from postgrad.plan.sources import ProgressCallback, SourceSpec, held_out_share, make_text_files
-from postgrad.storage.atomic import publish_folder, remove_folder, verify
+from postgrad.storage.atomic import remove_folder, verify
 from postgrad.storage.file_lock import file_lock
 from postgrad.storage.fingerprint import fingerprint
 
 _FORMAT = 1
 _MIN_POSITIONS = 512
+_WEIGHT_BYTES = 4
+"""Bytes of a weight in fp32, in which a model is initialised."""
 _IGNORED_CONFIG_KEYS = ("transformers_version", "_name_or_path", "dtype", "architectures")
 """Keys of a configuration without an effect on the model."""
 
@@ -73,19 +77,31 @@ def _make_new_model(
     if spec.dropout is not None:
         set_dropout(config, spec.dropout)
     set_token_ids(config, tokenizer)
+    _check_memory(config)
     identity = [_FORMAT, {k: v for k, v in config.to_dict().items() if k not in _IGNORED_CONFIG_KEYS}, stage.seed]
     key = fingerprint([*identity, tokenizer.backend_tokenizer.to_str()])
     folder = cache.resolve() / "fresh" / key
     with file_lock(cache / "locks" / f"{key}.lock"):
         if not _is_intact(folder):
             model = init_model(config, stage.seed)
-            publish_folder(folder, lambda staged: save_pretrained(model, tokenizer, staged, dtype=torch.float32))
+            publish_pretrained(folder, model, tokenizer, dtype=torch.float32)
     name = spec.from_scratch or f"a new {spec.config}"
     return replace(
         locate_model(str(folder), root),
         name=name,
         scratch_recipe=_describe_new_model(spec, config, tokenizer, stage.seed),
     )
+
+
+def _check_memory(config: PreTrainedConfig) -> None:
+    """Raise `ModelError` for a new model whose weights exceed the free memory."""
+    weights, free = count_weights(config), machine.available_memory()
+    if free is not None and _WEIGHT_BYTES * weights > free:
+        raise ModelError(
+            f"the new model has {weights:,} weights, {_WEIGHT_BYTES * weights:,} bytes, and {free:,} bytes of memory are free",
+            where="model",
+            expected="a model that fits this machine",
+        )
 
 
 def _is_intact(path: Path) -> bool:
@@ -103,12 +119,9 @@ def _is_intact(path: Path) -> bool:
 def _load_config(name: str, root: Path) -> PreTrainedConfig:
     """A configuration from a file, a folder or the Hub."""
     path = (root / Path(name).expanduser()).resolve()
-    if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(".json")):
-        raise ModelError(
-            f"{name} does not exist",
-            where="model.config",
-            expected="a config.json, a folder with one, or a Hub name (owner/name)",
-        )
+    if not path.exists():
+        expected = "a config.json, a folder with one, or a Hub name (owner/name)"
+        refuse_missing_folder(name, root, where="model.config", expected=expected)
     return load_config(str(path) if path.exists() else name, "model.config")
 
 
@@ -123,6 +136,9 @@ def _resolve_tokenizer(
     """The tokenizer of a new model: an existing one, or one trained on the stage's training documents."""
     if isinstance(spec, str):
         folder = (root / Path(spec).expanduser()).resolve()
+        if not folder.is_dir():
+            expected = "the folder of a tokenizer, or a Hub name (owner/name)"
+            refuse_missing_folder(spec, root, where="model.tokenizer", expected=expected)
         return load_tokenizer(ModelLocation(spec, folder if folder.is_dir() else None))
     if spec.vocab_size < 256 + len(special_tokens.tokens):
         raise StageError(

@@ -376,9 +376,9 @@ class _AnchorBuilder:
 
 def _importance_path(name: str, number: int, root: Path) -> Path:
     path = (root / Path(name).expanduser()).resolve()
-    if not path.is_file():
+    if not path.exists():
         raise DataError(
-            f"there is no file {name}",
+            f"there is no file {name} in {root.resolve()}",
             where=f"penalties[{number}].importance",
             hint=f"measure it first: postgrad importance MODEL FILES... --out {name}",
         )

@@ -92,8 +92,7 @@ def _measure_baseline(context: RunContext, prompts: list[ContinuationPrompt]) ->
             model.pretrained,
             plan.model.tokenizer,
             prompts,
-            plan.model.inputs.without_tuning.virtual_tokens,
-            plan.model.inputs.encoder.bos,
+            plan.model.inputs.without_tuning.text_prefix,
         )
         if world.is_main
         else []

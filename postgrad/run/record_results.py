@@ -15,7 +15,7 @@ from postgrad.run.measure import Measurements
 from postgrad.run.run_folder import MODEL, REPORT
 from postgrad.run.training_session import TrainingOutcome
 from postgrad.run.write_record import make_record
-from postgrad.storage.atomic import write_atomically
+from postgrad.storage.atomic import write_without_secrets
 from postgrad.storage.fingerprint import model_fingerprint
 
 
@@ -92,4 +92,4 @@ def _write(context: RunContext, record: Record) -> None:
     """Write the record and its report. Last of all: a record marks the run as complete, or as stopped."""
     write_record(context.folder, record)
     page = run_page.run_page(record, read_metrics(context.folder / METRICS))
-    write_atomically(context.folder / REPORT, page)
+    write_without_secrets(context.folder / REPORT, page)

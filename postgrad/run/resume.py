@@ -24,7 +24,7 @@ from postgrad.run.events import Phase, PhaseStarted, RunFinished, WarningMessage
 from postgrad.run.run_folder import REPORT, Interrupt, claim_run_folder
 from postgrad.run.tuned_model import TunedModel, make_tuned_model
 from postgrad.run.write_record import dump_stage, utc_timestamp
-from postgrad.storage.atomic import remove_staging, write_atomically
+from postgrad.storage.atomic import remove_staging, write_without_secrets
 from postgrad.storage.fingerprint import file_fingerprint, fingerprint
 from postgrad.tuning.open_model import start_fingerprint
 
@@ -37,6 +37,8 @@ def claim_run(plan: Plan, world: World, interrupt: Interrupt, *, command: str, c
         fingerprints["penalties"] = penalty_fingerprints(plan)
     world.require_same(lambda: _input_files(plan, fingerprints))
     saved_plan = world.from_first(lambda: claim_run_folder(plan.output, plan, fingerprints))
+    if saved_plan:  # a stage that differs in harmless keys is still the same run
+        fingerprints["stage"] = saved_plan.fingerprints["stage"]
     finished = world.from_first(lambda: _read_finished(plan.output, saved_plan))
     if finished:
         yield RunFinished(finished, plan.output, already_complete=True)
@@ -49,7 +51,7 @@ def claim_run(plan: Plan, world: World, interrupt: Interrupt, *, command: str, c
     execution = _resolve_execution(plan, tuned_model, saved_plan, world)
     prepare_model(plan, tuned_model.model, execution)
     if world.is_main:
-        write_atomically(plan.output / STAGE, dump_stage(plan.stage))
+        write_without_secrets(plan.output / STAGE, dump_stage(plan.stage))
         write_plan(plan.output, _make_saved_plan(plan, fingerprints, execution, saved_plan))
         remove_staging(plan.output)
     world.barrier()

@@ -77,6 +77,7 @@ def _generate_answers(
         prompted_task.stopping,
         eos_ids=[model_inputs.encoder.eos],
         pad=model_inputs.pad_id,
+        decoder_prefix=model_inputs.decoder_prefix,
     )
     return _group_by_seed(_gather_items([text.strip() for text in texts], len(prompts), world), len(prompted_task))
 
@@ -89,9 +90,8 @@ def _select_choices(
     # Items repeat: calibration questions are equal wherever demonstrations and choices are.
     items = list(dict.fromkeys(item for prompt in prompts for item in (prompt.item, *prompt.calibration_items)))
     local = items[world.rank :: world.size]
-    scored = (
-        score_choices(model, local, context=prompted_task.context_length, pad=model_inputs.pad_id) if local else None
-    )
+    options = {"context": prompted_task.context_length, "decoder_prefix": model_inputs.decoder_prefix}
+    scored = score_choices(model, local, pad=model_inputs.pad_id, **options) if local else None
     gathered = _gather_items(list(scored.log_likelihoods) if scored else [], len(items), world)
     log_p: dict[ChoiceItem, np.ndarray] = dict(zip(items, gathered, strict=True))
     answers = []

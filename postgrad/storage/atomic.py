@@ -19,12 +19,14 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from postgrad.errors import CheckpointError, DiskError
+from postgrad.foreign_text import mask_secrets
 
 MANIFEST = "manifest.json"
 STAGING = ".staging-"
@@ -45,8 +47,10 @@ def publish_folder(target: Path, write: Callable[[Path], None]) -> Path:
         staging.mkdir()
         write(staging)
         (staging / MANIFEST).write_text(json.dumps(_make_manifest(staging), indent=1, sort_keys=True))
+        mode = stat.S_IMODE((staging / MANIFEST).stat().st_mode)
         for folder, _, files in os.walk(staging):
             for name in files:
+                _set_mode(Path(folder) / name, mode)
                 _sync(Path(folder) / name)
             _sync(Path(folder))
         os.rename(staging, target)
@@ -119,13 +123,21 @@ def write_atomically(path: Path, data: str | bytes) -> None:
     publish_file(path, lambda staging: staging.write_bytes(data.encode() if isinstance(data, str) else data))
 
 
+def write_without_secrets(path: Path, text: str) -> None:
+    """Replace a file that is made to be passed on, such as a record or a page. Raises `DiskError`."""
+    write_atomically(path, mask_secrets(text))
+
+
 def publish_file(path: Path, write: Callable[[Path], object]) -> None:
     """Replace a file by what `write(staging)` writes, atomically. Raises `DiskError` as `publish_folder` does."""
     # Concurrent runs share a cache, so the staging name contains the process id.
     staging = path.parent / f"{STAGING}{path.name}.{os.getpid()}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        staging.write_bytes(b"")
+        mode = stat.S_IMODE(staging.stat().st_mode)
         write(staging)
+        _set_mode(staging, mode)
         _sync(staging)
         os.replace(staging, path)
         _sync(path.parent)
@@ -192,6 +204,12 @@ def _reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _make_manifest(folder: Path) -> dict[str, dict[str, str | int]]:
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     return {str(p.relative_to(folder)): {"size": p.stat().st_size, "sha256": sha256(p)} for p in files}
+
+
+def _set_mode(path: Path, mode: int) -> None:
+    """Give a file the permissions of all new files: safetensors makes its own readable to the owner alone."""
+    if stat.S_IMODE(path.stat().st_mode) != mode:
+        path.chmod(mode)
 
 
 def _sync(path: Path) -> None:

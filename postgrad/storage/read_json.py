@@ -7,13 +7,13 @@ error that names the file, and the field.
 from __future__ import annotations
 
 import json
-import stat
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from postgrad.errors import PostgradError
+from postgrad.storage.regular_file import read_regular_file
 
 MAX_BYTES = 64 * 2**20
 """Size limit of one file. A record of 100 sources has about 100 kB."""
@@ -64,18 +64,6 @@ def parse_json(
     except ValueError as problem:
         raise error(str(problem), where=where, expected=expected, hint=hint) from None
     return value
-
-
-def read_regular_file(path: Path, max_bytes: int) -> bytes:
-    """The bytes of a regular file of at most `max_bytes`. Raises `OSError` for a pipe, a device, a folder or a larger file."""
-    found = path.stat()
-    if not stat.S_ISREG(found.st_mode):
-        raise OSError(0, "this is not a regular file")
-    with path.open("rb") as file:
-        data = file.read(max_bytes + 1)
-    if len(data) > max_bytes:
-        raise OSError(0, f"the file is larger than {max_bytes:,} bytes")
-    return data
 
 
 def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

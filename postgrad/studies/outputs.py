@@ -13,7 +13,7 @@ from postgrad.reports.pages.study_page import study_page
 from postgrad.reports.result_models import StudyResults
 from postgrad.reports.sections.study_table import claims_table, study_arms_table, study_csv
 from postgrad.run.run_folder import REPORT
-from postgrad.storage.atomic import write_atomically
+from postgrad.storage.atomic import write_without_secrets
 from postgrad.studies.results import compute_results
 from postgrad.studies.run_study import PreparedStudy, study_text
 
@@ -25,9 +25,9 @@ def write_outputs(prepared: PreparedStudy, failed: Mapping[str, str]) -> dict[st
     found = compute_results(prepared, failed)
     home = prepared.folder.path
     found["study_yaml"] = study_text(prepared)
-    write_atomically(home / STUDY_JSON, json.dumps(found, indent=1) + "\n")
+    write_without_secrets(home / STUDY_JSON, json.dumps(found, indent=1) + "\n")
     study = StudyResults.model_validate(found)
-    write_atomically(home / STUDY_CSV, study_csv(study))
+    write_without_secrets(home / STUDY_CSV, study_csv(study))
     document.write_page(home / REPORT, study_page(study))
     return found
 

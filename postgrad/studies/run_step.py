@@ -27,12 +27,13 @@ from postgrad.lineage.record import RECORD, read_record
 from postgrad.models import interpolate
 from postgrad.models.location import locate_model
 from postgrad.models.model import wrap_model
-from postgrad.models.pretrained import load_tokenizer, save_pretrained, stored_dtype
+from postgrad.models.pretrained import load_tokenizer, stored_dtype
+from postgrad.models.published_vocabulary import publish_pretrained
 from postgrad.plan.plan import make_plan
 from postgrad.run import events as r
 from postgrad.run.run import run_stage
 from postgrad.run.run_folder import MODEL
-from postgrad.storage.atomic import publish_folder, write_atomically
+from postgrad.storage.atomic import write_atomically
 from postgrad.studies.step_graph import Step, StepGraph, StepKind, resolve_step_references
 from postgrad.tuning.open_model import open_model
 
@@ -260,7 +261,7 @@ def _blend_models(graph: StepGraph, step: Step, folder: StudyFolder, timer: Phas
     interpolate.interpolate_weights(end.model, *between, what["weight"])
     if not (home / MODEL).exists():
         dtype, tokenizer = stored_dtype(begun), load_tokenizer(begun)
-        publish_folder(home / MODEL, lambda staged: save_pretrained(end.model, tokenizer, staged, dtype=dtype))
+        publish_pretrained(home / MODEL, end.model, tokenizer, dtype=dtype)
     record = read_record(run)
     plan = make_plan(parse_recorded_stage(record.stage, run.name), folder.root, folder.cache)
     world = World(machine.default_device())

@@ -20,11 +20,11 @@ from typing import Any, Literal
 
 import torch
 
-from postgrad.data.read.files import find_files
+from postgrad.data.read.files import list_files
 from postgrad.distributed.world import World
 from postgrad.errors import PostgradError, StageError
 from postgrad.run.run_folder import lock_run_folder
-from postgrad.storage.atomic import write_atomically
+from postgrad.storage.atomic import write_atomically, write_without_secrets
 from postgrad.studies.run_step import (
     MACHINE_FILE,
     StepProgress,
@@ -141,7 +141,10 @@ class _TextFingerprints:
         path = text.get("path")
         if not isinstance(path, str) or is_step_output(path):
             return options
-        return [options, [self._file_hash(file) for file in find_files(path, self.root, str(text.get("name", path)))]]
+        return [
+            options,
+            [self._file_hash(file) for file in list_files(path, self.root, str(text.get("name", path))).files],
+        ]
 
     def _file_hash(self, file: Path) -> str:
         stat = file.stat()
@@ -248,7 +251,7 @@ def _write_study_copy(prepared: PreparedStudy) -> None:
                 where=str(home),
                 hint="set another `output`, or empty the folder",
             )
-    write_atomically(home / "study.yaml", study_text(prepared))
+    write_without_secrets(home / "study.yaml", study_text(prepared))
 
 
 def study_text(prepared: PreparedStudy) -> str:
@@ -290,7 +293,7 @@ def _error_text(error: Exception, folder: StudyFolder, key: str) -> str:
     if isinstance(error, PostgradError):
         return str(error)
     place = folder.path / "failed" / f"{key}.txt"
-    write_atomically(place, "".join(traceback.format_exception(error)))
+    write_without_secrets(place, "".join(traceback.format_exception(error)))
     first = (str(error).strip().splitlines() or [""])[0]
     return f"{type(error).__name__}: {first} (its traceback: {place})"
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError, model_validator
 
-from postgrad.config.quantities import ConfigModel, Positive, Share, TokenCount
+from postgrad.config.quantities import ConfigModel, Name, Positive, Seed, Share, TokenCount
 from postgrad.config.renamed_keys import refuse_earlier_study_names
 from postgrad.config.stage import AnyHeldOutFile, Source, Stage, expand_held_out_file
 from postgrad.config.stage_file import apply_override, make_stage_error, read_mapping
@@ -26,7 +26,6 @@ DERIVED_STAGE_KEYS = ("name", "model", "base", "output", "seed")
 """Stage keys that the study sets."""
 
 Patch = dict[str, Any]
-Seed = Annotated[int, Field(ge=0, strict=True)]
 
 
 class Pretraining(ConfigModel):
@@ -227,7 +226,7 @@ class Arm(ConfigModel):
 class Study(ConfigModel):
     """Many stages from one base."""
 
-    name: Annotated[str, Field(pattern=r"^[\w.\-]*\w[\w.\-]*$")]
+    name: Name
     """Names the study and, without `output`, its folder."""
     output: str | None = None
     """The study's folder. Default: studies/<name>."""

@@ -139,7 +139,7 @@ def test_one_share_may_be_left_out() -> None:
         ("a/b/held-out.jsonl.gz", "held-out"),
         ("x.tar.txt", "x.tar"),
         ("my text.md", "my-text"),
-        ("*.txt", "-"),
+        ("*.txt", "held-out"),
         ("dir", "dir"),
     ],
 )
@@ -583,7 +583,13 @@ OTHER: dict[str, Any] = {
     "save.dtype": "float32", "compute.dtype": "float32", "compute.compile": True, "compute.attention": "eager",
     "compute.activation_checkpointing": True, "compute.threads": 1,
 }  # fmt: skip
-SAME: dict[str, Any] = {"output": "elsewhere", "save.every": "3%", "save.keep": "all"}
+SAME: dict[str, Any] = {
+    "output": "elsewhere",
+    "save.every": "3%",
+    "save.keep": "all",
+    "optimizer.max_skipped_steps": 3,
+    "compute.collective_timeout_seconds": 20,
+}
 
 
 def test_a_fingerprint_is_of_everything_but_where_and_how_often() -> None:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from postgrad.data.read import records
+from postgrad.data.read import columnar_files
 from postgrad.data.read.documents import read_documents, read_examples, read_labels
 from postgrad.data.read.examples import Example, SkippedRow, make_example
 from postgrad.data.read.files import RawSource
@@ -207,7 +207,7 @@ def test_nulls_that_arrow_filled_in_are_not_rendered(
         return ["".join(text for text, _ in renderer.render(example).pieces) for example, _ in read_examples(source)]
 
     assert texts(path.name) == texts("rows.jsonl")
-    monkeypatch.setattr(records, "drop_filled_nulls", lambda value: value)  # the mutant
+    monkeypatch.setattr(columnar_files, "drop_filled_nulls", lambda value: value)  # the mutant
     assert "null" in "".join(texts(path.name))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -18,9 +19,9 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from postgrad.data.read import json_stream, records, text_lines
+from postgrad.data.read import json_stream, text_lines
 from postgrad.data.read.documents import read_documents
-from postgrad.data.read.files import HubDataset, RawSource, find_files
+from postgrad.data.read.files import HubDataset, RawSource, list_files
 from postgrad.data.read.records import read_hub, read_records
 from postgrad.data.read.text_lines import read_lines
 from postgrad.errors import DataError
@@ -140,7 +141,7 @@ def tree(tmp_path: Path) -> Path:
     ],
 )
 def test_files_are_found_in_order(tree: Path, path: str, found: list[str]) -> None:
-    assert [str(file.relative_to(tree)) for file in find_files(path, tree, "data")] == found
+    assert [str(file.relative_to(tree)) for file in list_files(path, tree, "data").files] == found
 
 
 @pytest.mark.parametrize(
@@ -158,7 +159,7 @@ def test_files_are_found_in_order(tree: Path, path: str, found: list[str]) -> No
 )
 def test_what_is_not_found_is_named(tree: Path, path: str, told: str) -> None:
     with pytest.raises(DataError) as caught:
-        find_files(path, tree, "data.sources[3]")
+        list_files(path, tree, "data.sources[3]")
     assert "data.sources[3]" in str(caught.value)
     assert told in str(caught.value)
 
@@ -166,7 +167,7 @@ def test_what_is_not_found_is_named(tree: Path, path: str, told: str) -> None:
 def test_links_are_followed_to_files_and_not_round_in_circles(tree: Path) -> None:
     (tree / "empty" / "loop").symlink_to(tree)
     (tree / "empty" / "link.txt").symlink_to(tree / "b.txt")
-    assert [file.name for file in find_files("empty", tree, "data")] == ["link.txt"]
+    assert [file.name for file in list_files("empty", tree, "data").files] == ["link.txt"]
 
 
 # --- malformed input ----------------------------------------------------------------------------------
@@ -329,11 +330,100 @@ def test_caps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert caught.value.where.endswith(":2")
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.parquet", "a.csv.gz"])
+def test_a_pipe_is_refused(tmp_path: Path, name: str) -> None:
+    """As the path itself, in a folder, by a pattern, and by a link."""
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "folder" / name)
+    (tmp_path / f"link-{name}").symlink_to(tmp_path / "folder" / name)
+    for path in ("folder", f"folder/{name}", "folder/*", "**/*", f"link-{name}", "/dev/zero"):
+        with pytest.raises(DataError, match=r"is a named pipe|is a device"):
+            list_files(path, tmp_path, "data.sources[0].path")
+    with pytest.raises(DataError, match="not a regular file"):
+        list(read_records(tmp_path / "folder" / name))
+
+
+def test_links_that_lead_back_are_not_followed(tmp_path: Path) -> None:
+    """Two of them make 2^40 paths, all of them to the same file."""
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "x.txt").write_text("words")
+    for name in ("first", "second"):
+        (tmp_path / "a" / "b" / name).symlink_to(tmp_path / "a")
+    for pattern in ("**/*.txt", "a/**", "a/**/x.txt", "**/b/*.txt", "a", "**/**/x.txt"):
+        assert list_files(pattern, tmp_path, "data").files == (tmp_path / "a" / "b" / "x.txt",), pattern
+    with pytest.raises(DataError, match="no file matches"):
+        list_files("**/a/*.txt", tmp_path, "data")
+
+
 def test_a_bomb_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(records, "_BOMB_BYTES", 2**20)
-    (tmp_path / "a.parquet.gz").write_bytes(gzip.compress(bytes(2**22)))
-    with pytest.raises(DataError, match="200 times its size"):
-        list(read_records(tmp_path / "a.parquet.gz"))
+    """Of every compressed kind; without the limit each of these files would be read."""
+    rows = [{"text": "x" * 9000 + str(i % 3)} for i in range(200)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines))
+    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(lines))
+    (tmp_path / "a.json.gz").write_bytes(gzip.compress(json.dumps(rows).encode()))
+    (tmp_path / "a.csv.gz").write_bytes(gzip.compress(b"text\n" + b"".join(r["text"].encode() + b"\n" for r in rows)))
+    (tmp_path / "a.txt.zst").write_bytes(zstandard.compress(lines))
+    table = pyarrow.Table.from_pylist(rows)
+    pyarrow.parquet.write_table(table, tmp_path / "dictionary.parquet")
+    pyarrow.parquet.write_table(
+        table, tmp_path / "prefixes.parquet", use_dictionary=False, column_encoding={"text": "DELTA_BYTE_ARRAY"}
+    )
+    pyarrow.parquet.write_table(pyarrow.table({"messages": [[row] * 2 for row in rows]}), tmp_path / "nested.parquet")
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": pyarrow.nulls(2**19, pyarrow.string())}), tmp_path / "nulls.parquet"
+    )
+    pyarrow.parquet.write_table(pyarrow.table({"input_ids": [[1] * 2**19]}), tmp_path / "equal.parquet")
+    for name, new in (("file", pyarrow.ipc.new_file), ("stream", pyarrow.ipc.new_stream)):
+        options = pyarrow.ipc.IpcWriteOptions(compression="zstd")
+        with new(str(tmp_path / f"{name}.arrow"), table.schema, options=options) as writer:
+            writer.write_table(table)
+    zeros, ones = (pyarrow.array([number] * 500, pyarrow.int32()) for number in (0, 1))
+    views = pyarrow.table({"text": pyarrow.ListViewArray.from_arrays(zeros, ones, pyarrow.array(["x" * 9000]))})
+    with pyarrow.ipc.new_file(str(tmp_path / "views.arrow"), views.schema) as writer:
+        writer.write_table(views)
+    (tmp_path / "a.parquet.gz").write_bytes(gzip.compress((tmp_path / "prefixes.parquet").read_bytes() + bytes(2**22)))
+    for file in sorted(tmp_path.iterdir()):
+        monkeypatch.setattr(text_lines, "UNPACK_BYTES", 2**30)
+        if file.name != "a.parquet.gz":
+            assert sum(1 for _ in read_records(file)) in (1, len(rows), 500, 2**19), file.name
+        monkeypatch.setattr(text_lines, "UNPACK_BYTES", 2**20)
+        with pytest.raises(DataError, match="200 times its size"):
+            list(read_records(file))
+
+
+BOMB = """
+    import sys
+    from pathlib import Path
+    import pyarrow
+    from postgrad.data.read import columnar_files, text_lines
+    from postgrad.data.read.records import read_records
+    from postgrad.errors import DataError
+    text_lines.UNPACK_BYTES = 2**26
+    if sys.argv[2] == "all at once":
+        columnar_files._EXPANDED_BYTES = 2**40
+        columnar_files.UnpackLimit.add = lambda self, size: None
+    try:
+        rows = sum(len(row.values["text"]) > 0 for row, _ in zip(read_records(Path(sys.argv[1])), range(20)))
+    except DataError:
+        rows = 0
+    print(rows, pyarrow.default_memory_pool().max_memory() // 2**20)
+"""
+
+
+@pytest.mark.parametrize("reader", ["as it is", "all at once"])
+def test_a_dictionary_is_not_expanded(tmp_path: Path, reader: str) -> None:
+    """200 rows of one text of 1 MB in a file of 1 kB; the mutant expands what it reads at once."""
+    text = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 200, pyarrow.int32()), ["a" * 1_000_000])
+    pyarrow.parquet.write_table(pyarrow.table({"text": text}), tmp_path / "a.parquet")
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(BOMB), str(tmp_path / "a.parquet"), reader],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    rows, peak = map(int, done.stdout.split())
+    assert (rows == 0 and peak < 100) if reader == "as it is" else (rows == 20 and peak > 150), done.stdout
 
 
 MEMORY = """

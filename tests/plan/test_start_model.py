@@ -191,15 +191,16 @@ def test_a_configuration_with_a_new_tokenizer_or_one_that_is_there(shelf: Worksp
             StageError,
             r"tokenizer\.vocab_size: 340 tokens are too few",
         ),
-        ({"config": "nowhere/config.json"}, ModelError, r"model\.config: nowhere/config\.json does not exist"),
+        ({"config": "nowhere/config.json"}, ModelError, r"model\.config: there is no folder nowhere/config\.json in"),
         ({"config": "old.jsonl"}, ModelError, r"old\.jsonl: broken JSON"),
-        ({"config": "llama", "tokenizer": "bert-large"}, ModelError, "no tokenizer could be loaded"),
+        ({"config": "llama", "tokenizer": "bert-large"}, ModelError, r"tokenizer: there is no folder bert-large in"),
         (
             {"config": "narrow.json", "tokenizer": "llama"},
             ModelError,
             r"320 tokens and the configuration 100 embeddings",
         ),
         ({"config": "foreign.json", "tokenizer": "llama"}, ModelError, "auto_map"),
+        ({"config": "wide.json", "tokenizer": "llama"}, ModelError, "bytes of memory are free"),
     ],
 )
 def test_what_cannot_be_made_is_told(
@@ -208,6 +209,7 @@ def test_what_cannot_be_made_is_told(
     config = json.loads((shelf.folder / "llama" / "config.json").read_text())
     (shelf.folder / "narrow.json").write_text(json.dumps({**config, "vocab_size": 100}))
     (shelf.folder / "foreign.json").write_text(json.dumps({**config, "auto_map": {"AutoConfig": "x.Y"}}))
+    (shelf.folder / "wide.json").write_text(json.dumps({**config, "intermediate_size": 2**26, "hidden_size": 2**20}))
     with pytest.raises(error, match=said):
         shelf.plan(begun(shelf, "refused", model))
 

@@ -159,14 +159,3 @@ def test_notation_is_for_readers() -> None:
         ["4.2 s", "3 min 20 s", "2 h 45 min", "\u2013", "\u2013"]  # fmt: skip
     assert [notation.finite(v) for v in (1, None, float("nan"), float("inf"), 1e301)] == [1, None, None, None, None]
     assert notation.escape_html("a\x00\ud800\u202eb<") == "a\u2400\ufffd\ufffdb&lt;"
-
-
-@pytest.mark.parametrize(
-    "secret",
-    ["hf_" + "a1B2" * 8, "sk-" + "Z9" * 20, "ghp_" + "q" * 36, "AKIA" + "A1" * 8, "glpat-" + "x" * 20],
-)
-def test_secrets_are_masked(secret: str) -> None:
-    assert secret not in notation.mask_secrets(f"HF_TOKEN={secret} postgrad train x --key {secret}")
-    assert notation.mask_secrets(f"a {secret} b") == "a [secret] b"
-    assert "hunter22" not in notation.mask_secrets("https://me:hunter22@host/x password=hunter22")
-    assert notation.mask_secrets("runs/base 9f2c61a0d7b84e55") == "runs/base 9f2c61a0d7b84e55"

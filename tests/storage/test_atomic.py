@@ -8,6 +8,7 @@ import json
 import os
 import random
 import shutil
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,12 +16,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from postgrad.errors import CheckpointError, DiskError
 from postgrad.models.pretrained import save_pretrained
 from postgrad.storage import atomic as publishing
 from postgrad.storage.atomic import (
     MANIFEST,
+    publish_file,
     publish_folder,
     remove_folder,
     remove_staging,
@@ -113,6 +116,29 @@ def test_what_is_cut_longer_or_missing_is_found_and_named(tmp_path: Path) -> Non
         verify(place)
     with pytest.raises(CheckpointError, match=r"manifest\.json is missing or unreadable"):
         verify(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077, 0o027])
+def test_files_have_the_permissions_of_new_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, umask: int) -> None:
+    """Weights too, which safetensors writes readable to the owner alone: others may load a shared model."""
+
+    def write_weights(path: Path) -> None:
+        save_file({"weight": torch.zeros(2)}, path)
+
+    def modes(*paths: Path) -> set[int]:
+        return {stat.S_IMODE(path.stat().st_mode) for path in paths}
+
+    before = os.umask(umask)
+    try:
+        folder = publish_folder(tmp_path / "model", lambda staged: write_weights(staged / "model.safetensors"))
+        publish_file(tmp_path / "importance.safetensors", write_weights)
+        write_atomically(tmp_path / "record.json", "{}")
+        assert modes(*folder.iterdir(), *tmp_path.glob("*.*")) == {0o666 & ~umask}
+        monkeypatch.setattr(publishing, "_set_mode", lambda path, mode: None)  # the mutant
+        publish_file(tmp_path / "importance.safetensors", write_weights)
+        assert modes(tmp_path / "importance.safetensors") == {0o600}
+    finally:
+        os.umask(before)
 
 
 def test_the_same_size_is_not_enough(tmp_path: Path) -> None:

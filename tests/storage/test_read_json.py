@@ -61,8 +61,8 @@ def test_what_is_no_regular_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(module, "MAX_BYTES", 50)
     for name, message in {
         "pipe": "not a regular file",
-        ".": "not a regular file",
-        "large": "larger than 50",
+        ".": "Is a directory",
+        "large": "more than 50",
         "x": "no such file",
     }.items():
         with pytest.raises(PostgradError, match=message) as caught:

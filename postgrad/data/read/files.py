@@ -5,15 +5,18 @@ A source is a file, a folder, a glob pattern or a Hub data set.
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from postgrad.errors import DataError, suggest_nearest
+from postgrad.data.read.folders import FileListing, choose_files
+from postgrad.errors import DataError, format_names, suggest_path
+from postgrad.storage.regular_file import describe_special_file
 
 FILE_SUFFIXES = (".txt", ".md", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 COMPRESSIONS = (".gz", ".zst")
@@ -38,6 +41,7 @@ class RawSource:
     how a text file is split (`auto`, `file`, `passages`, `paragraphs`, `lines`). `where`: the key path in errors, such as
     `data.sources[0]`. `kind`: the kind of rows; `auto` detects it from the columns. `row_filter`: of each column, the values
     (as text) that a row must have one of. `no_label`: the whole number that means that a labelled row has no label.
+    `splits`: of a folder with several splits, which is read: the first that it has.
     """
 
     name: str
@@ -50,6 +54,7 @@ class RawSource:
     kind: str = "auto"
     row_filter: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
     no_label: int | None = -1
+    splits: tuple[str, ...] = ("train",)
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.hub is None):
@@ -59,6 +64,11 @@ class RawSource:
                 where=self.where,
                 expected="exactly one of `path` and `hub`",
             )
+
+    def list_files(self) -> FileListing:
+        """The files of the source. Raises `DataError` as `list_files` does."""
+        assert self.path is not None
+        return list_files(self.path, self.root, self.where, self.splits)
 
 
 class RawRow(NamedTuple):
@@ -83,10 +93,11 @@ def file_suffix(file: Path) -> str:
     return suffix if suffix in FILE_SUFFIXES else ""
 
 
-def find_files(path: str, root: Path, where: str) -> list[Path]:
+def list_files(path: str, root: Path, where: str, splits: Sequence[str] = ("train",)) -> FileListing:
     """The sorted files of `path` (a file, a folder or a glob pattern, `**` included), relative to `root`.
 
-    Folders are searched recursively for known suffixes, without hidden files. Raises `DataError` when nothing matches.
+    Folders are searched recursively for known suffixes, without hidden files, and one of their splits is taken
+    (`data.read.folders`). Raises `DataError` when nothing matches.
     """
     if not path or "\0" in path:
         raise DataError(f"{path!r} is not a path", where=where, expected="a file, a folder or a pattern")
@@ -97,14 +108,19 @@ def find_files(path: str, root: Path, where: str) -> list[Path]:
         elif target.exists():
             candidates = [target]
         else:
-            pattern = str(Path(glob.escape(str(root))) / Path(path).expanduser())
-            candidates = [Path(name) for name in glob.glob(pattern, recursive=True)]
-            candidates = [file for file in candidates if not file.is_dir()]
+            candidates = [file for file in _match_pattern(Path(path).expanduser(), root) if not file.is_dir()]
         files = {file for file in candidates if file_suffix(file) and file.is_file()}
     except OSError as error:
         raise DataError(f"cannot read {path}: {error_reason(error)}", where=where) from None
-    if files:
-        return sorted(files, key=lambda file: file.parts)
+    for file in sorted(candidates):
+        if (kind := describe_special_file(file)) and (file_suffix(file) or len(candidates) == 1):
+            raise DataError(f"{file} is {kind}", where=where, expected="regular files")
+    if files and target.is_dir():
+        listing = choose_files(target, sorted(files), sorted({*candidates} - files), TEXT_SUFFIXES, splits, where)
+        if listing.files:
+            return listing
+    elif files:
+        return FileListing(tuple(sorted(files, key=lambda file: file.parts)))
     if candidates:
         raise DataError(
             f"{path} has no file of a known kind (only {format_names(file.name for file in sorted(candidates))})",
@@ -114,39 +130,54 @@ def find_files(path: str, root: Path, where: str) -> list[Path]:
     if target.is_dir():
         raise DataError(f"the folder {path} has no files", where=where, expected=f"files: {' '.join(FILE_SUFFIXES)}")
     raise DataError(
-        f"no file matches {path}",
+        f"no file matches {path}" + ("" if Path(path).expanduser().is_absolute() else f" in {root.resolve()}"),
         where=where,
         expected="a file, a folder or a pattern",
-        hint=_path_hint(target),
+        hint=suggest_path(target),
     )
+
+
+def matches_path(file: Path, path: str, root: Path) -> bool:
+    """Whether `list_files` would find `file`, an absolute path, if it existed."""
+    target = (root / Path(path).expanduser()).resolve()
+    if target.is_dir():
+        return file.is_relative_to(target) and not any(p.startswith(".") for p in file.relative_to(target).parts)
+    return _matches_parts(file.parts, target.parts)
+
+
+def _match_pattern(pattern: Path, root: Path) -> list[Path]:
+    """The paths that match a glob pattern; the characters of `root` are literal.
+
+    `**` follows no links to folders: two links that lead back would make the search endless.
+    """
+    depth = pattern.parts.index("**") if "**" in pattern.parts else len(pattern.parts)
+    before, behind = pattern.parts[:depth], pattern.parts[depth:]
+    heads = [Path(name) for name in glob.glob(str(Path(glob.escape(str(root)), *before)))]
+    if not behind:
+        return heads
+    return [
+        file
+        for folder in heads
+        for file in _walk_files(folder)
+        if _matches_parts(file.relative_to(folder).parts, behind)
+    ]
+
+
+def _matches_parts(parts: tuple[str, ...], patterns: tuple[str, ...]) -> bool:
+    if not patterns:
+        return not parts
+    if patterns[0] == "**":
+        rest = patterns[1:]
+        return not rest or any(_matches_parts(parts[start:], rest) for start in range(len(parts)))
+    return bool(parts) and fnmatch.fnmatch(parts[0], patterns[0]) and _matches_parts(parts[1:], patterns[1:])
 
 
 def _walk_files(folder: Path) -> list[Path]:
     files: list[Path] = []
     for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        files += [Path(parent, name) for name in names if not name.startswith(".")]
+        folders[:] = [name for name in folders if not name.startswith((".", "__"))]
+        files += [Path(parent, name) for name in names if not name.startswith((".", "__"))]
     return files
-
-
-def _path_hint(missing: Path) -> str:
-    """A hint: a similar name in the nearest existing folder, or the names in it."""
-    parent = missing.parent
-    while not parent.is_dir() and parent != parent.parent:
-        missing, parent = parent, parent.parent
-    try:
-        names = sorted(entry.name for entry in parent.iterdir() if not entry.name.startswith("."))
-    except OSError:
-        return ""
-    return suggest_nearest(missing.name, names) or (
-        f"{parent} has {format_names(names)}" if names else f"{parent} is empty"
-    )
-
-
-def format_names(names: Collection[str] | Iterable[str], limit: int = 6) -> str:
-    """The first names, and how many more there are."""
-    listed = list(names)
-    return ", ".join(listed[:limit]) + (f" and {len(listed) - limit} more" if len(listed) > limit else "")
 
 
 def error_reason(error: BaseException) -> str:

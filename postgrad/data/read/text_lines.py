@@ -12,11 +12,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from postgrad.data.read.files import error_reason
+from postgrad.data.read.files import COMPRESSIONS, error_reason
 from postgrad.errors import DataError, MissingExtra
+from postgrad.storage.regular_file import open_regular_file
 
 LINE_CAP = 128 * 2**20
 """Bytes in one line: more is a broken file, not a document."""
+
+UNPACK_RATIO, UNPACK_BYTES = 200, 2**28
+"""A compressed file may unpack to so many times its size, or to so many bytes, whichever is more."""
 
 _BLOCK = 2**18
 _ZSTD_WINDOW = 2**31
@@ -39,6 +43,26 @@ class BrokenStream(Exception):
     """A stream that cannot be read further; the caller knows the line and raises a `DataError`."""
 
 
+class UnpackLimit:
+    """Counts what a compressed file unpacks to, which may not be out of proportion to its size."""
+
+    def __init__(self, file: Path) -> None:
+        self.unpacked, self.max_bytes = 0, max(UNPACK_BYTES, UNPACK_RATIO * file.stat().st_size)
+
+    def add(self, size: int) -> None:
+        """Count further bytes. Raises `BrokenStream` when there are too many."""
+        self.unpacked += size
+        self.check(self.unpacked)
+
+    def check(self, size: int) -> None:
+        """Raise `BrokenStream` for a size above the limit."""
+        if size > self.max_bytes:
+            raise BrokenStream(
+                f"it unpacks to more than {UNPACK_RATIO} times its size (limit: {self.max_bytes:,} bytes); "
+                "if it is what it should be, unpack it before"
+            )
+
+
 def ignore_progress(_: int) -> None:
     pass
 
@@ -47,10 +71,13 @@ def read_blocks(file: Path, on_read: ReadCallback) -> Iterator[bytes]:
     """The decompressed bytes of `file`, at most a few MiB at a time."""
     suffix = file.suffix.lower()
     try:
-        with open(file, "rb") as raw:
+        with open_regular_file(file) as raw:
             reader = {".gz": _read_gzip, ".zst": _read_zstd}.get(suffix, _read_plain)
+            limit = UnpackLimit(file) if suffix in COMPRESSIONS else None
             reported = 0
             for block in reader(raw):
+                if limit:
+                    limit.add(len(block))
                 if block:
                     yield block
                 offset = raw.tell()

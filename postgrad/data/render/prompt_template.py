@@ -22,6 +22,7 @@ from postgrad.errors import DataError, StageError, suggest_nearest
 _PLACEHOLDER = re.compile(
     r"\{\{|\}\}|\{(?P<braced>[^{}]*)\}|\[\[(?P<quoted>[A-Z_]+)\]\]|\[(?P<special>[A-Z][A-Z_]*)\]|[{}]"
 )
+MAX_VIRTUAL_TOKENS = 2**16
 _NAME = re.compile(r"[^\W\d][\w .-]*")
 
 
@@ -79,6 +80,12 @@ class Template:
             part = _parse_placeholder(match, virtual_count)
             parts.append(part)
             virtual_count += part.count if isinstance(part, VirtualTokens) else 0
+            if virtual_count > MAX_VIRTUAL_TOKENS:
+                raise StageError(
+                    "the template has too many virtual tokens",
+                    where="tuning.template",
+                    expected=f"at most {MAX_VIRTUAL_TOKENS:,}",
+                )
         parts.append(LiteralText(text[end:]))
         return cls(tuple(_strip_separators(_merge_literals(parts))))
 
@@ -204,8 +211,8 @@ def _parse_placeholder(match: re.Match[str], virtual_count: int) -> TemplatePart
             expected="{field} or {3}",
             hint=f"double a literal brace: {token}{token}",
         )
-    if inside.isdecimal() and int(inside) > 0:
-        return VirtualTokens(virtual_count, int(inside))
+    if inside.isdecimal() and (count := int(inside[:20])) > 0:  # of a longer number, as large as any
+        return VirtualTokens(virtual_count, count)
     if not _NAME.fullmatch(inside):
         raise StageError(
             f"{token} at character {match.start() + 1} is neither a field nor a number of virtual tokens",

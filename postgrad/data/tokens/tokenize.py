@@ -177,7 +177,7 @@ def _build(
         )
     header = {
         "vocabulary": encoder.vocabulary,
-        "bos": encoder.bos,
+        "bos": encoder.stored_prefix,
         "eos": encoder.eos,
         "kind": kind,
         "fingerprint": final.name,

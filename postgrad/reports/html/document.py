@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 
+from postgrad.foreign_text import mask_secrets, multiline_text, plain_text
 from postgrad.lineage.record import Sample
 from postgrad.reports.html.charts.style import STYLE
-from postgrad.reports.html.notation import escape_html, mask_secrets, multiline_text, plain_text
+from postgrad.reports.html.notation import escape_html
 from postgrad.reports.html.table import Table
 from postgrad.reports.html.verdicts import VERDICTS
-from postgrad.storage.atomic import write_atomically
+from postgrad.storage.atomic import write_without_secrets
 
 WIDE_PIXELS, NARROW_PIXELS = 560.0, 358.0  # a column of a two-column page, and a telephone of 390 px less its margins
 MAX_YAML_CHARACTERS = 60_000
@@ -138,5 +139,5 @@ def format_time(text: object) -> str:
 def write_page(path: str | os.PathLike[str], html: str) -> Path:
     """Replace a page atomically. Raises `DiskError`."""
     target = Path(path)
-    write_atomically(target, html)
+    write_without_secrets(target, html)
     return target

@@ -7,78 +7,17 @@ through a `format_*` function or `escape_html`, so that no other file has to han
 from __future__ import annotations
 
 import html
-import re
 import unicodedata
 
-MINUS, ABSENT, ELLIPSIS = "\u2212", "\u2013", "\u2026"
-MAX_MAGNITUDE = 1e300  # differences and squares of what a report draws stay finite
+from postgrad.foreign_text import plain_text
 
-_SECRET = re.compile(
-    r"""(?<![A-Za-z0-9])(?:
-        hf_[A-Za-z0-9]{16,} | sk-[A-Za-z0-9_-]{16,} | gh[pousr]_[A-Za-z0-9]{16,} | github_pat_\w{16,}
-        | glpat-[\w-]{16,} | xox[abprs]-[\w-]{8,} | AKIA[0-9A-Z]{12,} | eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]*
-    )""",
-    re.VERBOSE,
-)
-_LOGIN = re.compile(r"(?<=://)[^/\s:@]*:[^/\s@]+(?=@)")
-_BEARER = re.compile(r"(?i)\b(bearer\s+|(?:token|password|secret|api[_-]?key)\s*[=:]\s*)([^\s'\"&]{6,})")
+MINUS, ABSENT = "\u2212", "\u2013"
+MAX_MAGNITUDE = 1e300  # differences and squares of what a report draws stay finite
 
 
 def finite(value: float | None) -> float | None:
     """The value, or None when it is missing, not finite or too large to draw."""
     return value if value is not None and abs(value) <= MAX_MAGNITUDE else None  # a NaN compares false
-
-
-def plain_text(value: object, limit: int = 0) -> str:
-    """A foreign text that is safe to print: control characters become visible symbols, lone surrogates are replaced.
-
-    A terminal obeys escape sequences, and a line break ends a table row.
-    `limit` (characters, 0 for none) shortens with an ellipsis.
-    """
-    if value is None:
-        return ""
-    text = str(value).replace("\t", " ").replace("\r\n", "\n").replace("\n", "\u23ce")
-    return truncate(_visible_text(text), limit)
-
-
-def multiline_text(value: object, limit: int = 4000) -> str:
-    """Foreign running text: as `plain_text`, with its line breaks."""
-    if value is None:
-        return ""
-    text = str(value).replace("\r\n", "\n")
-    return truncate("\n".join(_visible_text(line) for line in text.split("\n")), limit)
-
-
-def _visible_text(text: str) -> str:
-    return "".join(_visible_character(character) for character in text)
-
-
-def _visible_character(character: str) -> str:
-    code = ord(character)
-    if code < 0x20 and character != "\t":
-        return chr(0x2400 + code)
-    if code == 0x7F:
-        return "\u2421"
-    if 0x80 <= code < 0xA0 or 0xD800 <= code < 0xE000 or code & 0xFFFE == 0xFFFE:
-        return "\ufffd"
-    if code in (0x2028, 0x2029):
-        return "\u23ce"
-    if 0x202A <= code <= 0x202E or 0x2066 <= code <= 0x2069:  # would change the reading order of a line
-        return "\ufffd"
-    return character
-
-
-def truncate(text: str, limit: int) -> str:
-    """At most `limit` characters, the last of them an ellipsis where something was cut (0: no limit)."""
-    return text if not limit or len(text) <= limit else text[: max(limit - 1, 0)] + ELLIPSIS
-
-
-def mask_secrets(value: object) -> str:
-    """The text without passwords and access tokens: a report is made to be passed on."""
-    text = "" if value is None else str(value)
-    text = _SECRET.sub("[secret]", text)
-    text = _LOGIN.sub("[secret]", text)
-    return _BEARER.sub(r"\1[secret]", text)
 
 
 def escape_html(value: object, limit: int = 0) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from postgrad.foreign_text import plain_text, truncate
 from postgrad.reports.html.notation import (
     ABSENT,
     display_width,
@@ -20,8 +21,6 @@ from postgrad.reports.html.notation import (
     format_fixed,
     format_percent,
     format_signed,
-    plain_text,
-    truncate,
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
+from postgrad.foreign_text import mask_secrets, plain_text
 from postgrad.lineage.metrics import MetricsRow
 from postgrad.lineage.record import Record, Sample, SetChange
 from postgrad.reports.html.charts import ForestRow, ScatterPoint, Series, VerticalMark, forest_plot, line_chart, scatter
@@ -19,14 +20,7 @@ from postgrad.reports.html.document import (
     sample_box,
     side_by_side,
 )
-from postgrad.reports.html.notation import (
-    finite,
-    format_duration,
-    format_percent,
-    format_signed,
-    mask_secrets,
-    plain_text,
-)
+from postgrad.reports.html.notation import finite, format_duration, format_percent, format_signed
 from postgrad.reports.html.table import Cell, Column, Number, Table, count_cell, text_cell
 from postgrad.reports.sections.comparison_table import arm_names, comparison_table, mean_difference, removed_share
 from postgrad.reports.sections.curves import (

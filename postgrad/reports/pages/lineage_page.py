@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 
+from postgrad.foreign_text import mask_secrets, plain_text
 from postgrad.lineage.matrix import Lineage
 from postgrad.reports.html.charts import Series, heat_table, line_chart
 from postgrad.reports.html.document import figure, format_time, render_page, side_by_side
-from postgrad.reports.html.notation import escape_html, format_compact, format_signed, mask_secrets, plain_text
+from postgrad.reports.html.notation import escape_html, format_compact, format_signed
 from postgrad.reports.sections.curves import MAX_SERIES
 from postgrad.reports.sections.lineage_tables import lineage_summary_table
 

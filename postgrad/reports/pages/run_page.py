@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from postgrad.foreign_text import plain_text
 from postgrad.lineage.metrics import MetricsRow
 from postgrad.lineage.record import Record
 from postgrad.reports.html.document import intro_paragraph, render_page, sample_box
-from postgrad.reports.html.notation import plain_text
 from postgrad.reports.sections.curves import read_curves
 from postgrad.reports.sections.drift_section import drift_section
 from postgrad.reports.sections.method_section import method_section, reproduce_section

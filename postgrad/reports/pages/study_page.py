@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from postgrad.foreign_text import plain_text
 from postgrad.reports.html.charts import (
     ForestRow,
     LimitLine,
@@ -25,14 +26,7 @@ from postgrad.reports.html.document import (
     render_page,
     side_by_side,
 )
-from postgrad.reports.html.notation import (
-    escape_html,
-    format_compact,
-    format_duration,
-    format_percent,
-    format_signed,
-    plain_text,
-)
+from postgrad.reports.html.notation import escape_html, format_compact, format_duration, format_percent, format_signed
 from postgrad.reports.html.table import Cell, Column, Table, change_cell, interval_cell, text_cell
 from postgrad.reports.result_models import EstimateInterval, StudyArm, StudyCurve, StudyResults, StudySet
 from postgrad.reports.sections.study_table import claims_table, study_arms_table

@@ -6,8 +6,9 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
+from postgrad.foreign_text import plain_text
 from postgrad.lineage.record import Record, SetChange
-from postgrad.reports.html.notation import finite, plain_text
+from postgrad.reports.html.notation import finite
 from postgrad.reports.html.table import (
     CHANGE_FIELDS,
     Cell,

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from postgrad.foreign_text import plain_text
 from postgrad.lineage.metrics import EvaluationRow, MetricsRow, SkippedStepRow, StepRow
 from postgrad.lineage.record import SetChange
 from postgrad.reports.html.charts import ForestRow, Point, Series
-from postgrad.reports.html.notation import finite, plain_text
+from postgrad.reports.html.notation import finite
 from postgrad.reports.html.verdicts import tone_of, verdict_of
 
 MAX_SERIES = 12

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from postgrad.foreign_text import plain_text
 from postgrad.lineage.record import DriftRecord, Record
 from postgrad.reports.html.charts import Series, line_chart
 from postgrad.reports.html.document import figure, intro_paragraph, side_by_side
-from postgrad.reports.html.notation import format_count, format_percent, plain_text
+from postgrad.reports.html.notation import format_count, format_percent
 from postgrad.reports.html.table import (
     VALUE_FIELDS,
     Column,

@@ -6,9 +6,10 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+from postgrad.foreign_text import mask_secrets, plain_text
 from postgrad.lineage.record import PenaltyRecord, Record
 from postgrad.reports.html.document import details, facts, format_time, intro_paragraph, preformatted
-from postgrad.reports.html.notation import escape_html, format_count, mask_secrets, plain_text
+from postgrad.reports.html.notation import escape_html, format_count
 
 
 def method_section(record: Record) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 
+from postgrad.foreign_text import plain_text
 from postgrad.lineage.record import PlannedSource, Record, SourceLoss, TrainedSource
 from postgrad.reports.html.charts import paired_bars, stacked_bars
 from postgrad.reports.html.document import figure, side_by_side
-from postgrad.reports.html.notation import format_fixed, format_percent, plain_text
+from postgrad.reports.html.notation import format_fixed, format_percent
 from postgrad.reports.html.table import (
     CHANGE_FIELDS,
     Column,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from postgrad.foreign_text import mask_secrets, plain_text
 from postgrad.lineage.record import Record, SetChange, SetScore, SkippedStep
 from postgrad.reports.html.document import bold_name, format_time, verdict_badge
 from postgrad.reports.html.notation import (
@@ -15,8 +16,6 @@ from postgrad.reports.html.notation import (
     format_fixed,
     format_percent,
     format_signed,
-    mask_secrets,
-    plain_text,
 )
 from postgrad.reports.html.verdicts import tone_of, verdict_of
 from postgrad.reports.sections.curves import Curves

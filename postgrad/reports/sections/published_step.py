@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from postgrad.foreign_text import plain_text
 from postgrad.lineage.record import PublishedCheckpoint, Record
 from postgrad.reports.html.charts import Series, VerticalMark, line_chart
 from postgrad.reports.html.document import figure, intro_paragraph, side_by_side
-from postgrad.reports.html.notation import format_count, format_fixed, format_percent, plain_text
+from postgrad.reports.html.notation import format_count, format_fixed, format_percent
 from postgrad.reports.sections.curves import X_LABEL, Curves
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from postgrad.foreign_text import plain_text
 from postgrad.lineage.record import Record
 from postgrad.reports.html.charts import LimitLine, VerticalMark, line_chart
 from postgrad.reports.html.document import figure, intro_paragraph, side_by_side
-from postgrad.reports.html.notation import format_compact, format_fixed, format_percent, format_signed, plain_text
+from postgrad.reports.html.notation import format_compact, format_fixed, format_percent, format_signed
 from postgrad.reports.html.table import CHANGE_FIELDS, Column, Table, count_cell, difference_cell, value_cell
 from postgrad.reports.sections.curves import (
     EARLY_SHARE,

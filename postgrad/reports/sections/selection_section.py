@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 
+from postgrad.foreign_text import plain_text
 from postgrad.lineage.record import DocumentPreview, DocumentSelection, Record
 from postgrad.reports.html.charts import Point, Series, line_chart
 from postgrad.reports.html.document import details, escaped_passage, figure, intro_paragraph, side_by_side
-from postgrad.reports.html.notation import escape_html, format_fixed, plain_text
+from postgrad.reports.html.notation import escape_html, format_fixed
 from postgrad.reports.html.table import Cell, Column, Number, Table, count_cell, text_cell
 
 _SCORE_NAMES = {"dsir": "log importance weight", "perplexity": "bits per byte"}

@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Sequence
 
+from postgrad.foreign_text import plain_text
 from postgrad.reports.html.notation import (
     finite,
     format_compact,
@@ -13,7 +14,6 @@ from postgrad.reports.html.notation import (
     format_fixed,
     format_percent,
     format_signed,
-    plain_text,
 )
 from postgrad.reports.html.table import VALUE_FIELDS, Cell, Column, Number, Table, interval_cell, text_cell, value_cell
 from postgrad.reports.result_models import EstimateInterval, StudyArm, StudyBase, StudyResults

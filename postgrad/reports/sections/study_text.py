@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from postgrad.reports.html.notation import format_compact, format_fixed, format_percent, format_signed, plain_text
+from postgrad.foreign_text import plain_text
+from postgrad.reports.html.notation import format_compact, format_fixed, format_percent, format_signed
 from postgrad.reports.result_models import EstimateInterval, StudyArm, StudyResults
 from postgrad.stats.forgetting import MIN_DOCUMENTS
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from postgrad.foreign_text import plain_text
 from postgrad.lineage.record import Record, TaskRecord
 from postgrad.reports.html.charts import ForestRow, Point, Series, forest_plot, line_chart
 from postgrad.reports.html.document import (
@@ -15,7 +16,7 @@ from postgrad.reports.html.document import (
     side_by_side,
     text_boxes,
 )
-from postgrad.reports.html.notation import format_count, plain_text
+from postgrad.reports.html.notation import format_count
 from postgrad.reports.html.table import (
     CHANGE_FIELDS,
     VALUE_FIELDS,

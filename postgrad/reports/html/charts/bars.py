@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from postgrad.foreign_text import plain_text
 from postgrad.reports.html.charts.marks import PALETTE_SIZE, draw_rect, draw_text, empty_figure, make_svg
 from postgrad.reports.html.charts.scales import Scale
 from postgrad.reports.html.charts.text_fit import fit_text, text_width
-from postgrad.reports.html.notation import finite, format_compact, plain_text
+from postgrad.reports.html.notation import finite, format_compact
 
 
 def paired_bars(

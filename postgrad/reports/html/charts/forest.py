@@ -6,11 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from postgrad.foreign_text import plain_text
 from postgrad.reports.html.charts.line import LimitLine
 from postgrad.reports.html.charts.marks import draw_line, draw_marker, draw_text, empty_figure, make_svg
 from postgrad.reports.html.charts.scales import Scale, axis_range, tick_labels, ticks
 from postgrad.reports.html.charts.text_fit import fit_text, text_width, visible_labels
-from postgrad.reports.html.notation import format_fixed, format_signed, plain_text
+from postgrad.reports.html.notation import format_fixed, format_signed
 
 _SHAPES = {"good": 0, "even": 1, "bad": 2, "open": 3}
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from postgrad.foreign_text import plain_text
 from postgrad.reports.html.charts.marks import (
     PALETTE_SIZE,
     draw_line,
@@ -28,7 +29,7 @@ from postgrad.reports.html.charts.scales import (
 )
 from postgrad.reports.html.charts.text_fit import fit_text, spread_positions, text_width, visible_labels
 from postgrad.reports.html.charts.thinning import MAX_POINTS, split_at_gaps, thin_points
-from postgrad.reports.html.notation import MAX_MAGNITUDE, format_compact, format_fixed, format_signed, plain_text
+from postgrad.reports.html.notation import MAX_MAGNITUDE, format_compact, format_fixed, format_signed
 
 ScaleKind = Literal["linear", "log"]
 Band = Sequence[tuple[float, float, float]]

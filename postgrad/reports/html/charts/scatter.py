@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from postgrad.foreign_text import plain_text
 from postgrad.reports.html.charts.marks import (
     PALETTE_SIZE,
     draw_line,
@@ -17,7 +18,7 @@ from postgrad.reports.html.charts.marks import (
 )
 from postgrad.reports.html.charts.scales import Scale, axis_range, tick_labels, ticks
 from postgrad.reports.html.charts.text_fit import fit_text, text_width, visible_labels
-from postgrad.reports.html.notation import format_signed, plain_text
+from postgrad.reports.html.notation import format_signed
 
 _Box = tuple[float, float, float, float]
 """Left, top, right, bottom."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from postgrad.reports.html.notation import truncate
+from postgrad.foreign_text import truncate
 
 FONT_SIZE = 12.0
 
