@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ from tests.tiny_models import new_text as new_text
 from tests.tiny_models import old_text as old_text
 
 torch.set_num_threads(1)
+# A shell lets its background jobs ignore Ctrl-C, and nohup lets them ignore SIGHUP; tests send both.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 hypothesis.settings.register_profile("tests", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("tests")
 
@@ -86,3 +90,11 @@ def stage_of(base: Path, tmp_path: Path) -> StageOf:
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One cache for the whole session: token stores are immutable."""
     return tmp_path_factory.getbasetemp() / "cache"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def default_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What has no cache of its own (the memo of verified models) goes to the session's cache, not to the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("POSTGRAD_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        yield

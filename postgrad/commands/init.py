@@ -10,8 +10,8 @@ from pathlib import Path
 
 import yaml
 
-from postgrad.commands.cache import cache_folder
 from postgrad.commands.results import Result
+from postgrad.config.stage_file import parse_recorded_stage
 from postgrad.data.read.documents import read_documents
 from postgrad.data.read.files import RawSource as Files
 from postgrad.data.tokens.tokenize import build_store
@@ -22,6 +22,7 @@ from postgrad.models.model_sizes import load_model_sizes
 from postgrad.models.pretrained import load_tokenizer
 from postgrad.plan.model_inputs import make_encoder, unknown_notes
 from postgrad.storage.atomic import write_atomically
+from postgrad.storage.cache_folder import cache_folder
 
 _REPLAY_SHARE = 0.10
 _MIN_DOCUMENTS = 40
@@ -150,7 +151,7 @@ def _suggested_rates(start: ModelLocation, model: str) -> tuple[str, str, str]:
     if start.run is not None and (start.run / RECORD).exists():
         record = read_record(start.run)
         curve = [rate for _, rate in record.schedule_curve]
-        if curve and record.stage["tuning"]["kind"] == "full":
+        if curve and parse_recorded_stage(record.stage, record.name).tuning.kind == "full":
             peak, floor = (f"{rate:.1e}".replace("e-0", "e-") for rate in (max(curve), max(curve) / 10))
             return peak, floor, f"that of {model}; {comment}"
     return "2.0e-5", "2.0e-6", comment

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -42,6 +43,7 @@ from postgrad.models.pretrained import load_tokenizer
 from postgrad.models.task import Task
 from postgrad.plan.model_inputs import make_encoder
 from postgrad.storage.atomic import disk_errors, write_all, write_atomically
+from postgrad.storage.checked_files import read_checked_json, write_checked_json
 from postgrad.storage.fingerprint import fingerprint
 from postgrad.tuning.open_model import get_task, open_model, start_fingerprint
 
@@ -95,6 +97,8 @@ class _SynthesisState:
     tokens: int = 0
     ended: int = 0
     left_out: dict[str, int] | None = None
+    crc32: int | None = None
+    """Of the file so far; None in files of earlier versions."""
     chosen: int | None = None
     """Of conversations: how many were kept for their diversity ..."""
     diverse_share: float = 1.0
@@ -237,15 +241,15 @@ def finalize_output(
     out: Path, select: Callable[[list[str]], list[str]] | None = None, *, diverse_share: float = 1.0
 ) -> None:
     """Give the partial file its final name, with the lines that `select` keeps: a share of `diverse_share`."""
-    state = json.loads(_state_file(out).read_text())
+    state = _read_state(out, _state_file(out))
     with disk_errors(out):
         if select is None:
-            write_atomically(summary_file(out), json.dumps(state))
+            write_checked_json(summary_file(out), asdict(state))
             partial_file(out).rename(out)
         else:
             chosen = select(partial_file(out).read_text("utf-8").splitlines(keepends=True))
-            state |= {"chosen": len(chosen), "diverse_share": diverse_share}
-            write_atomically(summary_file(out), json.dumps(state))
+            state.chosen, state.diverse_share = len(chosen), diverse_share
+            write_checked_json(summary_file(out), asdict(state))
             write_atomically(out, "".join(chosen))  # the partial file stays until everything else is written
             partial_file(out).unlink()
         _state_file(out).unlink()
@@ -291,9 +295,8 @@ def generate_until_target(
         file = part.open("ab", buffering=0)
         file.truncate(state.size)
     with file:
-        with part.open("rb") as lines:
-            for line in lines:
-                seen.find_or_add(dedup_text(json.loads(line)))
+        for text in _read_accepted(state, part):
+            seen.find_or_add(text)
         while state.tokens < request.tokens:
             accepted: list[bytes] = []
             numbers = range(state.next, state.next + request.batch_size)
@@ -318,7 +321,8 @@ def generate_until_target(
                 write_all(file, b"".join(accepted))
             state.next, state.left_out = numbers.stop, dict(left_out)
             state.size += sum(map(len, accepted))
-            write_atomically(_state_file(out), json.dumps(asdict(state)))
+            state.crc32 = zlib.crc32(b"".join(accepted), state.crc32 or 0)
+            write_checked_json(_state_file(out), asdict(state))
             yield SynthesisProgress(state.documents, state.tokens, request.tokens)
             if state.next >= _MAX_ATTEMPTS * max(state.documents, request.batch_size):
                 raise DataError(
@@ -330,6 +334,25 @@ def generate_until_target(
                     hint="raise --max-tokens for documents without an end, --max-repetition or --dedup-threshold for the rest,"
                     " or give --prompts",
                 )
+
+
+def _read_accepted(state: _SynthesisState, part: Path) -> list[str]:
+    """The texts accepted so far. Raises `StageError` when the file is not what was written."""
+    content = part.read_bytes()
+    found = zlib.crc32(content)
+    try:
+        rows = [json.loads(line) for line in content.splitlines()]
+        texts = [dedup_text(row) for row in rows]
+    except (ValueError, KeyError, TypeError, IndexError):
+        texts = None
+    if texts is None or state.crc32 not in (None, found):
+        raise StageError(
+            f"{part} has changed since it was written, so it cannot be resumed",
+            where="--out",
+            hint=f"remove {part.name} and {part.name}.json",
+        )
+    state.crc32 = found
+    return texts
 
 
 def summary_file(out: Path) -> Path:
@@ -457,12 +480,5 @@ def _load_state(out: Path, options_fingerprint: str) -> _SynthesisState:
 
 def _read_state(out: Path, path: Path) -> _SynthesisState:
     """The state in a file beside `out`. Raises `StageError` when it cannot be read."""
-    try:
-        return _SynthesisState(**json.loads(path.read_text("utf-8")))
-    except (ValueError, TypeError):
-        text = out if path == summary_file(out) else partial_file(out)
-        raise StageError(
-            f"{path} is corrupt, so {out.name} cannot be resumed",
-            where="--out",
-            hint=f"remove {text.name} and {path.name}",
-        ) from None
+    text = out if path == summary_file(out) else partial_file(out)
+    return read_checked_json(path, _SynthesisState, error=StageError, hint=f"remove {text.name} and {path.name}")

@@ -5,7 +5,6 @@ Legend: N documents.
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from postgrad.models.model_sizes import load_model_sizes
 from postgrad.models.pretrained import load_tokenizer
 from postgrad.models.task import Task
 from postgrad.plan.model_inputs import ModelInputs, make_encoder
-from postgrad.storage.atomic import write_atomically
+from postgrad.storage.array_files import read_cached_arrays, write_arrays
 from postgrad.tuning.open_model import get_task, open_model
 
 _SCORING_BATCH_TOKENS = 1 << 16
@@ -98,7 +97,7 @@ def compute_bits_per_byte(
 
     `store_encoder` wrote the store. `partial_path` holds the scores so far, and grows.
     """
-    bits: list[float] = np.load(partial_path, allow_pickle=False).tolist() if partial_path.exists() else []
+    bits: list[float] = list((read_cached_arrays(partial_path, partial_path.name) or {}).get("bits", ()))
     ends = np.minimum(np.asarray(store.documents)["tokens"], tokens).cumsum()
     while len(bits) < len(store):
         first = len(bits)
@@ -109,9 +108,7 @@ def compute_bits_per_byte(
             *(_read_document(store, number, store_encoder, scorer.encoder, tokens) for number in numbers), strict=True
         )
         bits += _score_documents(scorer, documents, np.array(sizes)).tolist()
-        buffer = io.BytesIO()
-        np.save(buffer, np.array(bits))
-        write_atomically(partial_path, buffer.getvalue())
+        write_arrays(partial_path, {"bits": np.array(bits)}, partial_path.name)
         on_progress(len(bits))
     return np.array(bits)
 

@@ -21,7 +21,7 @@ import yaml
 
 from postgrad.data.loading.batch import Batch
 from postgrad.errors import NonFiniteError
-from postgrad.lineage.metrics import read_steps
+from postgrad.lineage.metrics import read_metrics
 from postgrad.lineage.record import read_record
 from postgrad.models.model import Output
 from postgrad.objectives import objective
@@ -169,7 +169,7 @@ def test_skipped_steps_are_recorded_and_shown(skipping: Path, stage_of: StageOf,
     names = [source.name for source in record.plan.sources]
     assert [(names.index(row.source), row.row) for row in first.rows] == expected
     assert (first.step, second.step, first.loss, len(second.rows)) == (4, 12, None, 1)
-    trained = read_steps(skipping / "metrics.jsonl")
+    trained = read_metrics(skipping / "metrics.jsonl").steps
     assert [row.step for row in trained] == [s for s in range(1, record.plan.steps + 1) if s not in (4, 12)]
     assert record.totals.tokens == sum(row.tokens for row in trained) and record.totals.steps == record.plan.steps
     for text in ((skipping / "report.html").read_text(), (skipping.parent / "summary.txt").read_text()):
@@ -207,6 +207,17 @@ def test_too_many_skipped_steps_end_the_run_and_a_higher_limit_resumes_it(
 
     monkeypatch.setattr(training_session, "restore_run", forgetful)
     assert isinstance(bounded(1, "mutant")[-1], RunFinished)
+
+
+def test_a_stage_of_which_most_is_skipped_ends(stage_of: StageOf, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However short it is: otherwise a model that was not trained would be published."""
+    raw = stage_of(tokens=1500)
+    steps = plan_of(raw, cache).steps
+    assert 4 <= steps <= 20  # the limit of the stage alone would let most of them pass
+    poison(monkeypatch, *range(STEP_ROWS, 10_000))  # all but the first step
+    with pytest.raises(NonFiniteError, match=rf"step {steps // 2 + 2}:"):
+        events_of(raw, cache)
+    assert not (Path(raw["output"]) / "model").exists()
 
 
 PROGRAM = """
