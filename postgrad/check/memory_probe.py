@@ -33,12 +33,14 @@ def measure_memory(
 ) -> MemoryEstimate:
     """The estimate with what was measured: `activations` is all that is neither state nor `process`, the memory before it.
 
-    The estimate itself where nothing can be measured: it is more than the memory that is free, predictions of teachers are not
-    cached yet, or the system does not tell the peak.
+    The estimate with `process` alone where nothing can be measured: it is more than the memory that is free, predictions of
+    teachers are not cached yet, or the system does not tell the peak.
     """
-    free = machine.available_memory()
+    if process is None:
+        return estimate
+    estimate, free = replace(estimate, process=process), machine.available_memory()
     is_too_large = free is not None and estimate.total > _MAX_SHARE * free
-    if process is None or is_too_large or find_cache_jobs(plan):
+    if is_too_large or find_cache_jobs(plan):
         return estimate
     _train_part(plan, replace(execution, compile=False), world)
     _measure_drift_part(plan, world)
@@ -46,7 +48,7 @@ def measure_memory(
     state = estimate.weights + estimate.gradients + estimate.moments + estimate.teachers
     if peak is None:
         return estimate
-    return replace(estimate, process=process, activations=max(0, peak - process - state), is_measured=True)
+    return replace(estimate, activations=max(0, peak - process - state), is_measured=True)
 
 
 def _train_part(plan: Plan, execution: Execution, world: World) -> None:

@@ -27,7 +27,7 @@ def in_child_value(folder: Path, work: Callable[[], object]) -> Any:
     return json.loads(place.read_text())
 
 
-@pytest.fixture(params=["full", "lora"])
+@pytest.fixture(params=[pytest.param("full", marks=pytest.mark.slow), "lora"])
 def stage(request: pytest.FixtureRequest, stage_of: StageOf, tmp_path: Path) -> dict[str, Any]:
     """A stage whose activations and scores take more than the libraries' noise."""
     model = make_llama(hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_key_value_heads=4)
@@ -39,7 +39,7 @@ def stage(request: pytest.FixtureRequest, stage_of: StageOf, tmp_path: Path) -> 
     )  # fmt: skip
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_the_peak_of_a_run_is_foretold(
     stage: dict[str, Any], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -50,20 +50,18 @@ def test_the_peak_of_a_run_is_foretold(
 
     def trained() -> int:
         machine.tune_allocator()
-        base = machine.process_memory(CPU)
+        machine.process_memory(CPU)  # resets the peak
         events_of(stage, cache)
         peak = machine.peak_memory(CPU)
-        assert base is not None and peak is not None
-        return peak - base
+        assert peak is not None
+        return peak
 
     memory = in_child_value(tmp_path, checked)
     real = in_child_value(tmp_path, trained)
-    assert memory["is_measured"]
-    told = memory["total"] - memory["process"]
-    assert told == pytest.approx(real, rel=0.2), (told, real)
+    assert memory["is_measured"] and memory["total"] == pytest.approx(real, rel=0.1), (memory, real)
     # The mutant: the shapes alone.
     monkeypatch.setattr(check, "measure_memory", lambda plan, execution, world, estimate, process: estimate)
-    assert in_child_value(tmp_path, checked)["total"] != pytest.approx(real, rel=0.2)
+    assert in_child_value(tmp_path, checked)["total"] < 0.7 * real
 
 
 def test_what_does_not_fit_is_not_tried(stage_of: StageOf, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +69,7 @@ def test_what_does_not_fit_is_not_tried(stage_of: StageOf, cache: Path, monkeypa
     monkeypatch.setattr(machine, "available_memory", lambda: 1 << 20)
     found = check.check_stage(plan_of(stage_of(), cache), cache=cache)
     assert not found["memory"]["is_measured"] and "at the peak, estimated (" in found["text"]
-    assert found["memory"]["total"] > 1 << 20
+    assert found["memory"]["total"] > found["memory"]["process"] > 1 << 20
 
 
 def test_a_system_that_tells_no_peak_has_an_estimate(
