@@ -55,7 +55,8 @@ def _train_part(plan: Plan, execution: Execution, world: World) -> None:
     """Two micro-batches without an update that changes anything, and the scores of a batch of held-out text."""
     tuned_model = make_tuned_model(plan, world)
     prepare_model(plan, tuned_model.model, execution)
-    run = replace(build_run(plan, tuned_model, execution, world), penalties=[], schedule=lambda step: 0.0)
+    built = build_run(plan, tuned_model, execution, world)
+    run = replace(built, penalties=[], schedule=lambda step: 0.0)  # `built` holds the penalties' tensors
     run.model.train()
     make_step(plan, run)(run, make_loader(plan, execution, world).read_batches(1)[:_MICRO_BATCHES])
     sets = [held_out.take_tokens(_SCORED_TOKENS) for held_out in plan.evaluation.scored_sets[:1]]

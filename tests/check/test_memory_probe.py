@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,10 @@ import torch
 from postgrad.check import check, memory_probe
 from postgrad.hardware import machine
 from postgrad.models.pretrained import save_pretrained
+from postgrad.penalties.penalty import Penalty
+from postgrad.plan.plan import Plan
+from postgrad.run.build import build_run, make_step
+from postgrad.training.step import Run, StepFunction
 from tests.conftest import StageOf, make_llama, make_tokenizer
 from tests.laws.test_kill_and_resume import in_child
 from tests.run.test_run import events_of, plan_of
@@ -77,6 +82,28 @@ def test_a_system_that_tells_no_peak_has_an_estimate(
 ) -> None:
     monkeypatch.setattr(machine, "_status_bytes", lambda key: None)
     assert not check.check_stage(plan_of(stage_of(), cache), cache=cache)["memory"]["is_measured"]
+
+
+def test_penalties_are_in_memory_while_a_step_is_measured(
+    stage_of: StageOf, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reference of an anchor is as large as the model."""
+    made, steps = list[weakref.ref[Penalty]](), list[StepFunction]()
+
+    def build(*words: Any) -> Run:
+        run = build_run(*words)
+        made.extend(weakref.ref(penalty) for penalty in run.penalties)
+        return run
+
+    def step(plan: Plan, run: Run) -> StepFunction:
+        assert made and all(penalty() is not None for penalty in made)
+        steps.append(make_step(plan, run))
+        return steps[-1]
+
+    monkeypatch.setattr(memory_probe, "build_run", build)
+    monkeypatch.setattr(memory_probe, "make_step", step)
+    raw = stage_of(penalties=[{"kind": "anchor", "strength": 0.1}])
+    assert check.check_stage(plan_of(raw, cache), cache=cache)["memory"]["is_measured"] and steps
 
 
 def test_a_check_leaves_nothing_behind(stage_of: StageOf, cache: Path, tmp_path: Path) -> None:
