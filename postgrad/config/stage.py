@@ -50,6 +50,7 @@ from postgrad.config.sparse_updates import AnyUpdate, LossAdaptive, MomentumUpda
 from postgrad.config.tasks import TaskConfig
 from postgrad.config.tunings import AnyTuning, FullTuning
 from postgrad.errors import suggest_nearest_or_all
+from postgrad.foreign_text import mask_secrets
 from postgrad.storage.fingerprint import fingerprint
 
 
@@ -219,7 +220,7 @@ class HeldOutFile(TemplatedRowFormat):
 def expand_held_out_file(value: Any) -> Any:
     if isinstance(value, str):
         stem = re.sub(r"(\.(txt|md|jsonl|ndjson|json|csv|tsv|parquet|arrow|gz|zst))+$", "", Path(value).name)
-        name = re.sub(r"[^\w.\-]+", "-", stem)[:100]
+        name = re.sub(r"[^\w.\-]+", "-", mask_secrets(stem))[:100]
         return {"name": name if re.search(r"\w", name) else "held-out", "path": value}
     return value
 

@@ -255,6 +255,7 @@ def _arm_results(
         out["gap"] = {what: (own.mean.get_loss(what) - union.mean.get_loss(what)).as_dict() for what in LOSS_KINDS}
     costs = [_total_cost(prepared, chain.steps) for chain in own.chains]
     out |= {key: _mean([cost[key] for cost in costs]) for key in ("tokens", "seconds", "peak_memory")}
+    out["skipped_steps"] = round(sum(cost["skipped_steps"] or 0 for cost in costs))
     given = not out["from_scratch"] or arm.blend is not None  # a blend has the base in it, whatever its arm began with
     base = _total_cost(prepared, [prepared.graph.base_step])["tokens"] if prepared.graph.base_step and given else 0
     known = prepared.graph.base_step is not None or not given
@@ -291,16 +292,20 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _total_cost(prepared: PreparedStudy, keys: Sequence[str]) -> dict[str, float | None]:
-    """Cost of steps: trained tokens, seconds of training and preparation, peak accelerator memory in bytes."""
-    tokens, seconds, peaks = 0.0, 0.0, []
+    """Cost of steps: trained tokens, optimizer steps without an update, seconds of training and preparation, peak accelerator
+    memory in bytes.
+    """
+    tokens, skipped, seconds, peaks = 0.0, 0, 0.0, []
     for key in keys:
         step = prepared.graph.steps[key]
         note = prepared.folder.read_note(step)
         seconds += sum(note.get("seconds", {}).get(phase, 0.0) for phase in ("training", "making"))
         peaks += [note["peak_memory"]] if note.get("peak_memory") else []
         if step.kind == "train":
-            tokens += _read_step_record(prepared, key).totals.tokens
-    return {"tokens": tokens, "seconds": seconds, "peak_memory": max(peaks, default=None)}
+            record = _read_step_record(prepared, key)
+            tokens += record.totals.tokens
+            skipped += len(record.totals.skipped_steps)
+    return {"tokens": tokens, "skipped_steps": skipped, "seconds": seconds, "peak_memory": max(peaks, default=None)}
 
 
 def _has_failed_gate(prepared: PreparedStudy, key: str) -> bool:

@@ -51,6 +51,7 @@ def study_summary(study: StudyResults) -> list[str]:
     lines += _union_sentences(finished, study)
     lines += _frontier_sentences(finished)
     lines += _gate_sentences(finished)
+    lines += _skipped_sentences(finished)
     return [*lines, *_uncertainty_sentences(finished, study)]
 
 
@@ -156,6 +157,12 @@ def _gate_sentences(finished: Sequence[StudyArm]) -> list[str]:
         if arm.gate_failed
     ]
     return [f"The retention gate (max_forgetting) failed: {join_names(failed)}."] if failed else []
+
+
+def _skipped_sentences(finished: Sequence[StudyArm]) -> list[str]:
+    """The arms that trained on fewer tokens than the others, since the loss of some steps was not finite."""
+    skipped = [f"{_name(arm)} ({arm.skipped_steps})" for arm in finished if arm.skipped_steps]
+    return [f"Steps were skipped, since their loss was not finite: {join_names(skipped)}."] if skipped else []
 
 
 def _seed_sentences(finished: Sequence[StudyArm]) -> list[str]:
