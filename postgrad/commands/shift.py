@@ -185,7 +185,7 @@ def _interleave_documents(where: str, paths: Sequence[str]) -> Iterator[str]:
 
 
 def _bits_per_byte(scores: Sequence[Scores]) -> ShiftEstimate:
-    """Bits per byte of all sets together, with its interval over documents (or windows, when those are few)."""
+    """Bits per byte of all sets together, with its interval over documents."""
     if not scores:
         raise DataError("no text to score", where="shift")
     nats = np.concatenate([np.bincount(s.document_W, s.nats_W, len(s.bytes_N)) for s in scores]) / np.log(2)
@@ -197,6 +197,8 @@ def _bits_per_byte(scores: Sequence[Scores]) -> ShiftEstimate:
 def _difference(old: ShiftEstimate, new: ShiftEstimate) -> ShiftEstimate:
     """New minus old; the two are independent, so the half-widths add in quadrature."""
     value = new.value - old.value
+    if old.low is None or old.high is None or new.low is None or new.high is None:
+        return ShiftEstimate(value, None, None)
     low = value - float(np.hypot(new.value - new.low, old.high - old.value))
     high = value + float(np.hypot(new.high - new.value, old.value - old.low))
     return ShiftEstimate(value, low, high)

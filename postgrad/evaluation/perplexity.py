@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from torch.nn import functional
 from postgrad.data.layouts.rows import IGNORED
 from postgrad.data.loading.batch import Batch, collate
 from postgrad.data.problem_type import ProblemType
-from postgrad.evaluation.classification_metrics import compute_metrics
+from postgrad.evaluation.classification_metrics import MetricEstimate, class_scores, compute_metrics, confusion_counts
 from postgrad.evaluation.held_out import HeldOutSet
 from postgrad.evaluation.length_batches import length_batches
 from postgrad.models.model import Model, Output
@@ -30,6 +30,8 @@ from postgrad.stats.forgetting import MIN_DOCUMENTS
 
 _TOKENS_AT_ONCE = 8192
 _LOGITS_AT_ONCE = 1 << 25
+MAX_CONFUSION_CLASSES = 50
+"""With more classes a record holds no confusion matrix."""
 
 
 @dataclass(frozen=True)
@@ -89,11 +91,26 @@ class Scores:
         """Mean nats per scored label."""
         return float(self.nats_W.sum() / max(self.tokens_W.sum(), 1))
 
-    def compute_metrics(self) -> dict[str, dict[str, float]]:
+    def compute_metrics(self) -> dict[str, MetricEstimate]:
         """A classifier's metrics, each with its interval."""
         return compute_metrics(
             ProblemType(self.problem), self.predictions_I, self.labels_I, self.document_I, self.names.tolist()
         )
+
+    def class_summary(self) -> dict[str, Any]:
+        """Of a classifier each class by itself, and how often each is taken for each; empty for anything else."""
+        if not len(self.predictions_I) or not len(self.names) or self.problem == ProblemType.NUMBER:
+            return {}
+        problem, names = ProblemType(self.problem), self.names.tolist()
+        if problem != ProblemType.MULTI_LABEL:  # a head may have more outputs than there are names
+            largest = int(max(self.labels_I.max(), self.predictions_I.max()))
+            names += [f"class {number}" for number in range(len(names), largest + 1)]
+        found: dict[str, Any] = {
+            "classes": [asdict(each) for each in class_scores(problem, self.predictions_I, self.labels_I, names)]
+        }
+        if problem != ProblemType.MULTI_LABEL and len(names) <= MAX_CONFUSION_CLASSES:
+            found["confusion"] = confusion_counts(self.predictions_I, self.labels_I, len(names)).tolist()
+        return found
 
     def summary(self) -> dict[str, Any]:
         """Nats per token with its 95 % interval, perplexity, bits per byte and counts; of a classifier also its `metrics`."""
@@ -102,6 +119,7 @@ class Scores:
         metrics = {"metrics": self.compute_metrics()} if len(self.predictions_I) else {}
         return {
             **metrics,
+            **self.class_summary(),
             "nats": self.nats,
             "low": low,
             "high": high,

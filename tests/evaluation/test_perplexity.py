@@ -239,7 +239,7 @@ def test_tiny_documents_among_others_keep_their_places() -> None:
 
 def test_a_set_of_one_tiny_document_has_a_value_and_no_spread() -> None:
     summary = score_held_out(CausalModel(make_llama()), set_of([np.array([3, 4])]), context=CONTEXT).summary()
-    assert summary["low"] == summary["nats"] == summary["high"]
+    assert summary["nats"] > 0 and summary["low"] is summary["high"] is None
     assert summary["tokens"] == 1
 
 
