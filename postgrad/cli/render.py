@@ -125,6 +125,11 @@ def evaluation_text(result: TextEvaluation) -> str:
                 f"    masked one at a time: {masked.nats:.4f} nats/token ({_ends(masked, '.4f', '–')}), "
                 f"pseudo-perplexity {masked.perplexity:.2f}, {masked.tokens:,} tokens"
             )
+        if apart := score.unknown:
+            lines.append(
+                f"    unknown tokens apart: {apart.tokens:,} ({apart.share:.2%}), {apart.nats:.4f} nats each; no other figure "
+                "counts them"
+            )
         for metric, value in score.metrics.items():
             lines.append(f"    {metric} {value.value:.4f} ({_ends(value, '.4f', '–')})")
     for name, score in result.sets.items():

@@ -96,7 +96,7 @@ def write_stage(
         passages = dataclasses.replace(files, documents="passages")
         finer = build_store(passages, encoder, cache)
         if len(finer) > len(store):
-            files, store, unit = passages, finer, ", documents: passages"
+            files, store, unit = passages, finer, ", document_unit: passages"
     samples = [
         " ".join((document.text or str(list((document.ids or [])[:20]))).split())[:100]
         for document in islice(read_documents(files), 3)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from postgrad.errors import InterruptError
-from postgrad.lineage.record import ClassRecord, Interval, RecordPart
+from postgrad.lineage.record import ClassRecord, Interval, RecordPart, UnknownTokens
 
 if TYPE_CHECKING:
     from postgrad.evaluation.perplexity import Scores
@@ -103,6 +103,8 @@ class TextScore(Result):
     """Of a classifier: precision, recall, F1 and support of each class."""
     confusion: tuple[tuple[int, ...], ...] = ()
     """Of a classifier of up to 50 classes: how often each class (row) is taken for each class (column)."""
+    unknown: UnknownTokens | None = None
+    """Tokens of text that the vocabulary lacks, which no other figure counts; None where there are none."""
     pseudo_perplexity: PseudoPerplexity | None = None
     """Of a masked language model, where it was requested."""
 
@@ -112,8 +114,10 @@ def summarize_scores(scores: Scores, pseudo: Scores | None = None) -> TextScore:
     summary = scores.summary()
     metrics = {name: Interval(**entry) for name, entry in summary.pop("metrics", {}).items()}
     classes = tuple(ClassRecord(**entry) for entry in summary.pop("classes", ()))
+    unknown = UnknownTokens(**found) if (found := summary.pop("unknown", None)) else None
     return TextScore(
         **summary,
+        unknown=unknown,
         metrics=metrics,
         classes=classes,
         pseudo_perplexity=None if pseudo is None else PseudoPerplexity(**pseudo.summary()),

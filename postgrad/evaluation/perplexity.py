@@ -52,6 +52,9 @@ class Scores:
     """The problem type of a classifier; empty for anything else."""
     names: np.ndarray = field(default_factory=lambda: np.empty(0, np.str_))
     """The names of its classes, by their indices."""
+    unknown_nats: float = 0.0
+    """Summed nats of the tokens of unknown text, which are no part of `nats_W`."""
+    unknown_tokens: int = 0
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Scores:
@@ -68,7 +71,9 @@ class Scores:
         if len(documents) and not 0 <= int(documents.min()) <= int(documents.max()) < len(sizes):
             raise ValueError("a document that does not exist")
         known: dict[str, Any] = {each.name: arrays[each.name] for each in fields(cls) if each.name in arrays}
-        known["problem"] = str(known.get("problem", ""))
+        for name, kind in (("problem", str), ("unknown_nats", float), ("unknown_tokens", int)):
+            if name in known:
+                known[name] = kind(known[name])
         return cls(**known)
 
     @property
@@ -112,6 +117,12 @@ class Scores:
             found["confusion"] = confusion_counts(self.predictions_I, self.labels_I, len(names)).tolist()
         return found
 
+    def unknown_summary(self) -> dict[str, Any]:
+        """The tokens of unknown text: how many, their share, and their own loss."""
+        count = self.unknown_tokens
+        share = count / (count + int(self.tokens_W.sum()))
+        return {"tokens": count, "share": share, "nats": self.unknown_nats / count}
+
     def summary(self) -> dict[str, Any]:
         """Nats per token with its 95 % interval, perplexity, bits per byte and counts; of a classifier also its `metrics`."""
         nats, tokens = self.per_unit()
@@ -120,6 +131,7 @@ class Scores:
         return {
             **metrics,
             **self.class_summary(),
+            **({"unknown": self.unknown_summary()} if self.unknown_tokens else {}),
             "nats": self.nats,
             "low": low,
             "high": high,
@@ -150,6 +162,8 @@ def score_held_out(
     Every rank runs the same number of batches, as sharded models need.
     """
     pieces = list(held_out.iter_rows(context))
+    unknown = held_out.unknown_part()
+    apart = score_held_out(model, unknown, context=context, gather=gather, rank=rank, ranks=ranks) if unknown else None
     lengths = [len(piece.row.inputs["input_ids"]) for piece in pieces]
     batches = list(length_batches(lengths, _TOKENS_AT_ONCE))
     while len(batches) % ranks:
@@ -183,6 +197,8 @@ def score_held_out(
         else np.empty(0, np.int64),
         problem=held_out.problem if answered and held_out.problem else "",
         names=np.array(held_out.labels if answered else (), np.str_),
+        unknown_nats=float(apart.nats_W.sum()) if apart else 0.0,
+        unknown_tokens=int(apart.tokens_W.sum()) if apart else 0,
     )
 
 

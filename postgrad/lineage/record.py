@@ -360,6 +360,16 @@ class ClassRecord(RecordPart):
     """Items that are taken for this class."""
 
 
+class UnknownTokens(RecordPart):
+    """Tokens of text that the vocabulary lacks, which no other figure of a set counts."""
+
+    tokens: int
+    share: float
+    """Of all tokens of the set."""
+    nats: float
+    """Nats per unknown token: how well the model tells that such text is there."""
+
+
 class SetScore(RecordPart):
     """One model's loss on a held-out set."""
 
@@ -375,6 +385,8 @@ class SetScore(RecordPart):
     """Of a classifier."""
     classes: list[ClassRecord] = []
     """Of a classifier: class by class."""
+    unknown: UnknownTokens | None = None
+    """Null where there are none."""
     confusion: list[list[int]] = []
     """Of a classifier of up to 50 classes: how often each class (row) is taken for each class (column), in the order of
     `classes`."""

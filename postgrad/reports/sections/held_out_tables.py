@@ -157,6 +157,30 @@ def pseudo_perplexity_table(record: Record, brief: bool = False) -> Table | None
     return replace(table, caption="Pseudo-perplexity before and after", columns=columns, notes=notes)
 
 
+def unknown_tokens_table(record: Record) -> Table | None:
+    """The tokens of text that the vocabulary lacks, apart from all others; None without any."""
+    scores = record.scores.after or record.scores.before
+    body = []
+    for name in set_names(record):
+        if (now := scores.get(name)) and now.unknown:
+            before = record.scores.before.get(name)
+            after = record.scores.after.get(name)
+            nats = [side.unknown.nats if side and side.unknown else None for side in (before, after)]
+            counts = (count_cell(now.unknown.tokens), share_cell(now.unknown.share, 2))
+            body.append((set_cell(record, name), *counts, *map(value_cell, nats)))
+    if not body:
+        return None
+    columns = (
+        Column("set", is_text=True), Column("tokens"), Column("of all tokens"), Column("before", "nats per unknown token"),
+        Column("after", "nats per unknown token"),
+    )  # fmt: skip
+    notes = (
+        "Unknown tokens stand for text that the vocabulary lacks. Their loss only tells how well the model knows that such text"
+        " is there, so no other table counts them.",
+    )
+    return Table("Unknown tokens, scored apart", columns, tuple(body), notes)
+
+
 def class_tables(record: Record, max_classes: int = _MAX_CLASSES) -> list[Table]:
     """Of a classifier: each set class by class, and which classes are taken for which; those with the most items first."""
     tables = []

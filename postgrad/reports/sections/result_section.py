@@ -14,6 +14,7 @@ from postgrad.reports.sections.held_out_tables import (
     pseudo_perplexity_table,
     score_table,
     set_names,
+    unknown_tokens_table,
 )
 
 _GLOSSARY = (
@@ -30,6 +31,7 @@ def result_section(record: Record) -> str:
         return ""
     tables = (
         score_table(record), pseudo_perplexity_table(record), metrics_table(record), *class_tables(record),
+        unknown_tokens_table(record),
     )  # fmt: skip
     return (
         "".join(table.html() for table in tables if table)
