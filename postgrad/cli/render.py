@@ -422,6 +422,10 @@ def grown_text(result: GrownModel) -> str:
                 f"  {name} text: {before.bytes_per_token:.2f} -> {after.bytes_per_token:.2f} bytes per token "
                 f"({fewer:.0%} fewer tokens), {before.tokens_per_word:.2f} -> {after.tokens_per_word:.2f} tokens per word"
             )
+    if result.old_bits:
+        lines.append(f"  {result.old_bits.sentence()}")
+    else:
+        lines.append("  old text costs more before any training: --old FILE measures by how much")
     lines += [
         "  such as " + " ".join(plain_text(token) for token in result.first[:12]),
         f"train it in two stages: first `tuning: {{kind: blocks, all_but_first: {result.blocks}, embeddings: true}}`, "
