@@ -40,7 +40,7 @@ def warmup_notes(spec: s.AnySchedule, steps: int, tokens: int, beta2: float) -> 
         return []
     return [
         f"schedule.warmup: {spec.warmup} is {warmup:.3g} of {steps:,} steps; until about step {shortest} the steps of Adam are"
-        f" too large, which costs learning and retention: write `warmup: {shortest} steps`"
+        f" too large, which can cost learning and retention: write `warmup: {shortest} steps`"
     ]
 
 
