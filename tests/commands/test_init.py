@@ -10,7 +10,7 @@ from postgrad.analysis.shift_advice import usual_peak_rate
 from postgrad.commands import init
 from postgrad.commands.init import write_stage
 from postgrad.config.schedules import DecaySchedule
-from postgrad.config.stage_file import load_stage
+from postgrad.config.stage_file import load_stage, parse_stage
 from postgrad.errors import StageError
 from postgrad.plan.plan import make_plan
 from tests.conftest import new_text, write_jsonl
@@ -21,7 +21,7 @@ def test_the_stage_is_read_and_warms_up(
 ) -> None:
     """Also for a text of few documents, which is split."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "one.txt").write_text("\n\n".join(new_text(300, 3)))
+    (tmp_path / "one.txt").write_text("\n\n".join(new_text(2500, 3)))
     many = write_jsonl(tmp_path / "many.jsonl", new_text(150, 10))
     for name, data in (("few", tmp_path / "one.txt"), ("many", many)):
         _ = write_stage(f"{name}.yaml", data=str(data), model=str(base / "base"), cache=cache)
@@ -48,3 +48,18 @@ def test_the_warmup_is_a_share_or_the_fewest_steps(tokens: int, wanted: str) -> 
 def test_the_rate_falls_with_the_size() -> None:
     rates = [usual_peak_rate(10**size) for size in range(3, 12)]
     assert rates == sorted(rates, reverse=True) and rates[0] == 1e-3 and rates[-1] == 2e-5
+
+
+@pytest.mark.parametrize(("share", "way"), [("1%", "give new a larger `held_out`"), ("0", "remove `held_out: 0`")])
+def test_a_text_too_small_to_hold_out_is_told_as_it_is(
+    base: Path, tmp_path: Path, cache: Path, share: str, way: str
+) -> None:
+    file = write_jsonl(tmp_path / "few.jsonl", new_text(3, 10))
+    source = {"name": "new", "path": str(file), "held_out": share, "max_passes": 100}
+    stage = {
+        "name": "few", "model": str(base / "base"), "tokens": 100, "data": {"sequence_length": 32, "sources": [source]},
+        "schedule": {"kind": "constant", "peak": 1e-3},
+    }  # fmt: skip
+    with pytest.raises(StageError, match="no held-out text") as caught:
+        make_plan(parse_stage(stage, "test"), tmp_path, cache)
+    assert way in (caught.value.hint or "")
