@@ -61,8 +61,8 @@ class SetRow(RecordPart):
     nats: float
     change: float
     """Since the start of the stage."""
-    low: float
-    high: float
+    low: float | None = None
+    high: float | None = None
 
 
 class TaskRow(RecordPart):

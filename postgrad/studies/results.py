@@ -45,9 +45,9 @@ class BootstrapEstimate:
     def __sub__(self, other: BootstrapEstimate) -> BootstrapEstimate:
         return BootstrapEstimate(self.value - other.value, self.draws_S - other.draws_S)
 
-    def as_dict(self, sign: float = 1.0) -> dict[str, float]:
+    def as_dict(self, sign: float = 1.0) -> dict[str, float | None]:
         """The value with its 95 % interval."""
-        low, high = sorted(sign * end for end in percentile_interval(self.draws_S))
+        low, high = percentile_interval(sign * self.draws_S)
         return {"value": sign * self.value, "low": low, "high": high}
 
 
@@ -66,7 +66,7 @@ def removed_share(
     None where the baseline's forgetting is not significant: its interval includes zero.
     """
     lost = baseline - base
-    if percentile_interval(lost.draws_S)[0] <= 0:
+    if (percentile_interval(lost.draws_S)[0] or 0.0) <= 0:
         return None
     return BootstrapEstimate(1 - (arm.value - base.value) / lost.value, 1 - (arm.draws_S - base.draws_S) / lost.draws_S)
 
@@ -190,7 +190,7 @@ def _read_scores(prepared: PreparedStudy, key: str, side: str = "after") -> befo
         raise DataError(error.problem, where=error.where, hint=_repeat_hint(path.parents[1])) from error
 
 
-def _loss_values(losses: Losses) -> dict[str, dict[str, float]]:
+def _loss_values(losses: Losses) -> dict[str, dict[str, float | None]]:
     return {what: losses.get_loss(what).as_dict() for what in (*LOSS_KINDS, *losses.sets)}
 
 
@@ -435,6 +435,8 @@ def _evaluate_claim(
 def claim_verdict(entry: Mapping[str, Any], bound: float, *, at_least: bool = False) -> str:
     """Verdict on value <= bound (>= with `at_least`): the interval and every seed must lie on one side."""
     low, high, seeds = entry["low"], entry["high"], entry["by_seed"]
+    if low is None:  # a single document
+        return "not shown"
     if at_least:
         low, high, seeds, bound = -high, -low, [-s for s in seeds], -bound
     if high <= bound and all(s <= bound for s in seeds):
