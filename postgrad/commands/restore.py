@@ -19,7 +19,7 @@ from postgrad.commands.results import Result
 from postgrad.config import stage as s
 from postgrad.config.renamed_keys import upgrade_stage
 from postgrad.config.stage_file import parse_stage
-from postgrad.data.read.files import find_files
+from postgrad.data.read.files import list_files
 from postgrad.distributed.world import World
 from postgrad.errors import StageError
 from postgrad.evaluation import before_after
@@ -142,7 +142,7 @@ def _check_request(request: RestoreRequest, root: Path) -> None:
         locate_model(request.teacher, root, where="--teacher")
     for option, paths in (("--prompts", request.prompts), ("--retained", request.retained)):
         for path in paths:
-            find_files(path, root, option)
+            list_files(path, root, option)
 
 
 def _restore_stage(request: RestoreRequest, record: Record, root: Path) -> dict[str, Any]:

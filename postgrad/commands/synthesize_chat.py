@@ -52,7 +52,7 @@ CLUSTERS = 20
 """k-means clusters of questions (as in SSR)."""
 _MAX_EXAMPLES = 100_000
 _MIN_WORDS = 2
-_USER_PLACEHOLDER = "\ufdd0"
+_USER_PLACEHOLDER = "\ufdd2"
 """A noncharacter that marks the user's content in a rendered template."""
 _QUESTION_STREAM, _ANSWER_STREAM, _EXAMPLES_STREAM = 0, 1, 2
 """Random streams of one row."""

@@ -52,13 +52,13 @@ class Source(TemplatedRowFormat):
     name: Name
     """Name of the source in the plan, the metrics and the report."""
     path: str | None = None
-    """A file, a folder or a glob; .txt .md .jsonl .json .csv .parquet, each also .gz and .zst."""
+    """A file, a folder or a glob; .txt .md .jsonl .ndjson .json .csv .tsv .parquet .arrow, each also .gz and .zst."""
     hub: str | None = None
     """A data set on the Hugging Face Hub, `owner/name`."""
     subset: str | None = None
     """Subset (configuration) of the Hub data set. Default: its own default."""
     split: str = "train"
-    """Split of the Hub data set."""
+    """Split of the Hub data set, or of a folder that has splits."""
     revision: str | None = None
     """Branch, tag or commit of the Hub data set. Default: its main branch."""
     seen_so_far: bool = False
@@ -189,6 +189,8 @@ class HeldOutFile(TemplatedRowFormat):
     """Name of the set."""
     path: str
     """A file, a folder or a glob."""
+    split: str | None = None
+    """Split of a folder that has splits. Default: `test`, else `validation`."""
     same_format_as: str | None = None
     """A source of this stage with the same row kind, columns and templates. Default: the only source of its role whose kind is
     set."""
@@ -196,7 +198,7 @@ class HeldOutFile(TemplatedRowFormat):
 
 def expand_held_out_file(value: Any) -> Any:
     if isinstance(value, str):
-        stem = re.sub(r"(\.(txt|md|jsonl|json|csv|parquet|gz|zst))+$", "", Path(value).name)
+        stem = re.sub(r"(\.(txt|md|jsonl|ndjson|json|csv|tsv|parquet|arrow|gz|zst))+$", "", Path(value).name)
         name = re.sub(r"[^\w.\-]+", "-", stem)[:100]
         return {"name": name if re.search(r"\w", name) else "held-out", "path": value}
     return value

@@ -100,30 +100,30 @@ class Peers:
         frames = [(frame.f_code.co_filename, number) for frame, number in traceback.walk_tb(error.__traceback__)]
         place = f"{self.activity}, {_line(frames[::-1])}"
         if now is None or before is None:
-            problem = "the process that holds the store of the process group (torchrun, or rank 0) does not respond"
+            rank, problem = 0, "the process that holds the store of the group (torchrun, or rank 0) does not respond"
         else:
-            problem = self._suspect(before.heartbeats, now.heartbeats)
+            rank, problem = self._suspect(before.heartbeats, now.heartbeats)
         cause = DistributedError(
             f"{problem}; rank {self._rank} waited at {place}",
-            where="compute.collective_timeout_seconds",
+            where=f"rank {rank}",
             hint="the same command resumes from the last checkpoint; compute.collective_timeout_seconds is how long ranks wait",
         )
         if first := self._tell(str(cause)):
             cause.reported_by = first.rank
         return cause
 
-    def _suspect(self, before: dict[int, Heartbeat], now: dict[int, Heartbeat]) -> str:
+    def _suspect(self, before: dict[int, Heartbeat], now: dict[int, Heartbeat]) -> tuple[int, str]:
         """The rank that the others wait for, and what is known of it."""
         others = [rank for rank in range(self._size) if rank != self._rank]
         for rank in others:
             if rank not in now or (rank in before and before[rank].count == now[rank].count):
                 place = f"; last seen at {now[rank].activity}, {now[rank].line}" if rank in now else ""
-                return f"rank {rank} was killed or has stopped{place}"
+                return rank, f"it was killed or has stopped{place}"
         for rank in others:
             if not now[rank].is_waiting:
-                return f"rank {rank} hangs at {now[rank].activity}, {now[rank].line}"
+                return rank, f"it hangs at {now[rank].activity}, {now[rank].line}"
         places = "; ".join(f"rank {rank} at {now[rank].activity}, {now[rank].line}" for rank in others)
-        return f"no rank is known to hang ({places})"
+        return others[0], f"no rank is known to hang ({places})"
 
     def _tell(self, reason: str) -> _Failure | None:
         """Write why this rank ends, unless another one was first; the first failure of all ranks."""

@@ -173,7 +173,13 @@ def _make_lm(
         """lm-eval's requests, answered by `score_choices` and with framed prompts."""
 
         def __init__(self) -> None:
-            super().__init__(model.pretrained, tokenizer=tokenizer, batch_size=_BATCH, max_length=context)
+            super().__init__(
+                model.pretrained,
+                tokenizer=tokenizer,
+                batch_size=_BATCH,
+                max_length=context,
+                trust_remote_code=False,
+            )
             self.total_length = self.max_length
             self._max_length = self.total_length - added
             self.truncated_prompts = self.request_count = 0

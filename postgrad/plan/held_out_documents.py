@@ -19,7 +19,7 @@ from postgrad.lineage.record import ConsumedSource
 from postgrad.plan.held_out_files import HeldOutFileSpec, describe_new_labels
 from postgrad.plan.model_inputs import ModelInputs
 from postgrad.plan.objective_matching import get_evaluation_objective, get_start_objectives
-from postgrad.plan.objective_rows import describe_omitted, describe_skipped
+from postgrad.plan.objective_rows import describe_omitted, describe_passed_over, describe_skipped
 from postgrad.plan.sources import ProgressCallback, ResolvedSource, load_token_store
 from postgrad.plan.unseen_labels import collect_labels, refuse_unseen_labels
 
@@ -68,7 +68,12 @@ def select_held_out_documents(
         new_labels = describe_new_labels(spec, [source.spec for source in sources], cache)
         notes += [
             f"{spec.name}: {note}"
-            for note in (*describe_skipped(store.skipped), *describe_omitted(store.omitted), *new_labels)
+            for note in (
+                *describe_passed_over(spec.files),
+                *describe_skipped(store.skipped),
+                *describe_omitted(store.omitted),
+                *new_labels,
+            )
         ]
     start_objectives = get_start_objectives(model_inputs.start_model)
     for source in sources:

@@ -31,9 +31,10 @@ from postgrad.data.layouts.seq2seq import Seq2SeqRows
 from postgrad.data.layouts.span_corruption import SpanCorruptionRows
 from postgrad.data.layouts.windows import TooLongPolicy
 from postgrad.data.problem_type import ProblemType
+from postgrad.data.read.files import RawSource
 from postgrad.data.tokens.store import TokenStore
 from postgrad.data.tokens.subset import Subset
-from postgrad.errors import StageError
+from postgrad.errors import StageError, format_names
 from postgrad.plan.model_inputs import ModelInputs
 
 
@@ -174,6 +175,16 @@ def _resolve_too_long(objective: TextToTextObjective, kind: str) -> TooLongPolic
 def describe_skipped(skipped: Mapping[str, int]) -> list[str]:
     """Notes on skipped rows, by reason."""
     return [f"{count:,} rows are skipped ({reason})" for reason, count in skipped.items() if count]
+
+
+def describe_passed_over(source: RawSource) -> list[str]:
+    """A note on the files of a source's folder that are not read, by the reason."""
+    listing = source.list_files() if source.path is not None else None
+    if listing is None or not listing.passed_over:
+        return []
+    parts = (f"{len(names):,} ({reason}): {format_names(names, 3)}" for reason, names in listing.passed_over.items())
+    split = f" of split {listing.split}" if listing.split else ""
+    return [f"{len(listing.files):,} files{split} are read; passed over: {'; '.join(parts)}"]
 
 
 def describe_omitted(omitted: Mapping[str, int]) -> list[str]:

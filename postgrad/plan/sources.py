@@ -224,10 +224,13 @@ def make_text_files(name: str, config: dict[str, Any], root: Path, where: str) -
         hub = HubDataset(config["hub"], config["subset"], config["split"], config["revision"])
     kind = config.get("kind", "auto")
     only = {column: tuple(values) for column, values in (config.get("filter") or {}).items()}
+    # Held-out text is a test or validation split where there is one.
+    default = ("test", "validation", "train") if where.startswith("evaluation") else ("train",)
+    splits = (config["split"],) if config.get("split") else default
     # A word for the label -1 says that it is a class.
     no_label = None if str(NO_LABEL) in (config.get("label_words") or {}) else NO_LABEL
     return Files(
-        name, config["path"], hub, config["columns"], config["document_unit"], root, where, kind, only, no_label
+        name, config["path"], hub, config["columns"], config["document_unit"], root, where, kind, only, no_label, splits
     )
 
 

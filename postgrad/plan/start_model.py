@@ -18,6 +18,7 @@ from postgrad.config import stage as s
 from postgrad.config.objectives import NextTokenObjective
 from postgrad.data.tokens.train_vocabulary import VocabularySource, train_vocabulary
 from postgrad.errors import CheckpointError, ModelError, StageError
+from postgrad.hardware import machine
 from postgrad.models.auto_classes import load_config
 from postgrad.models.families import SpecialTokens, count_weights, parse_model_name, solve_config
 from postgrad.models.from_scratch import init_model, make_tokenizer, select_special_tokens, set_dropout, set_token_ids
@@ -33,6 +34,8 @@ from postgrad.storage.fingerprint import fingerprint
 
 _FORMAT = 1
 _MIN_POSITIONS = 512
+_WEIGHT_BYTES = 4
+"""Bytes of a weight in fp32, in which a model is initialised."""
 _IGNORED_CONFIG_KEYS = ("transformers_version", "_name_or_path", "dtype", "architectures")
 """Keys of a configuration without an effect on the model."""
 
@@ -73,6 +76,7 @@ def _make_new_model(
     if spec.dropout is not None:
         set_dropout(config, spec.dropout)
     set_token_ids(config, tokenizer)
+    _check_memory(config)
     identity = [_FORMAT, {k: v for k, v in config.to_dict().items() if k not in _IGNORED_CONFIG_KEYS}, stage.seed]
     key = fingerprint([*identity, tokenizer.backend_tokenizer.to_str()])
     folder = cache.resolve() / "fresh" / key
@@ -86,6 +90,17 @@ def _make_new_model(
         name=name,
         scratch_recipe=_describe_new_model(spec, config, tokenizer, stage.seed),
     )
+
+
+def _check_memory(config: PreTrainedConfig) -> None:
+    """Raise `ModelError` for a new model whose weights exceed the free memory."""
+    weights, free = count_weights(config), machine.available_memory()
+    if free is not None and _WEIGHT_BYTES * weights > free:
+        raise ModelError(
+            f"the new model has {weights:,} weights, {_WEIGHT_BYTES * weights:,} bytes, and {free:,} bytes of memory are free",
+            where="model",
+            expected="a model that fits this machine",
+        )
 
 
 def _is_intact(path: Path) -> bool:

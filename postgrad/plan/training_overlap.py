@@ -13,7 +13,6 @@ from postgrad.config import stage as s
 from postgrad.data.filter.contamination import measure_overlap
 from postgrad.data.read.documents import Document, read_documents
 from postgrad.data.read.files import RawSource as Files
-from postgrad.data.read.files import find_files
 from postgrad.data.words import SEGMENTATION
 from postgrad.errors import DataError
 from postgrad.lineage.record import Contamination
@@ -76,4 +75,4 @@ def _read_training_documents(source: ResolvedSource) -> Iterator[Document]:
 def _file_stamps(files: Files) -> list[list[Any]]:
     if files.path is None:
         return []
-    return [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in find_files(files.path, files.root, files.where)]
+    return [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files.list_files().files]

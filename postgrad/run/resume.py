@@ -37,6 +37,8 @@ def claim_run(plan: Plan, world: World, interrupt: Interrupt, *, command: str, c
         fingerprints["penalties"] = penalty_fingerprints(plan)
     world.require_same(lambda: _input_files(plan, fingerprints))
     saved_plan = world.from_first(lambda: claim_run_folder(plan.output, plan, fingerprints))
+    if saved_plan:  # a stage that differs in harmless keys is still the same run
+        fingerprints["stage"] = saved_plan.fingerprints["stage"]
     finished = world.from_first(lambda: _read_finished(plan.output, saved_plan))
     if finished:
         yield RunFinished(finished, plan.output, already_complete=True)

@@ -87,10 +87,7 @@ def _remove_empty(paths: Sequence[Path]) -> None:
 
 
 def claim_run_folder(run_folder: Path, plan: Plan, fingerprints: dict[str, Any]) -> SavedPlan | None:
-    """The plan.json of this run, or None for a new folder. Raises `ResumeError` when the folder belongs to another run.
-
-    A stage that differs in harmless keys takes the fingerprint of the first one: `fingerprints` is updated.
-    """
+    """The plan.json of this run, or None for a new folder. Raises `ResumeError` when the folder belongs to another run."""
     if not (run_folder / PLAN).exists():
         foreign = [
             p.name for p in run_folder.iterdir() if p.name not in (LOCK, STAGE) and not p.name.startswith(".staging-")
@@ -115,7 +112,6 @@ def claim_run_folder(run_folder: Path, plan: Plan, fingerprints: dict[str, Any])
                 where=str(run_folder),
                 hint="undo the changes to resume, or give the new stage another `name` or `output`",
             )
-        fingerprints["stage"] = saved_plan.fingerprints["stage"]  # it is still the same run
     return saved_plan
 
 

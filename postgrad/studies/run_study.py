@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import torch
 
-from postgrad.data.read.files import find_files
+from postgrad.data.read.files import list_files
 from postgrad.distributed.world import World
 from postgrad.errors import PostgradError, StageError
 from postgrad.run.run_folder import lock_run_folder
@@ -141,7 +141,10 @@ class _TextFingerprints:
         path = text.get("path")
         if not isinstance(path, str) or is_step_output(path):
             return options
-        return [options, [self._file_hash(file) for file in find_files(path, self.root, str(text.get("name", path)))]]
+        return [
+            options,
+            [self._file_hash(file) for file in list_files(path, self.root, str(text.get("name", path))).files],
+        ]
 
     def _file_hash(self, file: Path) -> str:
         stat = file.stat()

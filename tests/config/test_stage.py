@@ -21,12 +21,13 @@ from postgrad.config import stage as s
 from postgrad.config.quantities import ConfigModel, length_in_steps
 from postgrad.config.schedules import DecaySchedule
 from postgrad.config.stage import Stage
-from postgrad.config.stage_file import json_schema, load_stage, parse_stage, read_yaml
+from postgrad.config.stage_file import json_schema, load_stage, parse_stage
 from postgrad.config.tunings import find_tuning, known_tunings
 from postgrad.errors import StageError
 from postgrad.models.location import ModelLocation
 from postgrad.plan.lr_schedule import make_schedule
 from postgrad.plan.plan import make_plan
+from postgrad.storage.read_yaml import read_yaml
 from postgrad.tuning.attach import _get_tuning_class
 from tests.conftest import StageOf
 
@@ -583,7 +584,13 @@ OTHER: dict[str, Any] = {
     "save.dtype": "float32", "compute.dtype": "float32", "compute.compile": True, "compute.attention": "eager",
     "compute.activation_checkpointing": True, "compute.threads": 1,
 }  # fmt: skip
-SAME: dict[str, Any] = {"output": "elsewhere", "save.every": "3%", "save.keep": "all"}
+SAME: dict[str, Any] = {
+    "output": "elsewhere",
+    "save.every": "3%",
+    "save.keep": "all",
+    "optimizer.max_skipped_steps": 3,
+    "compute.collective_timeout_seconds": 20,
+}
 
 
 def test_a_fingerprint_is_of_everything_but_where_and_how_often() -> None:

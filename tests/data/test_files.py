@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from postgrad.data.read import json_stream, text_lines
 from postgrad.data.read.documents import read_documents
-from postgrad.data.read.files import HubDataset, RawSource, find_files
+from postgrad.data.read.files import HubDataset, RawSource, list_files
 from postgrad.data.read.records import read_hub, read_records
 from postgrad.data.read.text_lines import read_lines
 from postgrad.errors import DataError
@@ -141,7 +141,7 @@ def tree(tmp_path: Path) -> Path:
     ],
 )
 def test_files_are_found_in_order(tree: Path, path: str, found: list[str]) -> None:
-    assert [str(file.relative_to(tree)) for file in find_files(path, tree, "data")] == found
+    assert [str(file.relative_to(tree)) for file in list_files(path, tree, "data").files] == found
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_files_are_found_in_order(tree: Path, path: str, found: list[str]) -> No
 )
 def test_what_is_not_found_is_named(tree: Path, path: str, told: str) -> None:
     with pytest.raises(DataError) as caught:
-        find_files(path, tree, "data.sources[3]")
+        list_files(path, tree, "data.sources[3]")
     assert "data.sources[3]" in str(caught.value)
     assert told in str(caught.value)
 
@@ -167,7 +167,7 @@ def test_what_is_not_found_is_named(tree: Path, path: str, told: str) -> None:
 def test_links_are_followed_to_files_and_not_round_in_circles(tree: Path) -> None:
     (tree / "empty" / "loop").symlink_to(tree)
     (tree / "empty" / "link.txt").symlink_to(tree / "b.txt")
-    assert [file.name for file in find_files("empty", tree, "data")] == ["link.txt"]
+    assert [file.name for file in list_files("empty", tree, "data").files] == ["link.txt"]
 
 
 # --- malformed input ----------------------------------------------------------------------------------
@@ -338,7 +338,7 @@ def test_a_pipe_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / f"link-{name}").symlink_to(tmp_path / "folder" / name)
     for path in ("folder", f"folder/{name}", "folder/*", "**/*", f"link-{name}", "/dev/zero"):
         with pytest.raises(DataError, match=r"is a named pipe|is a device"):
-            find_files(path, tmp_path, "data.sources[0].path")
+            list_files(path, tmp_path, "data.sources[0].path")
     with pytest.raises(DataError, match="not a regular file"):
         list(read_records(tmp_path / "folder" / name))
 
@@ -350,9 +350,9 @@ def test_links_that_lead_back_are_not_followed(tmp_path: Path) -> None:
     for name in ("first", "second"):
         (tmp_path / "a" / "b" / name).symlink_to(tmp_path / "a")
     for pattern in ("**/*.txt", "a/**", "a/**/x.txt", "**/b/*.txt", "a", "**/**/x.txt"):
-        assert find_files(pattern, tmp_path, "data") == [tmp_path / "a" / "b" / "x.txt"], pattern
+        assert list_files(pattern, tmp_path, "data").files == (tmp_path / "a" / "b" / "x.txt",), pattern
     with pytest.raises(DataError, match="no file matches"):
-        find_files("**/a/*.txt", tmp_path, "data")
+        list_files("**/a/*.txt", tmp_path, "data")
 
 
 def test_a_bomb_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,17 +130,24 @@ def test_ranks_with_other_checkpoints_are_refused(
     assert isinstance(second, PostgradError) and str(copy / "checkpoints" / newest) in second.where
 
 
-def test_ranks_with_other_text_are_refused(stage_of: StageOf, cache: Path, base: Path, tmp_path: Path) -> None:
-    content = (base / "new.jsonl").read_text()
-    for rank, end in enumerate(("", '{"text": "one more line"}\n')):
+@pytest.mark.parametrize("is_compared", [True, False])
+def test_ranks_with_other_text_are_refused(
+    is_compared: bool, stage_of: StageOf, cache: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = (base / "new.jsonl").read_text().splitlines(keepends=True)
+    for rank, text in enumerate((lines, lines[::-1])):
         (tmp_path / f"view-{rank}").mkdir()
-        (tmp_path / f"view-{rank}" / "new.jsonl").write_text(content + end)
+        (tmp_path / f"view-{rank}" / "new.jsonl").write_text("".join(text))
     data = {"sequence_length": 32, "sources": [{"name": "new", "path": "new.jsonl"}]}
     stage = parse_stage(small(stage_of, tmp_path / "run", data=data), "test")
 
     def train(rank: int) -> None:
         list(run_stage(make_plan(stage, tmp_path / f"view-{rank}", cache), command="test", cache=cache))
 
+    if not is_compared:  # the mutant: each rank trains on its own text
+        monkeypatch.setattr(World, "require_same", lambda self, work: None)
+        assert on_ranks(tmp_path, train) == [None, None]
+        return
     for error in on_ranks(tmp_path, train):
         assert isinstance(error, DistributedError) and error.where == "new.jsonl"
         assert error.problem.startswith("data.new: rank 1 reads ")
@@ -181,11 +188,11 @@ def crash() -> None:
 
 CASES: dict[Callable[[], None], Sequence[str]] = {
     stop: [
-        "rank 1 was killed or has stopped; last seen at the step after step 6",
+        "rank 1: it was killed or has stopped; last seen at the step after step 6",
         "compute.collective_timeout_seconds",
     ],
-    kill: ["rank 1 was killed or has stopped"],
-    hang: ["rank 1 hangs at the step after step 6"],
+    kill: ["rank 1: it was killed or has stopped"],
+    hang: ["rank 1: it hangs at the step after step 6"],
     fail: ["rank 1 ended the run: text.jsonl:7: this row is wrong"],
     crash: ["rank 1 ended the run: ValueError: a bug"],
 }
@@ -204,9 +211,9 @@ def test_a_rank_that_hangs_or_ends_is_named(misbehave: Callable[[], None], tmp_p
 @pytest.mark.usefixtures("quick")
 def test_without_heartbeats_a_stopped_rank_is_not_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mutant."""
-    monkeypatch.setattr(peers.Peers, "_suspect", lambda self, before, now: "some rank does not respond")
+    monkeypatch.setattr(peers.Peers, "_suspect", lambda self, before, now: (0, "some rank does not respond"))
     error, _ = on_ranks(tmp_path, lambda rank: all_reduces(rank, stop))
-    assert isinstance(error, DistributedError) and "rank 1 was" not in str(error)
+    assert isinstance(error, DistributedError) and "rank 1" not in str(error)
 
 
 @pytest.mark.usefixtures("quick")

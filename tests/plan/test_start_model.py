@@ -200,6 +200,7 @@ def test_a_configuration_with_a_new_tokenizer_or_one_that_is_there(shelf: Worksp
             r"320 tokens and the configuration 100 embeddings",
         ),
         ({"config": "foreign.json", "tokenizer": "llama"}, ModelError, "auto_map"),
+        ({"config": "wide.json", "tokenizer": "llama"}, ModelError, "bytes of memory are free"),
     ],
 )
 def test_what_cannot_be_made_is_told(
@@ -208,6 +209,7 @@ def test_what_cannot_be_made_is_told(
     config = json.loads((shelf.folder / "llama" / "config.json").read_text())
     (shelf.folder / "narrow.json").write_text(json.dumps({**config, "vocab_size": 100}))
     (shelf.folder / "foreign.json").write_text(json.dumps({**config, "auto_map": {"AutoConfig": "x.Y"}}))
+    (shelf.folder / "wide.json").write_text(json.dumps({**config, "intermediate_size": 2**26, "hidden_size": 2**20}))
     with pytest.raises(error, match=said):
         shelf.plan(begun(shelf, "refused", model))
 

@@ -7,6 +7,7 @@ with the run that was never stopped.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 import signal
@@ -23,6 +24,7 @@ from postgrad.lineage.record import read_record
 from postgrad.run import training_session
 from postgrad.run.events import RunEvent, RunFinished, RunStarted, StepCompleted, WarningMessage
 from postgrad.run.run import run_stage
+from postgrad.storage.atomic import MANIFEST, sha256
 from postgrad.training import checkpoint_state
 from postgrad.training.checkpoint_state import checkpoint_bytes
 from tests.run.test_run import plan_of, trace
@@ -144,6 +146,19 @@ def test_another_tunings_checkpoint_is_refused(runs: Runs, stopped: Path, tmp_pa
     shutil.copytree(newest(tmp_path / "tuned"), stopped / "checkpoints" / newest(tmp_path / "tuned").name)
     with pytest.raises(ResumeError, match="tuning lora, not full"):
         runs.resume(stopped)
+
+
+def test_a_checkpoint_of_an_earlier_version_resumes(runs: Runs, stopped: Path) -> None:
+    """Its state has no run, seed and tuning."""
+    path = newest(stopped) / "state.json"
+    state = {k: v for k, v in json.loads(path.read_text()).items() if k not in ("run", "seed", "tuning")}
+    path.write_text(json.dumps(state))
+    manifest = json.loads((newest(stopped) / MANIFEST).read_text())
+    manifest["state.json"] = {"size": path.stat().st_size, "sha256": sha256(path)}
+    (newest(stopped) / MANIFEST).write_text(json.dumps(manifest))
+    events = runs.resume(stopped)
+    assert next(e.step for e in events if isinstance(e, RunStarted)) == 3
+    assert trace(stopped) == trace(runs.whole)
 
 
 def test_only_listed_weights_are_read(runs: Runs, stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:

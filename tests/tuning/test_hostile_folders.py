@@ -351,3 +351,33 @@ def test_without_the_limits_an_absurd_size_is_not_an_error_of_the_configuration(
     monkeypatch.setattr(config_limits, "_LIMITS", ((config_limits._LIMITS[1][0], 40), *config_limits._LIMITS))
     with pytest.raises(ModelError, match="num_labels: 50"):
         open_all(folder)
+
+
+HEAD = {
+    "format": 1,
+    "reads": {"layers": [2], "pooling": "mean", "head": "linear"},
+    "labels": ["a", "b"],
+    "problem": None,
+}
+BROKEN_HEADS: dict[str, dict[str, Any]] = {
+    "another format": {"format": 2},
+    "a format as text": {"format": "1"},
+    "no layers": {"reads": {"layers": []}},
+    "layers as text": {"reads": {"layers": "2"}},
+    "a layer that does not exist": {"reads": {"layers": [7]}},
+    "a layer below zero": {"reads": {"layers": [-9]}},
+    "a million layers": {"reads": {"layers": [0] * 10**6}},
+    "an unknown pooling": {"reads": {"layers": [2], "pooling": "sing"}},
+    "a width of a trillion": {"reads": {"layers": [2], "head": "mlp", "width": 10**12, "depth": 1}},
+    "a thousand tanh layers": {"reads": {"layers": [2], "head": "mlp", "width": 8, "depth": 1000}},
+    "a dropout of 2": {"reads": {"layers": [2], "dropout": 2}},
+    "nothing to read": {"reads": None},
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_HEADS)
+def test_a_broken_task_layer_is_an_error_of_ours(name: str, shelf: Path, tmp_path: Path) -> None:
+    folder = copy(shelf / "base", tmp_path)
+    (folder / "task_layer.json").write_text(json.dumps({**HEAD, **BROKEN_HEADS[name]}))
+    with pytest.raises(ModelError, match=r"task_layer\.json|task layer"):
+        open_model(locate_model(str(folder), tmp_path))

@@ -26,7 +26,7 @@ from postgrad.data.read.columns import (
     unknown_kind_error,
 )
 from postgrad.data.read.examples import Example, SkippedRow, check_encodable, make_example
-from postgrad.data.read.files import TEXT_SUFFIXES, RawRow, RawSource, file_suffix, find_files
+from postgrad.data.read.files import TEXT_SUFFIXES, RawRow, RawSource, file_suffix
 from postgrad.data.read.generated_text import GENERATED_COLUMN
 from postgrad.data.read.labels import Labels, collect_labels
 from postgrad.data.read.records import PROJECTED_SUFFIXES, read_hub, read_records
@@ -145,8 +145,7 @@ def detect_source_columns(source: RawSource) -> Columns | None:
     """
     if source.hub is not None:
         return _detect_columns(list(islice(read_hub(source.hub, source.root, source.where), _PEEK_ROWS)), source)
-    assert source.path is not None
-    for file in find_files(source.path, source.root, source.where):
+    for file in source.list_files().files:
         if file_suffix(file) in TEXT_SUFFIXES:
             return None
         if first := list(islice(read_records(file), _PEEK_ROWS)):
@@ -160,9 +159,8 @@ def _document_streams(source: RawSource, on_read: ReadCallback) -> Iterator[Iter
         first = list(islice(records, _PEEK_ROWS))
         yield _record_documents(chain(first, records), _detect_columns(first, source), source)
         return
-    assert source.path is not None
     kind = ""
-    for file in find_files(source.path, source.root, source.where):
+    for file in source.list_files().files:
         is_text_file = file_suffix(file) in TEXT_SUFFIXES
         first = [] if is_text_file else list(islice(read_records(file), _PEEK_ROWS))
         if not first and not is_text_file:

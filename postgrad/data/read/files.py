@@ -5,15 +5,15 @@ A source is a file, a folder, a glob pattern or a Hub data set.
 
 from __future__ import annotations
 
-import fnmatch
 import glob
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from postgrad.data.read.folders import FileListing, choose_files, matches_pattern
 from postgrad.errors import DataError, format_names, suggest_path
 from postgrad.storage.regular_file import describe_special_file
 
@@ -40,6 +40,7 @@ class RawSource:
     how a text file is split (`auto`, `file`, `passages`, `paragraphs`, `lines`). `where`: the key path in errors, such as
     `data.sources[0]`. `kind`: the kind of rows; `auto` detects it from the columns. `row_filter`: of each column, the values
     (as text) that a row must have one of. `no_label`: the whole number that means that a labelled row has no label.
+    `splits`: of a folder with several splits, which is read: the first that it has.
     """
 
     name: str
@@ -52,6 +53,7 @@ class RawSource:
     kind: str = "auto"
     row_filter: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
     no_label: int | None = -1
+    splits: tuple[str, ...] = ("train",)
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.hub is None):
@@ -61,6 +63,11 @@ class RawSource:
                 where=self.where,
                 expected="exactly one of `path` and `hub`",
             )
+
+    def list_files(self) -> FileListing:
+        """The files of the source. Raises `DataError` as `list_files` does."""
+        assert self.path is not None
+        return list_files(self.path, self.root, self.where, self.splits)
 
 
 class RawRow(NamedTuple):
@@ -85,10 +92,11 @@ def file_suffix(file: Path) -> str:
     return suffix if suffix in FILE_SUFFIXES else ""
 
 
-def find_files(path: str, root: Path, where: str) -> list[Path]:
+def list_files(path: str, root: Path, where: str, splits: Sequence[str] = ("train",)) -> FileListing:
     """The sorted files of `path` (a file, a folder or a glob pattern, `**` included), relative to `root`.
 
-    Folders are searched recursively for known suffixes, without hidden files. Raises `DataError` when nothing matches.
+    Folders are searched recursively for known suffixes, without hidden files, and one of their splits is taken
+    (`data.read.folders`). Raises `DataError` when nothing matches.
     """
     if not path or "\0" in path:
         raise DataError(f"{path!r} is not a path", where=where, expected="a file, a folder or a pattern")
@@ -106,8 +114,12 @@ def find_files(path: str, root: Path, where: str) -> list[Path]:
     for file in sorted(candidates):
         if (kind := describe_special_file(file)) and (file_suffix(file) or len(candidates) == 1):
             raise DataError(f"{file} is {kind}", where=where, expected="regular files")
-    if files:
-        return sorted(files, key=lambda file: file.parts)
+    if files and target.is_dir():
+        listing = choose_files(target, sorted(files), sorted({*candidates} - files), TEXT_SUFFIXES, splits, where)
+        if listing.files:
+            return listing
+    elif files:
+        return FileListing(tuple(sorted(files, key=lambda file: file.parts)))
     if candidates:
         raise DataError(
             f"{path} has no file of a known kind (only {format_names(file.name for file in sorted(candidates))})",
@@ -125,11 +137,11 @@ def find_files(path: str, root: Path, where: str) -> list[Path]:
 
 
 def matches_path(file: Path, path: str, root: Path) -> bool:
-    """Whether `find_files` would find `file`, an absolute path, if it existed."""
+    """Whether `list_files` would find `file`, an absolute path, if it existed."""
     target = (root / Path(path).expanduser()).resolve()
     if target.is_dir():
         return file.is_relative_to(target) and not any(p.startswith(".") for p in file.relative_to(target).parts)
-    return _matches_parts(file.parts, target.parts)
+    return matches_pattern(str(file), str(target))
 
 
 def _match_pattern(pattern: Path, root: Path) -> list[Path]:
@@ -146,24 +158,15 @@ def _match_pattern(pattern: Path, root: Path) -> list[Path]:
         file
         for folder in heads
         for file in _walk_files(folder)
-        if _matches_parts(file.relative_to(folder).parts, behind)
+        if matches_pattern(str(file.relative_to(folder)), "/".join(behind))
     ]
-
-
-def _matches_parts(parts: tuple[str, ...], patterns: tuple[str, ...]) -> bool:
-    if not patterns:
-        return not parts
-    if patterns[0] == "**":
-        rest = patterns[1:]
-        return not rest or any(_matches_parts(parts[start:], rest) for start in range(len(parts)))
-    return bool(parts) and fnmatch.fnmatch(parts[0], patterns[0]) and _matches_parts(parts[1:], patterns[1:])
 
 
 def _walk_files(folder: Path) -> list[Path]:
     files: list[Path] = []
     for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        files += [Path(parent, name) for name in names if not name.startswith(".")]
+        folders[:] = [name for name in folders if not name.startswith((".", "__"))]
+        files += [Path(parent, name) for name in names if not name.startswith((".", "__"))]
     return files
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from postgrad.data.read.files import TEXT_SUFFIXES, RawSource, file_suffix, find_files
+from postgrad.data.read.files import TEXT_SUFFIXES, RawSource, file_suffix
 from postgrad.data.read.records import read_records
 
 GENERATED_COLUMN = "made"
@@ -15,7 +15,7 @@ def get_generator_model(source: RawSource) -> str | None:
     """The model that generated a source, from the first row of its first file; None for other text."""
     if source.path is None:
         return None
-    for file in find_files(source.path, source.root, source.where):
+    for file in source.list_files().files:
         if file_suffix(file) in TEXT_SUFFIXES:
             return None
         for record in read_records(file):

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from postgrad.data.read.files import RawRow, RawSource, find_files
+from postgrad.data.read.files import RawRow, RawSource
 from postgrad.data.read.records import read_records
 from postgrad.data.tokens.store import digest
 from postgrad.errors import DataError
@@ -40,8 +40,7 @@ def split_rows(source: RawSource, train: Path, test: Path) -> tuple[int, int]:
 
 
 def _read_records(source: RawSource) -> Iterator[RawRow]:
-    assert source.path is not None
-    for file in find_files(source.path, source.root, source.where):
+    for file in source.list_files().files:
         yield from read_records(file)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from postgrad.data.problem_type import ProblemType
 from postgrad.data.read.documents import READING, read_labels
-from postgrad.data.read.files import HubDataset, RawSource, find_files
+from postgrad.data.read.files import HubDataset, RawSource
 from postgrad.data.read.labels import Labels, merge_labels
 from postgrad.data.tokens.store import FORMAT
 from postgrad.errors import DataError, DiskError, MissingExtra
@@ -40,7 +40,7 @@ class SourceFiles:
     def from_source(cls, source: RawSource, cache: Path) -> SourceFiles:
         """Hash the files of a source. Raises `DataError` when one cannot be read."""
         if source.path is not None:
-            files = find_files(source.path, source.root, source.where)
+            files: Sequence[Path] = source.list_files().files
         else:
             assert source.hub is not None
             hub, folder = source.hub, source.root / source.hub.name
