@@ -37,7 +37,7 @@ tokens: {tokens}                # the budget in trained tokens, replay included:
 data:
   sequence_length: {length}        # tokens in a row; at most the model's {positions} positions
   sources:
-    - {{name: new, path: {data}{new_share}{new_cut}}}
+    - {{name: new, path: {data}{new_cut}}}
 {replay}schedule:
   kind: rewarm                  # warm up, then cosine to the floor; others: infinite, wsd, from-floor, constant
   peak: {peak}                 # {rate}
@@ -93,7 +93,7 @@ def write_stage(
         passages = dataclasses.replace(files, documents="passages")
         finer = build_store(passages, encoder, cache)
         if len(finer) > len(store):
-            files, store, unit = passages, finer, ", documents: passages"
+            files, store, unit = passages, finer, ", document_unit: passages"
     samples = [
         " ".join((document.text or str(list((document.ids or [])[:20]))).split())[:100]
         for document in islice(read_documents(files), 3)
@@ -109,7 +109,7 @@ def write_stage(
     else:
         replay_lines = (
             "    # Without old text the model forgets. Uncomment, and name text of the kind it was trained on:\n"
-            "    # - {name: replay, path: old-text/*.jsonl, share: 10%, role: replay}    # and give `new` a share of 90%\n"
+            "    # - {name: replay, path: old-text/*.jsonl, share: 10%, role: replay}\n"
         )
     peak, floor, rate = _suggested_rates(start, model)
     tokens = max(1000, round(store.tokens * 0.98 / share))
@@ -125,7 +125,6 @@ def write_stage(
         why="about one pass over the new text",
         length=length,
         positions=f"{positions:,}",
-        new_share=f", share: {share:.0%}" if replay else "",
         new_cut=unit,
         replay=replay_lines,
         peak=peak,

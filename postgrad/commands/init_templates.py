@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from itertools import islice
@@ -21,9 +22,11 @@ from postgrad.analysis.shift_advice import make_proposals, shift_strength
 from postgrad.commands.builtin_corpus import ROW_GENERATORS, write_rows, write_texts
 from postgrad.commands.init import check_name
 from postgrad.commands.results import Result
+from postgrad.config.objectives import ANSWER_KINDS
 from postgrad.config.stage_file import load_stage
-from postgrad.data.read.documents import read_documents
+from postgrad.data.read.documents import detect_kind, detect_source_columns, read_documents
 from postgrad.data.read.files import RawSource
+from postgrad.data.read.row_kinds import RUNNING_TEXT_KINDS
 from postgrad.data.read.train_test_split import split_rows
 from postgrad.errors import DataError, StageError, suggest_nearest
 from postgrad.storage.atomic import write_atomically
@@ -43,6 +46,8 @@ class TemplateRequest:
     model: str | None = None
     replay: str | None = None
     test: str | None = None
+    answers: str | None = None
+    """Of `mixed`: the rows with answers, beside the running text in `data`."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +151,15 @@ So small a model cannot answer; give --model and --data.""",
 """The strategies by name."""
 
 
+_ROW_KINDS: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(("continue", "mlm", "from-scratch", "mixed"), RUNNING_TEXT_KINDS),
+    **dict.fromkeys(("instruct", "text2text", "few-shot"), ANSWER_KINDS),
+    **dict.fromkeys(("classify", "probe"), ("labelled", "tagged")),
+}
+"""The kinds of rows that each strategy trains on (`mixed` also on rows with answers)."""
+_FITTING_TEMPLATES = {**dict.fromkeys(RUNNING_TEXT_KINDS, "continue"), "labelled": "classify", "tagged": "classify"}
+"""The strategy to suggest for rows of each kind; for the others `instruct`."""
+
 _KINDS_WITH_TEST = ("classify", "probe", "few-shot")
 """The strategies with test rows; for the last two a user's rows are split if `--test` is not given."""
 
@@ -189,7 +203,14 @@ def write_template(
     if existing and not force:
         raise StageError(f"{existing[0]} already exists", where="init", hint="choose another name, or add --force")
     _check_test(kind, request)
-    written = _write_files(stage_path, kind, request, notify)
+    _check_answers(kind, request)
+    if (
+        request.answers is not None
+        and detect_kind(RawSource("rows", request.data, root=Path.cwd(), where="--data")) not in RUNNING_TEXT_KINDS
+    ):
+        request = replace(request, data=request.answers, answers=request.data)
+    row_kind = _detect_rows(kind, request)
+    written = _write_files(stage_path, kind, request, row_kind, notify)
     return WrittenTemplate(tuple(written.files), tuple(written.commands), tuple(written.notes))
 
 
@@ -226,7 +247,73 @@ def _extra_suffixes(kind: str, request: TemplateRequest) -> list[str]:
     return [*base, *(["-tasks"] if kind == "few-shot" else [])]
 
 
-def _write_files(stage_path: Path, kind: str, request: TemplateRequest, notify: Notify) -> _TemplateFiles:
+def _check_answers(kind: str, request: TemplateRequest) -> None:
+    """Raise `StageError` for two files of rows, which only `mixed` takes, and for one alone that it would have to complete."""
+    if request.answers is not None and kind != "mixed":
+        raise StageError(
+            f"{kind} trains on one file of rows", where="--data", expected="a folder or a pattern for several files"
+        )
+    if kind == "mixed" and request.data is not None and request.answers is None:
+        raise StageError(
+            "mixed trains on text and on rows with answers, and one --data is given",
+            where="--data",
+            expected="both, each with an option of its own",
+            hint=shlex.join(
+                ["postgrad", "init", request.name, "--template", kind, "--data", request.data, "--data", "ROWS"]
+            ),
+        )
+
+
+class _RowKind(NamedTuple):
+    """The kind of the user's rows, and whether it must be written: rows with `text` and `label` count as running text."""
+
+    name: str
+    is_detected: bool
+
+    @property
+    def key(self) -> str:
+        """The key of a source, where it is needed."""
+        return "" if self.is_detected else f", kind: {self.name}"
+
+
+def _detect_rows(kind: str, request: TemplateRequest) -> _RowKind | None:
+    """The kind of the user's rows with answers or labels. Raises `StageError` for rows that the strategy cannot train on."""
+    if request.replay is not None and kind in ("mlm", "text2text", "few-shot"):
+        _match_row_kind("--replay", request.replay, RUNNING_TEXT_KINDS, request.name)
+    if request.test is not None:
+        _match_row_kind("--test", request.test, _ROW_KINDS[kind], request.name)
+    if request.data is None:
+        return None
+    found = _match_row_kind("--data", request.data, _ROW_KINDS[kind], request.name)
+    if request.answers is None:
+        return found
+    return _match_row_kind("--data", request.answers, ANSWER_KINDS, request.name)
+
+
+def _match_row_kind(option: str, path: str, accepted: Sequence[str], name: str) -> _RowKind:
+    """The kind of some rows, one of `accepted`."""
+    rows = RawSource("rows", path, root=Path.cwd(), where=option)
+    detected = detect_kind(rows)
+    if detected in accepted:
+        return _RowKind(detected, is_detected=True)
+    for other in accepted if detected in RUNNING_TEXT_KINDS else ():
+        with suppress(DataError):
+            if detect_source_columns(replace(rows, kind=other)):
+                return _RowKind(other, is_detected=False)
+    template = _FITTING_TEMPLATES.get(detected, "instruct")
+    raise StageError(
+        f"{path} has rows of `{detected}`",
+        where=option,
+        expected=f"rows of {', '.join(accepted)}",
+        hint=shlex.join(["postgrad", "init", name, "--template", template, "--data", path])
+        if option == "--data"
+        else "",
+    )
+
+
+def _write_files(
+    stage_path: Path, kind: str, request: TemplateRequest, row_kind: _RowKind | None, notify: Notify
+) -> _TemplateFiles:
     spec = TEMPLATE_KINDS[kind]
     folder = f"{request.name}-data"
     request, notes = _split_rows(kind, request, stage_path.parent / folder)
@@ -234,7 +321,9 @@ def _write_files(stage_path: Path, kind: str, request: TemplateRequest, notify: 
         _make_texts(stage_path.parent / folder, notify)
     values = {
         **_common_values(stage_path, kind, request, folder),
-        **_KIND_VALUES.get(kind, _no_values)(request, folder),
+        "kind": row_kind.name if row_kind else "labelled",
+        "kind_key": row_kind.key if row_kind else "",
+        **_KIND_VALUES.get(kind, _no_values)(request, folder, row_kind),
     }
     texts: dict[Path, str] = {}
     commands: list[str] = []
@@ -322,7 +411,6 @@ def _common_values(stage_path: Path, kind: str, request: TemplateRequest, folder
         "figures": _comment(spec.measurements) if is_builtin and (own_model or spec.base is None) else "",
         "held": ", held_out: 0" if is_builtin else "",
         "chooser": "valid" if is_builtin else "rows",
-        "new_share": "90%",
         "replay_share": "10%",
         "why": "old text, against forgetting",
         "rate": "1e-6 is usual for all weights of a large model"
@@ -357,19 +445,20 @@ def _quote_path(path: str) -> str:
     return path if re.fullmatch(r"[\w./*-]+", path) else "'" + path.replace("'", "''") + "'"
 
 
-def _no_values(request: TemplateRequest, folder: str) -> dict[str, str]:
+def _no_values(request: TemplateRequest, folder: str, row_kind: _RowKind | None) -> dict[str, str]:
     return {}
 
 
-def _mixed_values(request: TemplateRequest, folder: str) -> dict[str, str]:
-    return {"instructions": f"{folder}/instructions.train.jsonl"}
+def _mixed_values(request: TemplateRequest, folder: str, row_kind: _RowKind | None) -> dict[str, str]:
+    return {"instructions": _quote_path(request.answers or f"{folder}/instructions.train.jsonl")}
 
 
-def _probe_values(request: TemplateRequest, folder: str) -> dict[str, str]:
+def _probe_values(request: TemplateRequest, folder: str, row_kind: _RowKind | None) -> dict[str, str]:
     """The arguments of the verb `probe`, in a line and wrapped for the head of the file."""
     model = request.model or f"runs/{request.name}-base"
     if request.data:
-        arguments = shlex.join([model, request.data, str(request.test)])
+        kind = ["--kind", row_kind.name] if row_kind else []
+        arguments = shlex.join([model, request.data, str(request.test), *kind])
     else:
         parts = {part: f"{folder}/labelled.{part}.jsonl" for part in ("train", "test", "valid")}
         arguments = f"{model} {parts['train']} {parts['test']} --dev {parts['valid']} --kind labelled"
@@ -377,11 +466,12 @@ def _probe_values(request: TemplateRequest, folder: str) -> dict[str, str]:
     return {"probed": arguments, "probed_lines": arguments.replace(" --dev", " \\\n#             --dev")}
 
 
-def _text2text_values(request: TemplateRequest, folder: str) -> dict[str, str]:
+def _text2text_values(request: TemplateRequest, folder: str, row_kind: _RowKind | None) -> dict[str, str]:
     """Three built-in tasks, or the user's own."""
     if request.data:
+        key = row_kind.key if row_kind else ""
         return {
-            "tasks": f"    - {{name: rows, path: {_quote_path(request.data)}, max_passes: 20}}",
+            "tasks": f"    - {{name: rows, path: {_quote_path(request.data)}{key}, max_passes: 20}}",
             "task_names": "rows",
         }
     lines = [
@@ -400,12 +490,12 @@ def _text2text_values(request: TemplateRequest, folder: str) -> dict[str, str]:
     return {"tasks": "\n".join(lines), "task_names": "summary, part, choice", "sets": _sets_yaml(sets)}
 
 
-def _few_shot_values(request: TemplateRequest, folder: str) -> dict[str, str]:
+def _few_shot_values(request: TemplateRequest, folder: str, row_kind: _RowKind | None) -> dict[str, str]:
     """The questions of the tasks file, repeated in the stage."""
     values = {
         "train": _quote_path(request.data or f"{folder}/choices.train.jsonl"),
         "test": _quote_path(request.test or f"{folder}/choices.test.jsonl"),
-        "kind": "auto" if request.data else "choices",
+        "kind": row_kind.name if row_kind else "choices",
         "name": request.name,
     }
     text = _fill_template("few-shot-tasks", values)
@@ -413,7 +503,7 @@ def _few_shot_values(request: TemplateRequest, folder: str) -> dict[str, str]:
     return {**values, "questions": "\n".join(lines)}
 
 
-def _continue_values(request: TemplateRequest, folder: str) -> dict[str, str]:
+def _continue_values(request: TemplateRequest, folder: str, row_kind: _RowKind | None) -> dict[str, str]:
     """A replay share that follows the shift between the two texts."""
     old, new = request.replay or f"{folder}/old.jsonl", request.data or f"{folder}/new.jsonl"
     try:
@@ -430,7 +520,6 @@ def _continue_values(request: TemplateRequest, folder: str) -> dict[str, str]:
     title = {"none": "no shift", "weak": "a weak shift", "strong": "a strong shift"}[strength]
     return {
         "replay_share": share,
-        "new_share": f"{100 - int(share.removesuffix('%'))}%",
         "why": f"{title}: {distance.value:.2f} bits (details: postgrad shift)",
     }
 
@@ -442,7 +531,7 @@ def _read_passages(where: str, path: str) -> domain_shift.Passages:
     )
 
 
-_KIND_VALUES: Mapping[str, Callable[[TemplateRequest, str], dict[str, str]]] = {
+_KIND_VALUES: Mapping[str, Callable[[TemplateRequest, str, _RowKind | None], dict[str, str]]] = {
     "continue": _continue_values,
     "mixed": _mixed_values,
     "probe": _probe_values,

@@ -149,20 +149,14 @@ def _restore_stage(request: RestoreRequest, record: Record, root: Path) -> dict[
     """The stage as plain data, without its checkpoint selection."""
     stage, origin = upgrade_stage(record.stage), Path(record.stage_folder or ".")
     new_sources = _new_sources(request) if request.self_distill_share else []
-    prompts = _prompt_sources(request, root)
+    old_sets = [_held_out_file(path, root) for path in request.retained] or _absolute_sets(
+        stage["evaluation"]["retained"], origin
+    )
+    prompts = _prompt_sources(request, root, has_sets=bool(old_sets))
     share = 1.0 - (request.self_distill_share if new_sources else 0.0)
     per_row = share / NEW_TOKENS + (1 - share) / stage["data"]["sequence_length"]
     sequences = stage["batch"]["global_batch_size"]
     name = request.output or f"{request.run.name}-restored"
-    old_sets = [_held_out_file(path, root) for path in request.retained] or _absolute_sets(
-        stage["evaluation"]["retained"], origin
-    )
-    if not old_sets:
-        raise StageError(
-            f"{request.run} has no retained set in a file",
-            where="--retained",
-            expected="held-out text of the kind that was forgotten",
-        )
     return {
         "name": Path(name).name,
         "model": str(request.run.resolve()),
@@ -203,14 +197,18 @@ def _restore_stage(request: RestoreRequest, record: Record, root: Path) -> dict[
     }
 
 
-def _prompt_sources(request: RestoreRequest, root: Path) -> list[dict[str, Any]]:
-    """The prompts: the given files, or the text that the run replayed."""
+def _prompt_sources(request: RestoreRequest, root: Path, *, has_sets: bool) -> list[dict[str, Any]]:
+    """The prompts: the given files, or the text that the run replayed.
+
+    Without sets of old text, a part of the prompts is held out for the evaluation: of replayed text what the run held out.
+    """
     if request.prompts:
         return [
             {
                 "name": _PROMPT_SOURCE_NAME if len(request.prompts) == 1 else f"{_PROMPT_SOURCE_NAME}-{i + 1}",
                 "path": str(root / path),
-                **_PROMPT_SOURCE_DEFAULTS,
+                "role": "new",  # the old text has the role that this stage learns
+                **({"held_out": 0.0} if has_sets else {}),
             }
             for i, path in enumerate(request.prompts)
         ]
@@ -221,13 +219,23 @@ def _prompt_sources(request: RestoreRequest, root: Path) -> list[dict[str, Any]]
             where="--prompts",
             expected="text of the old kind; its first tokens are prompts and are not trained on",
         )
+    held_out = {source["name"]: 0.0 if has_sets else source.get("held_out", 0.0) for source in replayed}
+    if not has_sets and not any(held_out.values()):
+        raise StageError(
+            f"{request.run} held out no old text, so nothing tells what was forgotten",
+            where="--retained",
+            expected="held-out text of the kind that was forgotten",
+            hint=f"postgrad restore {request.run} --retained OLD-TEXT, or --prompts OLD-TEXT, of which a part is held out",
+        )
     return [
-        {**source, **_PROMPT_SOURCE_DEFAULTS, "name": f"{_PROMPT_SOURCE_NAME}-{source['name']}"} for source in replayed
+        {
+            **source,
+            "role": "new",
+            "held_out": held_out[source["name"]],
+            "name": f"{_PROMPT_SOURCE_NAME}-{source['name']}",
+        }
+        for source in replayed
     ]
-
-
-_PROMPT_SOURCE_DEFAULTS: dict[str, Any] = {"role": "new", "held_out": 0.0}
-"""The old text has the role that this stage learns."""
 
 
 def _new_sources(request: RestoreRequest) -> list[dict[str, Any]]:
