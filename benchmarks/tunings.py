@@ -141,7 +141,7 @@ def measure_cost(work: Result) -> Result:
 
 def run_to_end(work: Result) -> Result:
     """A whole stage: scores before and after, the looks in between, what is kept of it, and the cost of an answer."""
-    from postgrad.lineage.metrics import read_evaluations, read_steps
+    from postgrad.lineage.metrics import read_metrics
     from postgrad.run.events import RunFinished
     from postgrad.run.run import run_stage
 
@@ -152,7 +152,8 @@ def run_to_end(work: Result) -> Result:
         last = event
     assert isinstance(last, RunFinished), last
     record, home = last.record, plan.output
-    rows = read_evaluations(home / "metrics.jsonl")
+    metrics = read_metrics(home / "metrics.jsonl")
+    rows = metrics.evaluations
     looks = [{"step": row.step, **row.as_json()["sets"]} for row in rows]
     scores, changes = record.scores, record.changes
     return {
@@ -164,7 +165,7 @@ def run_to_end(work: Result) -> Result:
         },
         "retained": changes["retained"].as_json() if "retained" in changes else None,
         "looks": looks,
-        "seconds": sum(row.seconds for row in read_steps(home / "metrics.jsonl")),
+        "seconds": sum(row.seconds for row in metrics.steps),
         "wall_seconds": time.perf_counter() - begin,
         "kept_bytes": saved_bytes(home / "model"),
         **exact_matches(plan, home),

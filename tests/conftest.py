@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,3 +86,11 @@ def stage_of(base: Path, tmp_path: Path) -> StageOf:
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One cache for the whole session: token stores are immutable."""
     return tmp_path_factory.getbasetemp() / "cache"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def default_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What has no cache of its own (the memo of verified models) goes to the session's cache, not to the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("POSTGRAD_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        yield

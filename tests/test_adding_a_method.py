@@ -17,6 +17,7 @@ from postgrad.config.schedules import AnySchedule
 from postgrad.config.sparse_updates import AnyUpdate, SparseUpdate
 from postgrad.config.stage import OptimizerConfig, Stage
 from postgrad.config.tunings import AnyTuning, PartialTuning
+from postgrad.lineage.metrics import read_metrics
 from postgrad.lineage.record import read_record
 from postgrad.objectives.next_token import TokenLoss
 from postgrad.optim.mofo import MofoMask
@@ -25,7 +26,6 @@ from postgrad.plan.plan import make_plan
 from postgrad.run.build import PenaltyContext
 from postgrad.run.losses import LossContext
 from postgrad.run.run import run_stage
-from postgrad.training.metrics_log import read_metrics
 from postgrad.tuning.weight_subsets import NormFinetuning
 from tests.tiny_stages import Workspace, make_workspace
 

@@ -35,7 +35,8 @@ def run_chat(models: Sequence[str], options: SamplingOptions, *, chat: bool = Tr
                 if i in histories:
                     print(f"{label}{text_model.answer(histories[i], prompt, options)}\n")
                 else:
-                    print(f"{label}{prompt}{text_model.continue_text(prompt, options)}\n")
+                    before = prompt * text_model.continues_prompt
+                    print(f"{label}{before}{text_model.continue_text(prompt, options)}\n")
             except ModelError as error:  # too long a prompt; the next one may be shorter
                 print(f"error: {error}\n")
                 del histories.get(i, [])[-1:]

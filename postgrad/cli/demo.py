@@ -151,8 +151,7 @@ def write_random_model(folder: Path, text: Path) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from postgrad.models.pretrained import save_pretrained
-    from postgrad.storage.atomic import publish_folder
+    from postgrad.models.published_vocabulary import publish_pretrained
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -181,4 +180,4 @@ def write_random_model(folder: Path, text: Path) -> None:
             eos_token_id=wrapped.eos_token_id,
         )
     )
-    publish_folder(folder, lambda staged: save_pretrained(model, wrapped, staged, dtype=torch.float32))
+    publish_pretrained(folder, model, wrapped, dtype=torch.float32)

@@ -60,6 +60,7 @@ def stage_text(result: WrittenStage) -> str:
         [
             f"{result.data}: {result.documents:,} documents, {result.tokens:,} tokens, {size} ({result.kind})",
             *(f"  {i}. {sample}" for i, sample in enumerate(result.samples, 1)),
+            *(f"note: {note}" for note in result.notes),
             f"wrote {result.stage}",
             next_line("check", result.stage),
         ]
@@ -335,10 +336,10 @@ def _convergence_lines(metadata: ImportanceMetadata) -> list[str]:
 
 def generation_text(result: Generation) -> str:
     """What each model generated, after the prompt that it continues."""
-    prompt = "" if result.is_chat else result.prompt
-    if len(result.continuations) == 1:
-        return prompt + result.continuations[0].text
-    return "\n\n".join(f"[{item.model}]\n{prompt}{item.text}" for item in result.continuations)
+    texts = [result.prompt * item.continues_prompt + item.text for item in result.continuations]
+    if len(texts) == 1:
+        return texts[0]
+    return "\n\n".join(f"[{item.model}]\n{text}" for item, text in zip(result.continuations, texts, strict=True))
 
 
 def export_text(result: ExportedModel) -> str:
@@ -350,6 +351,10 @@ def export_text(result: ExportedModel) -> str:
         if len(names) > _VIRTUAL_TOKENS_SHOWN:
             shown = f"{names[0]}{names[1]}... to ...{names[-1]}, {len(names)} in all"
         lines.append(f"its soft prompt is {shown}: put it before every text")
+        lines.append(
+            f"these tokens take up to {100 * result.virtual_share:.2g} % of the probability of a next token (measured); "
+            "they are never generated, and a scorer should leave out their logits, the last ones"
+        )
     if result.is_prefix_lm:
         from postgrad.models.prefix_lm_attention import PREFIX_LM_KEY
 

@@ -162,10 +162,10 @@ def restore(
     """Recover what a run has forgotten, by on-policy distillation from the earlier model. The same command resumes."""
     require_training()
     from postgrad.cli.render import restored_text
-    from postgrad.commands.cache import cache_folder
     from postgrad.commands.restore import RestoredRun, RestoreRequest, plan_restoration, run_restoration
     from postgrad.config.quantities import parse_share
     from postgrad.run.summary import summary_text
+    from postgrad.storage.cache_folder import cache_folder
 
     request = RestoreRequest(
         run,
@@ -202,8 +202,8 @@ def advise(
     require_training()
     from postgrad.cli.render import advice_text
     from postgrad.commands.advise import Advice, AdviceRequest, plan_advice, run_advice
-    from postgrad.commands.cache import cache_folder
     from postgrad.config.quantities import parse_share
+    from postgrad.storage.cache_folder import cache_folder
 
     bound = parse_share(max_forgetting, "--max-forgetting")
     request = AdviceRequest(stage, tuple(overrides or ()), bound, pilots, replay, out)
@@ -253,7 +253,7 @@ def study(
     paths = [Path(word) for word in files if word not in overrides]
     if not paths:
         raise StageError("no study is named", where="study", expected="a study file before key.sub=value")
-    from postgrad.commands.cache import cache_folder
+    from postgrad.storage.cache_folder import cache_folder
     from postgrad.studies.run_study import prepare_studies
 
     records, worst = [], 0

@@ -34,7 +34,6 @@ from postgrad.analysis.pilot_runs import (
     make_confirming_pilot,
     make_exploratory_pilots,
 )
-from postgrad.commands.cache import cache_folder
 from postgrad.commands.results import Result
 from postgrad.config import schedules
 from postgrad.config import stage as s
@@ -48,6 +47,7 @@ from postgrad.run.events import CheckpointSaved, EvaluationCompleted, InfoMessag
 from postgrad.run.run import run_stage
 from postgrad.run.run_folder import MODEL, Interrupt
 from postgrad.storage.atomic import write_atomically
+from postgrad.storage.cache_folder import cache_folder
 from postgrad.storage.fingerprint import fingerprint
 
 _MAX_SCORED_TOKENS = 100_000

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from postgrad.commands.cache import cache_folder
 from postgrad.commands.results import Result
-from postgrad.config.stage_file import parse_recorded_stage, parse_recorded_yaml
+from postgrad.config.stage_file import parse_recorded_stage
 from postgrad.distributed.world import World
 from postgrad.errors import StageError
 from postgrad.evaluation import before_after
@@ -26,10 +25,11 @@ from postgrad.lineage.record import Record, read_record
 from postgrad.models import interpolate
 from postgrad.models.location import locate_model
 from postgrad.models.model import wrap_model
-from postgrad.models.pretrained import load_tokenizer, save_pretrained, stored_dtype
+from postgrad.models.pretrained import load_tokenizer, stored_dtype
+from postgrad.models.published_vocabulary import publish_pretrained
 from postgrad.plan.plan import Plan, make_plan
 from postgrad.stats.forgetting import LossChange
-from postgrad.storage.atomic import publish_folder
+from postgrad.storage.cache_folder import cache_folder
 from postgrad.training.checkpoints import Checkpoints
 from postgrad.tuning.open_model import LoadedModel, open_model
 
@@ -136,7 +136,7 @@ def blend(
     run, out = Path(run), Path(out) if out else None
     _check_options(weights, granularity, weight, max_forgetting, out)
     record = read_record(run)
-    stage = parse_recorded_stage(parse_recorded_yaml(record.stage_yaml, record.name), record.name)
+    stage = parse_recorded_stage(record.stage, record.name)
     plan = make_plan(stage, Path(record.stage_folder or "."), cache or cache_folder())
     sets = list(plan.evaluation.scored_sets)
     if not any(h.role == "retained" for h in sets):
@@ -287,4 +287,4 @@ def _publish_blend(out: Path, model: PreTrainedModel, record: Record) -> None:
     start = locate_model(record.model.source or record.model.start_model, Path(record.stage_folder or "."))
     dtype = stored_dtype(start)
     with torch.no_grad():
-        publish_folder(out, lambda staged: save_pretrained(model, load_tokenizer(start), staged, dtype=dtype))
+        publish_pretrained(out, model, load_tokenizer(start), dtype=dtype)

@@ -24,6 +24,7 @@ from types import CodeType
 from typing import Any
 
 from postgrad.storage.atomic import write_atomically
+from postgrad.storage.checked_files import read_cached_json, write_checked_json
 
 _DOCUMENT_CHARACTERS = 2000
 _HELD_OUT_EVERY = 15
@@ -35,8 +36,8 @@ _LISTING_CHARACTERS = 16_000
 def write_texts(folder: Path) -> dict[str, int]:
     """Write old and new text, each split into training and held-out documents; returns their characters."""
     done = folder / "sizes.json"
-    if done.exists():
-        return json.loads(done.read_text())
+    if known := read_cached_json(done, dict[str, int]):
+        return known
     texts: dict[str, list[str]] = {"old": [], "old-heldout": [], "new": [], "new-heldout": []}
     for number, _, source, module in _parsed_modules():
         held = _held_out_suffix(number)
@@ -48,7 +49,7 @@ def write_texts(folder: Path) -> dict[str, int]:
         unique = list(dict.fromkeys(documents))
         write_atomically(folder / f"{name}.jsonl", _json_lines(unique[:120] if "heldout" in name else unique))
         sizes[name.split("-")[0]] += sum(map(len, unique))
-    write_atomically(done, json.dumps(sizes))
+    write_checked_json(done, sizes)
     return sizes
 
 
@@ -59,8 +60,8 @@ def write_corpus(folder: Path) -> dict[str, int]:
     parts. `listing`: what the interpreter makes of it. Whole modules are held out of all kinds alike.
     """
     done = folder / "kinds.json"
-    if done.exists():
-        return json.loads(done.read_text())
+    if known := read_cached_json(done, dict[str, int]):
+        return known
     kinds = ("old", "comments", "code", "listing")
     texts: dict[str, list[str]] = {f"{kind}{held}": [] for kind in kinds for held in ("", "-heldout")}
     texts |= {f"code-{part}": [] for part in (1, 2, 3)}
@@ -81,7 +82,7 @@ def write_corpus(folder: Path) -> dict[str, int]:
         kept = _subsample(unique, 150) if "heldout" in name else unique
         write_atomically(folder / f"{name}.jsonl", _json_lines(kept))
         sizes[name] = sum(map(len, kept))
-    write_atomically(done, json.dumps(sizes))
+    write_checked_json(done, sizes)
     return sizes
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from postgrad.check import check
 from postgrad.check.preview_rows import PreviewSource
-from postgrad.commands.cache import cache_folder
 from postgrad.commands.results import Result
 from postgrad.commands.train import StageSource, plan_stage
 from postgrad.plan.plan import Plan
+from postgrad.storage.cache_folder import cache_folder
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from postgrad.commands.cache import cache_folder
 from postgrad.commands.evaluate_tasks import answer_tasks, pair_answers, summarize_tasks
 from postgrad.commands.results import Result, TextScore, summarize_scores
 from postgrad.commands.score_files import context_length, load_file_sets, score_model
@@ -24,6 +23,7 @@ from postgrad.reports.result_models import TaskScore
 from postgrad.reports.sections.comparison_table import arm_names
 from postgrad.run import task_scores
 from postgrad.stats.forgetting import LossChange, paired_change
+from postgrad.storage.cache_folder import cache_folder
 from postgrad.tuning.open_model import starts_as_prefix_lm
 
 
@@ -214,7 +214,7 @@ def _check_comparable(run: Path, record: Record, first_run: Path, first: Record)
             hint=on_text,
         )
     for name in record.changes.keys() & first.changes.keys():
-        if record.fingerprints.sets[name] != first.fingerprints.sets[name]:
+        if record.set_fingerprint(name) != first.set_fingerprint(name):
             raise StageError(f"the held-out set '{name}' of {run} differs from that of {first_run}", where="compare")
 
 
@@ -223,9 +223,9 @@ def _paired_differences(
 ) -> list[PairedDifference]:
     """Paired differences between each later run's model and the first one's, on the same documents."""
     differences: list[PairedDifference] = []
-    first = before_after.read_scores(runs[0] / "scores" / "after.npz")
+    first = before_after.read_scores(runs[0] / "scores" / "after.npz", records[0].id)
     for run, record, name in zip(runs[1:], records[1:], names[1:], strict=True):
-        scores = before_after.read_scores(run / "scores" / "after.npz")
+        scores = before_after.read_scores(run / "scores" / "after.npz", record.id)
         for held_out in [n for n in first if n in scores]:
             change = before_after.loss_change(first[held_out], scores[held_out], record.model.vocab_size or 0)
             differences.append(PairedDifference(held_out, name, names[0], change.difference, change.low, change.high))

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from postgrad.commands.cache import cache_folder
 from postgrad.commands.results import Result, TextScore, summarize_scores
 from postgrad.commands.score_files import FileSets, context_length, load_file_sets, score_model
 from postgrad.data.read.row_kinds import RUNNING_TEXT_KINDS
@@ -18,6 +17,7 @@ from postgrad.hardware.memory import memory_errors
 from postgrad.models.location import ModelLocation, locate_model
 from postgrad.models.task import Task
 from postgrad.plan.held_out_sets import make_masked_held_out_text
+from postgrad.storage.cache_folder import cache_folder
 from postgrad.tuning.open_model import get_task, starts_as_prefix_lm
 
 

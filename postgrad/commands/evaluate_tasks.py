@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from postgrad.commands.cache import cache_folder
 from postgrad.commands.results import Result
 from postgrad.commands.score_files import DEFAULT_CONTEXT, load_model_inputs
 from postgrad.config.stage_file import load_tasks
@@ -19,6 +18,7 @@ from postgrad.plan.prompted_task import PromptedTask, add_soft_prompts
 from postgrad.plan.task_prompts import make_prompted_task
 from postgrad.reports.result_models import TaskScore
 from postgrad.run import task_scores
+from postgrad.storage.cache_folder import cache_folder
 from postgrad.tuning.open_model import open_model, start_fingerprint
 
 

@@ -14,10 +14,10 @@ from postgrad.models.layers import get_embedding_weight
 from postgrad.models.location import TUNING_FILE, ModelLocation, locate_model
 from postgrad.models.model import wrap_model
 from postgrad.models.prefix_lm_attention import is_prefix_lm
-from postgrad.models.pretrained import load_pretrained, load_tokenizer, save_pretrained, stored_dtype
+from postgrad.models.pretrained import load_pretrained, load_tokenizer, stored_dtype
+from postgrad.models.published_vocabulary import Vocabulary, publish_pretrained
 from postgrad.models.task import Task
 from postgrad.models.task_head import load_task_head_config
-from postgrad.storage.atomic import publish_folder
 from postgrad.tuning.adapter_folder import read_export
 from postgrad.tuning.open_model import LoadedModel, open_model, start_fingerprint
 
@@ -33,6 +33,8 @@ class ExportedModel(Result):
     task: Task
     virtual_tokens: tuple[str, ...]
     """Tokens of a soft prompt, now in the vocabulary, to put before every text."""
+    virtual_share: float
+    """The largest share of the probability of a next token that these tokens take, measured; the soft prompt takes none."""
     is_prefix_lm: bool
     """Trained to read a prefix in both directions, which plain transformers does not."""
     has_task_head: bool
@@ -51,7 +53,8 @@ def export_model(
 ) -> ExportedModel:
     """Publish a plain Hugging Face folder and compare its logits, read back, with the source's.
 
-    Adapters are merged into the weights; a soft prompt becomes rows of the vocabulary. `merge_with` (`RUN` or `RUN=WEIGHT`):
+    Adapters are merged into the weights; a soft prompt becomes rows of the vocabulary, which every head gives a probability.
+    `merge_with` (`RUN` or `RUN=WEIGHT`):
     low-rank adapters of the same base, merged with this one by `method` (cat, svd, linear, ties, dare_ties, ...).
 
     Raises `StageError` when `folder` exists, `TuningError` for a tuning that cannot be merged, `ModelError` when the logits
@@ -66,27 +69,37 @@ def export_model(
     target_dtype = stored_dtype(start) if dtype == "auto" else getattr(torch, dtype)
     opened = _merge_adapters(start, weight, merge_with, method, density) if merge_with else open_model(start)
     pretrained, tokenizer = opened.model, load_tokenizer(start)
+    soft_prompt_ids = (*opened.frame.outer_ids, *opened.frame.prefix_ids)
     ids = torch.arange(16)[None] % get_embedding_weight(pretrained).shape[0]
-    ids = torch.cat([torch.tensor([opened.frame.prefix_ids], dtype=torch.long), ids], 1)
+    ids = torch.cat([torch.tensor([soft_prompt_ids], dtype=torch.long), ids], 1)
+    before, unmerged = Vocabulary(dict(tokenizer.get_vocab())), _logits(pretrained, opened.task, ids)
     for tuning in opened.tunings:  # in order: the ids of a later prompt follow those of an earlier one
         tuning.merge(tokenizer)
+    merged = _logits(pretrained, opened.task, ids)
+    size = unmerged.shape[-1]
+    _refuse_difference(merged[..., :size], unmerged, folder, tolerance=1e-3)
     for parameter in pretrained.parameters():  # not the buffers: rotary angles stay in full precision
         parameter.data = parameter.data.to(target_dtype)
     expected = _logits(pretrained, opened.task, ids)
-    publish_folder(folder, lambda staged: save_pretrained(pretrained, tokenizer, staged, dtype=target_dtype))
+    publish_pretrained(folder, pretrained, tokenizer, dtype=target_dtype, before=before)
     reloaded = load_pretrained(ModelLocation(str(folder), folder.resolve()), opened.task, dtype=target_dtype).model
-    difference = (_logits(reloaded, opened.task, ids) - expected).abs().max().item()
-    if difference != 0:
-        raise ModelError(f"the exported model's logits differ by {difference:.2g}", where=str(folder))
+    _refuse_difference(_logits(reloaded, opened.task, ids), expected, folder)
     return ExportedModel(
         folder,
         str(target_dtype).removeprefix("torch."),
         sum(p.stat().st_size for p in folder.iterdir()),
         opened.task,
-        tuple(tokenizer.convert_ids_to_tokens(list(opened.frame.prefix_ids))),
+        tuple(tokenizer.convert_ids_to_tokens(list(soft_prompt_ids))),
+        merged.softmax(-1)[..., size:].sum(-1).max().item(),
         is_prefix_lm(pretrained.config),
         load_task_head_config(folder) is not None,
     )
+
+
+def _refuse_difference(found: torch.Tensor, expected: torch.Tensor, folder: Path, tolerance: float = 0.0) -> None:
+    difference = (found - expected).abs().max().item()
+    if not difference <= tolerance * max(1.0, expected.abs().max().item()):
+        raise ModelError(f"the exported model's logits differ by {difference:.2g}", where=str(folder))
 
 
 @torch.no_grad()

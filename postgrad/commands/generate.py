@@ -6,23 +6,23 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from postgrad.commands.results import Result
+from postgrad.commands.score_files import DEFAULT_CONTEXT, load_model_inputs
 from postgrad.data.render.chat import apply_chat_template
 from postgrad.errors import ModelError, StageError
 from postgrad.evaluation.continuations import decode_ids
-from postgrad.evaluation.held_out import insert_after_bos
 from postgrad.hardware import machine
 from postgrad.hardware.memory import memory_errors
 from postgrad.models.location import ModelLocation, locate_model
 from postgrad.models.model_sizes import get_model_sizes
 from postgrad.models.prefix_lm_attention import is_prefix_lm, prefill_prompt
-from postgrad.models.pretrained import load_tokenizer
-from postgrad.models.task import Task
+from postgrad.plan.model_inputs import ModelInputs
 from postgrad.tuning.open_model import open_model
 
 
@@ -49,13 +49,21 @@ class SamplingOptions:
 
 @dataclass(frozen=True)
 class TextModel:
-    """A model that generates text, with its tokenizer and the virtual tokens of its soft prompt."""
+    """A model that generates text, and how its inputs are made."""
 
     name: str
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    task: Task
-    virtual_tokens: tuple[int, ...]
+    inputs: ModelInputs
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer."""
+        return self.inputs.tokenizer
+
+    @property
+    def continues_prompt(self) -> bool:
+        """Whether it continues a prompt, as a decoder does; an encoder-decoder answers it."""
+        return not self.inputs.task.is_encoder_decoder
 
     @property
     def has_chat_template(self) -> bool:
@@ -64,15 +72,13 @@ class TextModel:
 
     def continue_text(self, prompt: str, options: SamplingOptions) -> str:
         """The text after a prompt. Raises `ModelError` when the prompt fills all positions."""
-        return _generate_text(self, _encode_prompt(self, prompt), options)
+        return _generate_text(self, self.inputs.encode_prompt(prompt), options)
 
     def answer(self, history: list[dict[str, str]], message: str, options: SamplingOptions) -> str:
         """The answer to a message; both are appended to `history`, whose oldest turns are dropped when they no longer fit."""
         history.append({"role": "user", "content": message})
         while (
-            len(history) > 2
-            and _remaining_positions(self, len(self.virtual_tokens) + len(_encode_chat(self, history)))
-            < options.max_new_tokens
+            len(history) > 2 and _remaining_positions(self, len(_encode_chat(self, history))) < options.max_new_tokens
         ):
             del history[:2]
         answer = _generate_text(self, _encode_chat(self, history), options)
@@ -86,6 +92,8 @@ class Continuation(Result):
 
     model: str
     text: str
+    continues_prompt: bool
+    """Whether the text follows the prompt, and is no answer to it."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +101,6 @@ class Generation(Result):
     """What each model generated from one prompt."""
 
     prompt: str
-    is_chat: bool
-    """Whether the models answered in their chat templates, instead of continuing the prompt."""
     continuations: tuple[Continuation, ...]
 
 
@@ -125,8 +131,8 @@ def generate(
                 expected="a model that was trained on conversations",
             )
         text = text_model.answer([], prompt, options) if chat else text_model.continue_text(prompt, options)
-        continuations.append(Continuation(text_model.name, text))
-    return Generation(prompt, chat, tuple(continuations))
+        continuations.append(Continuation(text_model.name, text, not chat and text_model.continues_prompt))
+    return Generation(prompt, tuple(continuations))
 
 
 def load_text_models(models: Sequence[str], base: str | None = None) -> list[TextModel]:
@@ -144,42 +150,30 @@ def _load_text_model(name: str, start: ModelLocation) -> TextModel:
             f"{name} generates no text", where="model", expected="a decoder or an encoder-decoder language model"
         )
     torch.nn.Module.to(opened.model, machine.default_device())
-    return TextModel(name, opened.model, load_tokenizer(start), opened.task, opened.frame.prefix_ids)
+    return TextModel(name, opened.model, load_model_inputs(start, DEFAULT_CONTEXT))
 
 
-def _encode_prompt(text_model: TextModel, prompt: str) -> np.ndarray:
-    """The ids of a prompt, of shape (T,); an empty one is the BOS or EOS."""
-    tokenizer = text_model.tokenizer
-    ids = tokenizer(prompt or (tokenizer.bos_token or tokenizer.eos_token))["input_ids"]
-    return np.array(ids, np.int64)
-
-
-def _encode_chat(text_model: TextModel, messages: list[dict[str, str]]) -> np.ndarray:
-    """The ids of a conversation up to where the next answer begins, of shape (T,), as training rows encode them."""
+def _encode_chat(text_model: TextModel, messages: list[dict[str, str]]) -> tuple[int, ...]:
+    """The ids of a conversation up to where the next answer begins, as training rows encode them."""
     tokenizer = text_model.tokenizer
     assert tokenizer.chat_template is not None
     text = apply_chat_template(
         tokenizer.chat_template, tokenizer.special_tokens_map, messages, add_generation_prompt=True
     )
-    if text_model.task.is_encoder_decoder:
-        return _encode_prompt(text_model, text)
-    ids = np.array(tokenizer(text, add_special_tokens=False)["input_ids"], np.int64)
-    bos = tokenizer.bos_token_id
-    adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
-    return np.concatenate([[bos], ids]) if adds_bos and ids[:1].tolist() != [bos] else ids
+    return text_model.inputs.encode_prompt(text)
 
 
 def _remaining_positions(text_model: TextModel, length: int) -> float:
     """How many tokens can follow `length` tokens."""
     limit = get_model_sizes(text_model.model.config).positions
-    return math.inf if not limit or text_model.task.is_encoder_decoder else limit - length
+    return math.inf if not limit or text_model.inputs.task.is_encoder_decoder else limit - length
 
 
 @torch.no_grad()
-def _generate_text(text_model: TextModel, prompt_ids: np.ndarray, options: SamplingOptions) -> str:
+def _generate_text(text_model: TextModel, prompt_ids: Sequence[int], options: SamplingOptions) -> str:
     model, tokenizer = text_model.model, text_model.tokenizer
     torch.manual_seed(options.seed)
-    ids = torch.from_numpy(insert_after_bos(prompt_ids, text_model.virtual_tokens, tokenizer.bos_token_id))[None]
+    ids = torch.tensor([prompt_ids])
     sampling = {"do_sample": options.temperature > 0}
     if options.temperature > 0:
         sampling |= {"temperature": options.temperature, "top_p": options.top_p}
@@ -190,7 +184,10 @@ def _generate_text(text_model: TextModel, prompt_ids: np.ndarray, options: Sampl
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     stop_ids = model.generation_config.eos_token_id  # pyrefly: ignore[missing-attribute]
     ids = ids.to(model.device)
-    prefill = {"past_key_values": prefill_prompt(model, ids)} if is_prefix_lm(model.config) else {}
+    prefill: dict[str, Any] = {"past_key_values": prefill_prompt(model, ids)} if is_prefix_lm(model.config) else {}
+    decoder_prefix = text_model.inputs.decoder_prefix
+    if decoder_prefix:
+        prefill["decoder_input_ids"] = torch.tensor([decoder_prefix], device=model.device)
     out = model.generate(  # pyrefly: ignore[not-callable]
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
@@ -200,10 +197,11 @@ def _generate_text(text_model: TextModel, prompt_ids: np.ndarray, options: Sampl
         **sampling,
         **prefill,
     )
-    if text_model.task.is_encoder_decoder:  # the output holds the answer alone
+    if decoder_prefix:  # the output holds the answer alone
         return decode_ids(tokenizer, out[0])
     # Decoded together with the prompt: many tokenizers drop the space before a first word.
-    before, added = prompt_ids.tolist(), out[0, ids.shape[1] :].tolist()
+    known = text_model.inputs.encoder.vocabulary
+    before, added = [token for token in prompt_ids if token < known], out[0, ids.shape[1] :].tolist()
     prompt_text, whole = (decode_ids(tokenizer, np.array(part, np.int64)) for part in (before, before + added))
     if whole.startswith(prompt_text):
         return whole.removeprefix(prompt_text)

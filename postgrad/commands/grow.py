@@ -21,8 +21,8 @@ from postgrad.errors import DataError, StageError
 from postgrad.models.grow_embeddings import grow_embeddings
 from postgrad.models.layers import get_layer_stacks
 from postgrad.models.location import locate_model
-from postgrad.models.pretrained import load_tokenizer, save_pretrained, stored_dtype
-from postgrad.storage.atomic import publish_folder
+from postgrad.models.pretrained import load_tokenizer, stored_dtype
+from postgrad.models.published_vocabulary import Vocabulary, publish_pretrained
 from postgrad.tuning.open_model import open_model
 
 _MAX_BYTES = 64 << 20
@@ -88,20 +88,20 @@ def grow_vocabulary(
     start = locate_model(str(model), Path.cwd(), base)
     tokenizer = load_tokenizer(start.full_model)
     new_texts, old_texts = _read_texts(files, "FILES"), _read_texts(old, "--old")
-    before = tokenizer.backend_tokenizer
+    opened = open_model(start)
+    for tuning in opened.tunings:
+        tuning.merge(tokenizer)
+    before, kept = tokenizer.backend_tokenizer, Vocabulary.copy(opened.model, tokenizer)
     extension = extend_vocabulary(before.to_str(), new_texts, tokens)
     if not extension.old_ids:
         raise DataError(
             "no pair of adjacent tokens occurs twice", where="FILES", expected="more text, or text of another kind"
         )
     after = Tokenizer.from_str(extension.tokenizer_json)
-    opened = open_model(start)
-    for tuning in opened.tunings:
-        tuning.merge(tokenizer)
     ids = after.get_vocab()
     grow_embeddings(opened.model, {ids[token]: pieces for token, pieces in extension.old_ids.items()}, head)
     tokenizer._tokenizer = after
-    publish_folder(out, lambda staged: save_pretrained(opened.model, tokenizer, staged, dtype=stored_dtype(start)))
+    publish_pretrained(out, opened.model, tokenizer, dtype=stored_dtype(start), before=kept)
     return GrownModel(
         str(model),
         out,

@@ -11,7 +11,6 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
-from postgrad.commands.cache import cache_folder
 from postgrad.commands.results import Result
 from postgrad.commands.score_files import context_length, load_documents, load_model_inputs
 from postgrad.config.objectives import AnyObjective
@@ -44,6 +43,7 @@ from postgrad.plan.model_inputs import ModelInputs
 from postgrad.plan.objective_rows import make_rows
 from postgrad.run.losses import make_objectives
 from postgrad.storage.atomic import publish_file
+from postgrad.storage.cache_folder import cache_folder
 from postgrad.tuning.open_model import open_model, start_fingerprint
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import yaml
 
-from postgrad.commands.cache import cache_folder
 from postgrad.commands.results import Result
+from postgrad.config.stage_file import parse_recorded_stage
 from postgrad.data.read.documents import read_documents
 from postgrad.data.read.files import RawSource as Files
 from postgrad.data.tokens.tokenize import build_store
@@ -20,8 +20,9 @@ from postgrad.lineage.record import RECORD, read_record
 from postgrad.models.location import ModelLocation, locate_model
 from postgrad.models.model_sizes import load_model_sizes
 from postgrad.models.pretrained import load_tokenizer
-from postgrad.plan.model_inputs import make_encoder
+from postgrad.plan.model_inputs import make_encoder, unknown_notes
 from postgrad.storage.atomic import write_atomically
+from postgrad.storage.cache_folder import cache_folder
 
 _REPLAY_SHARE = 0.10
 _MIN_DOCUMENTS = 40
@@ -63,6 +64,7 @@ class WrittenStage(Result):
     """How the text was read, such as `text` or `chat`."""
     samples: tuple[str, ...]
     """The first 100 characters of the first three documents."""
+    notes: tuple[str, ...]
 
 
 def write_stage(
@@ -83,7 +85,8 @@ def write_stage(
     root = stage_path.resolve().parent
     start = locate_model(model, root)
     sizes = load_model_sizes(start)
-    encoder = make_encoder(load_tokenizer(start), sizes.vocab_size)
+    tokenizer = load_tokenizer(start)
+    encoder = make_encoder(tokenizer, sizes.vocab_size)
     positions = sizes.positions or 1024
     files = Files("new", data, root=root, where="--data")
     store = build_store(files, encoder, cache)
@@ -135,7 +138,10 @@ def write_stage(
         retained="" if replay else "\n  # retained: [old-heldout.jsonl]   # old text, to measure forgetting",
     )
     write_atomically(stage_path, text)
-    return WrittenStage(stage_path, data, len(store), store.tokens, store.bytes, store.kind, tuple(samples))
+    notes = unknown_notes(tokenizer, encoder, {data: store})
+    return WrittenStage(
+        stage_path, data, len(store), store.tokens, store.bytes, store.kind, tuple(samples), tuple(notes)
+    )
 
 
 def _suggested_rates(start: ModelLocation, model: str) -> tuple[str, str, str]:
@@ -144,7 +150,7 @@ def _suggested_rates(start: ModelLocation, model: str) -> tuple[str, str, str]:
     if start.run is not None and (start.run / RECORD).exists():
         record = read_record(start.run)
         curve = [rate for _, rate in record.schedule_curve]
-        if curve and record.stage["tuning"]["kind"] == "full":
+        if curve and parse_recorded_stage(record.stage, record.name).tuning.kind == "full":
             peak, floor = (f"{rate:.1e}".replace("e-0", "e-") for rate in (max(curve), max(curve) / 10))
             return peak, floor, f"that of {model}; {comment}"
     return "2.0e-5", "2.0e-6", comment

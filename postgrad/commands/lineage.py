@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from postgrad.commands.cache import cache_folder
 from postgrad.commands.score_files import DEFAULT_CONTEXT, score_model
-from postgrad.config.stage_file import parse_recorded_stage, parse_recorded_yaml
+from postgrad.config.stage_file import parse_recorded_stage
 from postgrad.evaluation.held_out import HeldOutSet
 from postgrad.hardware import machine
 from postgrad.lineage.record import Record
@@ -14,6 +13,7 @@ from postgrad.lineage.tree import Lineage, Stages, lineage_matrix, read_lineage,
 from postgrad.models.location import ModelLocation, locate_model
 from postgrad.plan.plan import make_plan
 from postgrad.plan.start_model import resolve_start_model
+from postgrad.storage.cache_folder import cache_folder
 
 
 def trace_lineage(run: Path | str, *, cache: Path | None = None) -> Lineage:
@@ -41,18 +41,16 @@ def _load_first_start(record: Record, cache: Path) -> ModelLocation:
     folder = Path(record.stage_folder or ".")
     if record.model.new_model is None:
         return locate_model(record.model.source or record.model.start_model, folder)
-    return resolve_start_model(
-        parse_recorded_stage(parse_recorded_yaml(record.stage_yaml, record.name), record.name), folder, cache
-    )
+    return resolve_start_model(parse_recorded_stage(record.stage, record.name), folder, cache)
 
 
 def _load_stage_sets(stages: Stages, key: str, cache: Path) -> dict[str, HeldOutSet]:
     """The held-out sets of the stage whose record has `key`, read again."""
     for _, record in stages:
         if any(set_key(record, name) == key for name in record.changes):
-            raw = parse_recorded_yaml(record.stage_yaml, record.name)
-            raw["evaluation"]["tasks"] = []  # their files may have moved, and the matrix has no column for them
-            stage = parse_recorded_stage(raw, record.name)
+            stage = parse_recorded_stage(record.stage, record.name)
+            # The files of tasks may have moved, and the matrix has no column for them.
+            stage = stage.model_copy(update={"evaluation": stage.evaluation.model_copy(update={"tasks": []})})
             plan = make_plan(stage, Path(record.stage_folder or "."), cache)
             return {f"{h.name}:{h.fingerprint}": h for h in plan.evaluation.sets}
     return {}

@@ -177,7 +177,8 @@ def load_model(model: str, base: str | None = None) -> TrainedModel:
     start = locate_model(str(model), Path.cwd(), base)
     opened = open_model(start)
     torch.nn.Module.to(opened.model, machine.default_device())
-    return TrainedModel(opened.model.eval(), load_tokenizer(start), opened.task, opened.frame.prefix_ids)
+    virtual_tokens = (*opened.frame.outer_ids, *opened.frame.prefix_ids)
+    return TrainedModel(opened.model.eval(), load_tokenizer(start), opened.task, virtual_tokens)
 
 
 def load_classifier(model: str, base: str | None = None) -> Classifier:

@@ -9,7 +9,7 @@ from postgrad.commands.blend import Blend
 from postgrad.commands.compare import RunComparison
 from postgrad.commands.probe import LayerProbe
 from postgrad.commands.shift import MeasuredShift
-from postgrad.lineage.metrics import read_metrics
+from postgrad.lineage.metrics import read_run_metrics
 from postgrad.lineage.tree import Lineage
 from postgrad.reports.html import document
 from postgrad.reports.pages import comparison_page, lineage_page
@@ -26,9 +26,10 @@ def write_page(result: PageResult, path: Path | str) -> Path:
 def _page(result: PageResult) -> str:
     match result:
         case RunComparison():
-            metrics = [list(read_metrics(run / "metrics.jsonl")) for run in result.runs]
+            metrics = [read_run_metrics(*each) for each in zip(result.runs, result.records, strict=True)]
+            damage = [problem for each in metrics for problem in each.damage]
             title = " and ".join(result.names)
-            return comparison_page.comparison_page(list(result.records), metrics, title, result.names[0])
+            return comparison_page.comparison_page(list(result.records), metrics, title, result.names[0], damage)
         case Lineage():
             return lineage_page.lineage_page(result)
         case LayerProbe():

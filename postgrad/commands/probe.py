@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from postgrad.commands.cache import cache_folder
 from postgrad.commands.results import Result
 from postgrad.config import stage as s
 from postgrad.config.objectives import ClassifyObjective
@@ -54,6 +53,7 @@ from postgrad.plan.held_out_sets import make_held_out_set
 from postgrad.plan.model_inputs import ModelInputs, make_encoder, make_model_inputs
 from postgrad.plan.row_renderers import RowTemplate, make_renderer
 from postgrad.plan.sources import make_text_files
+from postgrad.storage.cache_folder import cache_folder
 from postgrad.storage.fingerprint import fingerprint
 from postgrad.tuning.open_model import open_model, start_fingerprint
 
@@ -218,7 +218,8 @@ def compute_frozen_features(
             features = layer_features(
                 states,
                 part_rows.held_out.rows,
-                cache / "features" / f"{key}.npy",
+                cache / "features" / key,
+                cache=cache,
                 pooling=pooling_kind,
                 pad=model_inputs.pad_id,
                 device=device,

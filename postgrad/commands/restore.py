@@ -14,11 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from postgrad.commands.cache import cache_folder
 from postgrad.commands.results import Result
 from postgrad.config import stage as s
-from postgrad.config.renamed_keys import upgrade_stage
-from postgrad.config.stage_file import parse_stage
+from postgrad.config.stage_file import parse_recorded_stage, parse_stage
 from postgrad.data.read.files import list_files
 from postgrad.distributed.world import World
 from postgrad.errors import StageError
@@ -33,6 +31,7 @@ from postgrad.plan.plan import Plan, make_plan
 from postgrad.plan.seen_sources import make_replay_source
 from postgrad.run.events import RunEvent, RunFinished
 from postgrad.run.run import run_stage
+from postgrad.storage.cache_folder import cache_folder
 from postgrad.tuning.open_model import open_model, start_fingerprint
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 96
@@ -147,7 +146,8 @@ def _check_request(request: RestoreRequest, root: Path) -> None:
 
 def _restore_stage(request: RestoreRequest, record: Record, root: Path) -> dict[str, Any]:
     """The stage as plain data, without its checkpoint selection."""
-    stage, origin = upgrade_stage(record.stage), Path(record.stage_folder or ".")
+    stage = parse_recorded_stage(record.stage, record.name).model_dump(mode="json")
+    origin = Path(record.stage_folder or ".")
     new_sources = _new_sources(request) if request.self_distill_share else []
     old_sets = [_held_out_file(path, root) for path in request.retained] or _absolute_sets(
         stage["evaluation"]["retained"], origin
@@ -252,7 +252,7 @@ def _trained_sources(run: Path, role: str) -> list[tuple[dict[str, Any], float]]
     return [
         (make_replay_source(source.name, source.origin), planned[source.name].share)
         for source in saved.resolved_sources
-        if planned[source.name].role == role
+        if source.name in planned and planned[source.name].role == role
     ]
 
 
@@ -271,7 +271,7 @@ def _teacher_name(request: RestoreRequest, record: Record) -> str:
     if request.teacher is not None:
         path = Path.cwd() / request.teacher
         return str(path) if path.exists() else request.teacher
-    start = record.stage["model"]
+    start = parse_recorded_stage(record.stage, record.name).model
     if not isinstance(start, str):
         raise StageError(
             f"{request.run} started from a randomly initialised model, which is no teacher",

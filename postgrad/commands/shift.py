@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerBase
 from postgrad.analysis import domain_shift
 from postgrad.analysis.domain_shift import Fertility, ShiftEstimate
 from postgrad.analysis.shift_advice import Proposal, ShiftStrength, make_proposals, shift_strength
-from postgrad.commands.cache import cache_folder
 from postgrad.commands.results import Result
 from postgrad.commands.score_files import context_length, load_file_sets, score_model
 from postgrad.data.read.documents import read_documents
@@ -24,6 +23,7 @@ from postgrad.hardware import machine
 from postgrad.models.location import locate_model
 from postgrad.models.pretrained import load_tokenizer
 from postgrad.stats.bootstrap import ratio_interval
+from postgrad.storage.cache_folder import cache_folder
 
 _MAX_DOCUMENTS = 20_000
 _MAX_SCORED_TOKENS = 100_000

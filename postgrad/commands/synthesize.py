@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -27,12 +28,12 @@ from postgrad.data.filter.near_duplicates import NearDuplicateIndex, repetition_
 from postgrad.data.read.documents import read_documents
 from postgrad.data.read.files import RawSource as Files
 from postgrad.data.read.generated_text import GENERATED_COLUMN
+from postgrad.data.render.frame import TextPrefix
 from postgrad.data.tokens.encoder import Encoder
 from postgrad.data.words import split_spaces
 from postgrad.errors import DataError, ModelError, StageError
 from postgrad.evaluation.continuations import decode_ids
 from postgrad.evaluation.generate_documents import generate_documents
-from postgrad.evaluation.held_out import insert_after_bos
 from postgrad.hardware import machine
 from postgrad.hardware.memory import memory_errors
 from postgrad.models.location import locate_model
@@ -42,6 +43,7 @@ from postgrad.models.pretrained import load_tokenizer
 from postgrad.models.task import Task
 from postgrad.plan.model_inputs import make_encoder
 from postgrad.storage.atomic import disk_errors, write_all, write_atomically
+from postgrad.storage.checked_files import read_checked_json, write_checked_json
 from postgrad.storage.fingerprint import fingerprint
 from postgrad.tuning.open_model import get_task, open_model, start_fingerprint
 
@@ -95,6 +97,8 @@ class _SynthesisState:
     tokens: int = 0
     ended: int = 0
     left_out: dict[str, int] | None = None
+    crc32: int | None = None
+    """Of the file so far; None in files of earlier versions."""
     chosen: int | None = None
     """Of conversations: how many were kept for their diversity ..."""
     diverse_share: float = 1.0
@@ -128,15 +132,15 @@ class TextGenerator:
     model: CausalModel
     tokenizer: PreTrainedTokenizerBase
     encoder: Encoder
-    virtual_tokens: tuple[int, ...]
-    """Ids of a soft prompt that go before every text."""
+    prefix: TextPrefix
+    """Special tokens and soft prompts before every text."""
     max_positions: int | None
 
     @property
     def stop_tokens(self) -> set[int]:
         """Token ids that end a document."""
         named = getattr(self.model.pretrained.generation_config, "eos_token_id", None)
-        own = [self.encoder.eos, self.encoder.bos, *(named if isinstance(named, list) else [named])]
+        own = [self.encoder.eos, *self.encoder.prefix_ids, *(named if isinstance(named, list) else [named])]
         return {token for token in own if token is not None}
 
 
@@ -171,9 +175,8 @@ def load_generator(
     opened = open_model(start)
     view = wrap_model(opened.model, Task.CAUSAL).to(machine.default_device())
     assert isinstance(view, CausalModel)
-    return TextGenerator(
-        model, start_fingerprint(start) or model, view, tokenizer, encoder, tuple(opened.frame.prefix_ids), limit
-    )
+    prefix = TextPrefix(opened.frame.outer_ids, encoder.prefix_ids, opened.frame.prefix_ids)
+    return TextGenerator(model, start_fingerprint(start) or model, view, tokenizer, encoder, prefix, limit)
 
 
 def synthesize(
@@ -211,19 +214,18 @@ def _generate_documents(
 ) -> Iterator[Candidate]:
     """Documents of running text after their prompts."""
     batch_prompts = [prompts[number % len(prompts)] for number in numbers]
-    bos = generator.encoder.bos
     documents = generate_documents(
         generator.model,
-        [insert_after_bos(ids, generator.virtual_tokens, bos) for ids, _ in batch_prompts],
+        [generator.prefix.insert(ids) for ids, _ in batch_prompts],
         numbers,
         seed=request.seed,
-        max_new_tokens=request.max_document_tokens - len(batch_prompts[0][0]) - len(generator.virtual_tokens),
+        max_new_tokens=request.max_document_tokens - len(batch_prompts[0][0]) - len(generator.prefix.virtual_tokens),
         stop_ids=generator.stop_tokens,
         temperature=request.temperature,
         top_p=request.top_p,
     )
     for (ids, origin), new in zip(batch_prompts, documents, strict=True):
-        prompt = ids[1:] if bos is not None or not request.prompt_tokens else ids
+        prompt = ids[len(generator.encoder.prefix_ids) :] if request.prompt_tokens else ids[:0]
         text = decode_ids(generator.tokenizer, np.concatenate([prompt, new.ids])).strip()
         short = "too short" if len(split_spaces(text)) < _MIN_WORDS else None
         repeats = "repetitive" if repetition_share(new.ids.tolist()) > request.max_repetition else None
@@ -239,15 +241,15 @@ def finalize_output(
     out: Path, select: Callable[[list[str]], list[str]] | None = None, *, diverse_share: float = 1.0
 ) -> None:
     """Give the partial file its final name, with the lines that `select` keeps: a share of `diverse_share`."""
-    state = json.loads(_state_file(out).read_text())
+    state = _read_state(out, _state_file(out))
     with disk_errors(out):
         if select is None:
-            write_atomically(summary_file(out), json.dumps(state))
+            write_checked_json(summary_file(out), asdict(state))
             partial_file(out).rename(out)
         else:
             chosen = select(partial_file(out).read_text("utf-8").splitlines(keepends=True))
-            state |= {"chosen": len(chosen), "diverse_share": diverse_share}
-            write_atomically(summary_file(out), json.dumps(state))
+            state.chosen, state.diverse_share = len(chosen), diverse_share
+            write_checked_json(summary_file(out), asdict(state))
             write_atomically(out, "".join(chosen))  # the partial file stays until everything else is written
             partial_file(out).unlink()
         _state_file(out).unlink()
@@ -293,9 +295,8 @@ def generate_until_target(
         file = part.open("ab", buffering=0)
         file.truncate(state.size)
     with file:
-        with part.open("rb") as lines:
-            for line in lines:
-                seen.find_or_add(dedup_text(json.loads(line)))
+        for text in _read_accepted(state, part):
+            seen.find_or_add(text)
         while state.tokens < request.tokens:
             accepted: list[bytes] = []
             numbers = range(state.next, state.next + request.batch_size)
@@ -320,7 +321,8 @@ def generate_until_target(
                 write_all(file, b"".join(accepted))
             state.next, state.left_out = numbers.stop, dict(left_out)
             state.size += sum(map(len, accepted))
-            write_atomically(_state_file(out), json.dumps(asdict(state)))
+            state.crc32 = zlib.crc32(b"".join(accepted), state.crc32 or 0)
+            write_checked_json(_state_file(out), asdict(state))
             yield SynthesisProgress(state.documents, state.tokens, request.tokens)
             if state.next >= _MAX_ATTEMPTS * max(state.documents, request.batch_size):
                 raise DataError(
@@ -332,6 +334,25 @@ def generate_until_target(
                     hint="raise --max-tokens for documents without an end, --max-repetition or --dedup-threshold for the rest,"
                     " or give --prompts",
                 )
+
+
+def _read_accepted(state: _SynthesisState, part: Path) -> list[str]:
+    """The texts accepted so far. Raises `StageError` when the file is not what was written."""
+    content = part.read_bytes()
+    found = zlib.crc32(content)
+    try:
+        rows = [json.loads(line) for line in content.splitlines()]
+        texts = [dedup_text(row) for row in rows]
+    except (ValueError, KeyError, TypeError, IndexError):
+        texts = None
+    if texts is None or state.crc32 not in (None, found):
+        raise StageError(
+            f"{part} has changed since it was written, so it cannot be resumed",
+            where="--out",
+            hint=f"remove {part.name} and {part.name}.json",
+        )
+    state.crc32 = found
+    return texts
 
 
 def summary_file(out: Path) -> Path:
@@ -412,13 +433,11 @@ def check_request(out: Path, request: SynthesisRequest) -> None:
 def _read_prompts(
     files: Sequence[str], request: SynthesisRequest, tokenizer: PreTrainedTokenizerBase, encoder: Encoder
 ) -> list[tuple[np.ndarray, str]]:
-    """The prompts with their origins: the first tokens of given texts, or the BOS alone."""
-    # A model without a BOS has learnt that a text begins after the EOS of another.
-    first = encoder.bos if encoder.bos is not None else encoder.eos
+    """The prompts with their origins: the first tokens of given texts, or the special tokens before a text alone."""
     if not request.prompt_tokens:
-        return [(np.array([first]), "bos")]
+        # A model without a BOS has learnt that a text begins after the EOS of another.
+        return [(np.array(encoder.prefix_ids or (encoder.eos,)), "bos")]
     prompts: list[tuple[np.ndarray, str]] = []
-    lead = [] if encoder.bos is None else [first]
     for path in files:
         documents = read_documents(Files("prompts", str(path), root=Path.cwd(), where="--prompts"))
         for document in islice(documents, _MAX_PROMPTS):
@@ -426,7 +445,7 @@ def _read_prompts(
                 continue
             ids = tokenizer(document.text[: 32 * request.prompt_tokens], add_special_tokens=False)["input_ids"]
             if len(ids) >= request.prompt_tokens:
-                prompts.append((np.array([*lead, *ids[: request.prompt_tokens]]), document.location))
+                prompts.append((np.array([*encoder.prefix_ids, *ids[: request.prompt_tokens]]), document.location))
     if not prompts:
         raise DataError(
             f"no text of {request.prompt_tokens} tokens",
@@ -461,12 +480,5 @@ def _load_state(out: Path, options_fingerprint: str) -> _SynthesisState:
 
 def _read_state(out: Path, path: Path) -> _SynthesisState:
     """The state in a file beside `out`. Raises `StageError` when it cannot be read."""
-    try:
-        return _SynthesisState(**json.loads(path.read_text("utf-8")))
-    except (ValueError, TypeError):
-        text = out if path == summary_file(out) else partial_file(out)
-        raise StageError(
-            f"{path} is corrupt, so {out.name} cannot be resumed",
-            where="--out",
-            hint=f"remove {text.name} and {path.name}",
-        ) from None
+    text = out if path == summary_file(out) else partial_file(out)
+    return read_checked_json(path, _SynthesisState, error=StageError, hint=f"remove {text.name} and {path.name}")

@@ -37,12 +37,12 @@ from postgrad.data.random_streams import RandomStreams
 from postgrad.data.read.documents import Document, read_documents
 from postgrad.data.read.files import RawSource as Files
 from postgrad.data.render.chat import apply_chat_template
+from postgrad.data.render.frame import Frame
 from postgrad.data.render.renderers import PlainRenderer
 from postgrad.data.words import split_spaces, split_words_and_signs
 from postgrad.errors import DataError, ModelError, StageError
 from postgrad.evaluation.continuations import decode_ids
 from postgrad.evaluation.generate_documents import GeneratedDocument, generate_documents
-from postgrad.evaluation.held_out import insert_after_bos
 from postgrad.hardware import machine
 from postgrad.storage.fingerprint import fingerprint
 
@@ -100,11 +100,10 @@ class ChatTemplate:
         )
 
     def encode(self, text: str) -> np.ndarray:
-        """A rendered text as ids, after the BOS if the tokenizer adds one."""
-        bos = self.generator.encoder.bos
-        ids = np.array(self.generator.tokenizer(text, add_special_tokens=False)["input_ids"], np.int64)
-        ids = np.concatenate([[bos], ids]) if bos is not None and ids[:1].tolist() != [bos] else ids
-        return insert_after_bos(ids, self.generator.virtual_tokens, bos).astype(np.int64)
+        """A rendered text as ids, after the special tokens that the tokenizer adds."""
+        ids = self.generator.tokenizer(text, add_special_tokens=False)["input_ids"]
+        framed = Frame(self.generator.encoder.prefix_ids).wrap_once(ids)
+        return self.generator.prefix.insert(np.array(framed, np.int64))
 
     def prompt_ids(self, messages: Sequence[dict[str, str]]) -> np.ndarray:
         """A conversation up to where the next answer begins."""

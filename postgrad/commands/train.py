@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from postgrad.commands.cache import cache_folder
 from postgrad.config.stage import Stage
 from postgrad.config.stage_file import parse_stage, read_stage
 from postgrad.plan.plan import Plan, make_plan
 from postgrad.run.events import RunEvent
 from postgrad.run.run import run_stage
+from postgrad.storage.cache_folder import cache_folder
 
 StageSource = Stage | Path | str | Mapping[str, object]
 """A `Stage`, the path of a stage file, or a stage's keys as plain data."""

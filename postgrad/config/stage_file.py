@@ -49,14 +49,6 @@ def parse_recorded_stage(raw: Mapping[str, Any], where: str) -> Stage:
     return parse_stage(upgrade_stage(raw), where)
 
 
-def parse_recorded_yaml(text: str | None, where: str) -> dict[str, Any]:
-    """The stage that a record holds as YAML, as plain data. Raises `StageError` for a record without one."""
-    raw = _parse_yaml(text or "", where)
-    if not isinstance(raw, dict):
-        raise StageError("the record holds no stage", where=where)
-    return raw
-
-
 def load_tasks(path: Path, shots: int | None = None) -> list[TaskConfig]:
     """A list of tasks, each written as under `evaluation.tasks` of a stage; `shots` replaces the number of all of them.
 
@@ -103,6 +95,11 @@ def _parse_yaml(text: str, where: str) -> Any:
         raise StageError(f"not YAML: {getattr(error, 'problem', None) or error}", where=place) from error
     except ValueError as error:  # what looks like a date and is none
         raise StageError(f"not YAML: {error}", where=where) from error
+
+
+def dump_stage(raw: Mapping[str, Any]) -> str:
+    """A resolved stage as YAML."""
+    return yaml.safe_dump(raw, sort_keys=False, allow_unicode=True, width=100)
 
 
 def json_schema() -> str:

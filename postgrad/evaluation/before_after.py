@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from postgrad.distributed.world import World
+from postgrad.errors import DataError
 from postgrad.evaluation.held_out import HeldOutSet
 from postgrad.evaluation.perplexity import Scores, score_held_out
 from postgrad.lineage.metrics import EvaluationRow, SetRow
@@ -18,7 +18,7 @@ from postgrad.lineage.record import BeforeAfter, SetChange, SetScore
 from postgrad.lineage.record import ScoresRecord as RecordScores
 from postgrad.models.model import Model
 from postgrad.stats.forgetting import LossChange, paired_change
-from postgrad.storage.atomic import write_atomically
+from postgrad.storage.array_files import read_arrays, write_arrays
 from postgrad.storage.fingerprint import fingerprint
 
 AllScores = dict[str, Scores]
@@ -50,12 +50,12 @@ def score_sets(
     """Score every set with `scorer`. With the model's `identity` (a fingerprint) scores are cached."""
     out: AllScores = {}
     for held_out in sets:
-        path = None
+        path, key = None, ""
         if identity and cache and world.size == 1:  # several ranks might see different states of the cache
             key = fingerprint([identity, *held_out.identity, context])
             path = cache / "scores" / f"{key}.npz"
-            if path.exists():
-                out[held_out.name] = next(iter(read_scores(path).values()))  # cached under the name of another set
+            if found := _read_cached_scores(path, key):
+                out[held_out.name] = found
                 continue
 
         def gather(parts: list[tuple[int, np.ndarray]]) -> list[tuple[int, np.ndarray]]:
@@ -63,32 +63,36 @@ def score_sets(
 
         out[held_out.name] = scorer(model, held_out, context=context, gather=gather, rank=world.rank, ranks=world.size)
         if path and world.is_main:
-            write_scores(path, {held_out.name: out[held_out.name]})
+            write_scores(path, {held_out.name: out[held_out.name]}, key)
     return out
 
 
-def write_scores(path: Path, scores: Mapping[str, Scores]) -> None:
-    """Every document's nats, tokens and bytes, by set, as one .npz file."""
-    buffer = io.BytesIO()
-    arrays = {f"{name}/{key}": value for name, s in scores.items() for key, value in asdict(s).items()}
-    np.savez(buffer, allow_pickle=False, **arrays)
-    write_atomically(path, buffer.getvalue())
+def _read_cached_scores(path: Path, key: str) -> Scores | None:
+    """The scores in a file of the cache, under the name of whichever set was scored first; None when there are none."""
+    try:
+        return next(iter(read_scores(path, key).values()), None)
+    except DataError:
+        return None
 
 
-def read_scores(path: Path) -> AllScores:
-    """What `write_scores` wrote."""
-    with np.load(path, allow_pickle=False) as stored:
-        names = sorted({key.rsplit("/", 1)[0] for key in stored.files})
-        # What an older version did not write yet has its default.
-        kept = {name: [f.name for f in fields(Scores) if f"{name}/{f.name}" in stored.files] for name in names}
-        return {
-            name: Scores(**{key: _decode_value(stored[f"{name}/{key}"]) for key in keys}) for name, keys in kept.items()
-        }
+def write_scores(path: Path, scores: Mapping[str, Scores], owner: str = "") -> None:
+    """Every document's nats, tokens and bytes, by set, as one .npz file; `owner`: the run's id."""
+    arrays = {f"{name}/{key}": np.asarray(value) for name, s in scores.items() for key, value in asdict(s).items()}
+    write_arrays(path, arrays, owner)
 
 
-def _decode_value(stored: np.ndarray) -> Any:
-    """An array, or the text that was written as one."""
-    return str(stored) if stored.dtype.kind == "U" and stored.ndim == 0 else stored
+def read_scores(path: Path, owner: str = "") -> AllScores:
+    """What `write_scores` wrote. Raises `DataError` for a file that is missing, damaged, or another run's."""
+    hint = "remove it and, if it is there, record.json; the same `postgrad train` command scores again"
+    arrays = read_arrays(path, owner, error=DataError, hint=hint)
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for key, array in arrays.items():
+        name, _, field = key.rpartition("/")
+        found.setdefault(name, {})[field] = array
+    try:
+        return {name: Scores.from_arrays(found[name]) for name in sorted(found)}
+    except (KeyError, ValueError) as error:
+        raise DataError(f"these are no scores: {error}", where=str(path), hint=hint) from None
 
 
 def loss_change(before: Scores, after: Scores, vocabulary: int) -> LossChange:

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from postgrad.evaluation.held_out import HeldOutSet, HeldOutText, insert_after_bos
+from postgrad.data.render.frame import TextPrefix
+from postgrad.evaluation.held_out import HeldOutSet, HeldOutText
 from postgrad.models.prefix_lm_attention import is_prefix_lm, prefill_prompt
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 48
@@ -40,16 +41,15 @@ def generate_continuations(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[ContinuationPrompt],
-    virtual_tokens: Sequence[int] = (),
-    bos: int | None = None,
+    prefix: TextPrefix,
 ) -> list[str]:
-    """The model's greedy continuation of each prompt, as text; `virtual_tokens` are a soft prompt's placeholders."""
+    """The model's greedy continuation of each prompt, as text; the soft prompts of `prefix` are added."""
     out = []
     was_training = model.training
     model.eval()
     with torch.compiler.set_stance("force_eager"):
         for prompt in prompts:
-            inputs = torch.from_numpy(insert_after_bos(prompt.ids, virtual_tokens, bos))
+            inputs = torch.from_numpy(prefix.insert(prompt.ids))
             ids = inputs[None].to(next(model.parameters()).device)
             cache = {"past_key_values": prefill_prompt(model, ids)} if is_prefix_lm(model.config) else {}
             output = model.generate(  # pyrefly: ignore[not-callable]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,11 +61,13 @@ def generate_answers(
     *,
     eos_ids: Sequence[int],
     pad: int,
+    decoder_prefix: Sequence[int] = (),
 ) -> list[str]:
     """The greedy answer to each prompt, as text without special tokens and stop strings.
 
     `prompts`: ids with soft prompt placeholders; none is empty, and each leaves room for `max_new_tokens` in the context.
-    `eos_ids`: tokens that end an answer, in addition to those of the model's generation config.
+    `eos_ids`: tokens that end an answer, in addition to those of the model's generation config. `decoder_prefix`: the ids
+    before each answer in an encoder-decoder.
     """
     out = [""] * len(prompts)
     device = next(model.parameters()).device
@@ -79,8 +82,10 @@ def generate_answers(
         ):
             arrays = _pad_prompts([prompts[i] for i in group], pad, left=not encoder_decoder)
             ids_BT, mask_BT = (array.to(device) for array in arrays)
-            cache = {"past_key_values": prefill_prompt(model, ids_BT)} if prefix_lm else {}
-            begin = 1 if encoder_decoder else ids_BT.shape[1]
+            cache: dict[str, Any] = {"past_key_values": prefill_prompt(model, ids_BT)} if prefix_lm else {}
+            if encoder_decoder and decoder_prefix:
+                cache["decoder_input_ids"] = torch.tensor([list(decoder_prefix)] * len(group), device=device)
+            begin = max(1, len(decoder_prefix)) if encoder_decoder else ids_BT.shape[1]
             criteria = [_StopStringCriteria(tokenizer, stopping, begin)] if stopping.stop_strings else []
             output = model.generate(  # pyrefly: ignore[not-callable]
                 input_ids=ids_BT,

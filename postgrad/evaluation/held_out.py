@@ -1,20 +1,22 @@
 """Held-out sets: text in overlapping windows, or rows of a task, document by document.
 
-Of a text every token is scored but its first (it has no context; with a tokenizer that sets a BOS that is the BOS, so all of
-the text is scored), and never the EOS (it is no part of the text, and some models never saw one). A document longer than the
-context is scored in windows that advance by half a context; each window scores only the tokens that no earlier window scored.
+Of a text every token is scored but its first, which has no context (none of the special tokens that a tokenizer adds before a
+text is scored, and then all of the text is), never the token of unknown text (to predict it is no knowledge of the text), and
+never the EOS (it is no part of the text, and some models never saw one). A document longer than the context is scored in
+windows that advance by half a context; each window scores only the tokens that no earlier window scored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from postgrad.data.layouts.rows import IGNORED, Row
 from postgrad.data.problem_type import ProblemType
+from postgrad.data.render.frame import NO_PREFIX, TextPrefix
 
 
 class ScoredRow(NamedTuple):
@@ -26,7 +28,7 @@ class ScoredRow(NamedTuple):
 
 @dataclass(frozen=True)
 class HeldOutText:
-    """Texts as ids, with the BOS where the tokenizer sets one, without EOS."""
+    """Texts as ids, with the special tokens that the tokenizer adds before them, without EOS."""
 
     name: str
     role: str
@@ -35,9 +37,10 @@ class HeldOutText:
     fingerprint: str
     digests: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
     """Content hash of each document, to pair documents across tokenizers."""
-    virtual_tokens: tuple[int, ...] = ()
-    """Ids of a soft prompt, inserted at the start of each window (after its BOS) and not scored."""
-    bos: int | None = None
+    prefix: TextPrefix = NO_PREFIX
+    """Special tokens that each document begins with, and soft prompts that are inserted at the start of each window."""
+    unknown_id: int | None = None
+    """The token of unknown text, which is never scored: to predict it is no knowledge of the text."""
     reserved_positions: int = 0
     """Positions that each window leaves free: the length of the soft prompt of the model it is compared with."""
     pad: int = 0
@@ -53,15 +56,25 @@ class HeldOutText:
     @property
     def identity(self) -> list[Any]:
         """What its scores depend on besides the model and the context."""
-        return [self.fingerprint, len(self), list(self.virtual_tokens), self.reserved_positions]
+        return [self.fingerprint, len(self), asdict(self.prefix), self.reserved_positions, self.unknown_id]
 
     @property
     def tokens(self) -> int:
         """Scored tokens."""
-        return sum(len(d) - 1 for d in self.documents)
+        return sum(len(d) for d in self.documents) - self.lead * len(self) - self.unknown_tokens
+
+    @property
+    def unknown_tokens(self) -> int:
+        """Tokens of unknown text."""
+        return sum(int((d[self.lead :] == self.unknown_id).sum()) for d in self.documents)
+
+    @property
+    def lead(self) -> int:
+        """Tokens of each document that are not scored: its special tokens, else its first token."""
+        return max(1, len(self.prefix.special_ids))
 
     def take_tokens(self, tokens: int) -> HeldOutText:
-        """The first `tokens` tokens, the last document truncated; at least two tokens of one document."""
+        """The first `tokens` tokens, the last document truncated; at least one scored token of one document."""
         ends = np.cumsum([len(d) for d in self.documents])
         count = min(int(np.searchsorted(ends, tokens)) + 1, len(self.documents))
         documents = list(self.documents[:count])
@@ -69,9 +82,10 @@ class HeldOutText:
         spare = int(ends[count - 1]) - tokens if count else 0
         if spare > 0:
             cut = len(documents[-1]) - spare
-            if cut < 2 and count > 1:  # a single token has nothing to score, and all of the document may be long
+            # Nothing may be left to score, and all of the document may be long.
+            if cut <= self.lead and count > 1:
                 return self._with_documents(documents[:-1], sizes[:-1])
-            cut = max(cut, 2)
+            cut = max(cut, self.lead + 1)
             sizes[-1] = round(sizes[-1] * cut / len(documents[-1]))
             documents[-1] = documents[-1][:cut]
         return self._with_documents(documents, sizes)
@@ -83,15 +97,16 @@ class HeldOutText:
 
     def iter_rows(self, context: int) -> Iterator[ScoredRow]:
         """The windows of every document as rows."""
-        room = context - len(self.virtual_tokens) - self.reserved_positions
+        room = context - len(self.prefix.virtual_tokens) - self.reserved_positions
         for i, document in enumerate(self.documents):
-            for window in windows(len(document), room, i):
-                ids = insert_after_bos(document[window.begin : window.end], self.virtual_tokens, self.bos)
+            for window in windows(len(document), room, i, self.lead):
+                ids = self.prefix.insert(document[window.begin : window.end])
                 labels = np.full(len(ids), IGNORED, np.int64)
                 fresh = window.end - window.scored_from
                 labels[len(ids) - 1 - fresh : -1] = ids[len(ids) - fresh :]
+                labels[labels == self.unknown_id] = IGNORED
                 # Positions are the default ones: padding is on the right, where causal attention does not look.
-                yield ScoredRow(i, Row({"input_ids": ids}, labels, fresh))
+                yield ScoredRow(i, Row({"input_ids": ids}, labels, int((labels != IGNORED).sum())))
 
 
 @dataclass(frozen=True)
@@ -158,12 +173,6 @@ class HeldOutRows:
 HeldOutSet = HeldOutText | HeldOutRows
 
 
-def insert_after_bos(ids: np.ndarray, virtual_tokens: Sequence[int], bos: int | None) -> np.ndarray:
-    """Ids with a soft prompt before them, but after a BOS that they begin with."""
-    lead = int(bool(virtual_tokens) and bos is not None and len(ids) > 0 and int(ids[0]) == bos)
-    return np.concatenate([ids[:lead], np.asarray(virtual_tokens, np.int64), ids[lead:]]).astype(np.int64)
-
-
 @dataclass(frozen=True)
 class _Window:
     document: int
@@ -172,14 +181,14 @@ class _Window:
     scored_from: int
 
 
-def windows(length: int, context: int, document: int = 0) -> Iterator[_Window]:
-    """Windows of a document that score each of its tokens but the first exactly once.
+def windows(length: int, context: int, document: int = 0, lead: int = 1) -> Iterator[_Window]:
+    """Windows of a document that score each of its tokens but the first `lead` exactly once.
 
     The first window has a full context; each later one advances by half a context and scores its second half.
     """
     end = min(length, context)
-    if length >= 2:
-        yield _Window(document, 0, end, 1)
+    if length > lead:
+        yield _Window(document, 0, end, lead)
     while end < length:
         following = min(length, end + context // 2)
         yield _Window(document, following - context, following, end)

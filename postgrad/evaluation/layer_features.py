@@ -7,7 +7,6 @@ An item is whatever has a label: a text (its tokens, pooled) or a word (its firs
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,59 +20,69 @@ from postgrad.data.loading.batch import collate
 from postgrad.errors import DiskError
 from postgrad.evaluation.length_batches import length_batches
 from postgrad.models.task_head import Pooling, pool_tokens
-from postgrad.storage.atomic import disk_errors
+from postgrad.storage.atomic import publish_folder, remove_folder
+from postgrad.storage.verification import is_intact
 
+FEATURES = "features.npy"
 _TOKENS_AT_ONCE = 8192
 
 ComputeStates = Callable[[dict[str, Tensor]], Sequence[Tensor]]
 """The inputs of a batch to S states of shape (B, T, D)."""
 
 
-@torch.no_grad()
 def layer_features(
     compute_states: ComputeStates,
     rows: Sequence[Row],
-    path: Path,
+    folder: Path,
     *,
+    cache: Path,
     pooling: Pooling | None,
     pad: int,
     device: torch.device,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> np.ndarray:
-    """Every state of every item, of shape (S, I, D) and float32, memory-mapped from the file `path`.
+    """Every state of every item, of shape (S, I, D) and float32, memory-mapped from a published folder.
 
-    An existing file is not computed again. `pooling` None: an item is a word, else a row. `progress` gets the rows done and
+    An intact folder is not computed again. `pooling` None: an item is a word, else a row. `progress` gets the rows done and
     all rows. Raises `DiskError` when the disk is too small.
     """
-    if path.exists():
-        return np.load(path, mmap_mode="r")
+    if not is_intact(folder, cache):
+        if folder.exists():
+            remove_folder(folder)
+        publish_folder(
+            folder,
+            lambda staged: _compute_features(compute_states, rows, staged / FEATURES, pooling, pad, device, progress),
+        )
+    return np.load(folder / FEATURES, mmap_mode="r", allow_pickle=False)
+
+
+@torch.no_grad()
+def _compute_features(
+    compute_states: ComputeStates,
+    rows: Sequence[Row],
+    path: Path,
+    pooling: Pooling | None,
+    pad: int,
+    device: torch.device,
+    progress: Callable[[int, int], None],
+) -> None:
+    """Write the features of all items to a file."""
     items_R = np.array([row.label_count if pooling is None else 1 for row in rows], np.int64)
     first_R = np.concatenate([[0], np.cumsum(items_R)])
-    building = path.parent / f".building-{os.getpid()}-{path.name}"
     out_SID: np.memmap | None = None
     done = 0
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        for group in length_batches([len(row.inputs["input_ids"]) for row in rows], _TOKENS_AT_ONCE):
-            batch = collate([rows[i] for i in group], [0] * len(group), pad_token_id=pad).to(device)
-            states = compute_states(batch.inputs)
-            if out_SID is None:
-                out_SID = _open_memmap(building, (len(states), int(first_R[-1]), states[0].shape[-1]))
-            items = np.concatenate([np.arange(first_R[i], first_R[i + 1]) for i in group])
-            for state, hidden_BTD in enumerate(states):
-                out_SID[state, items] = (
-                    _item_vectors(hidden_BTD.float(), batch.inputs, batch.labels, pooling).cpu().numpy()
-                )
-            done += len(group)
-            progress(done, len(rows))
-        assert out_SID is not None, "there are rows"
-        out_SID.flush()
-        del out_SID
-        os.replace(building, path)
-    finally:
-        building.unlink(missing_ok=True)
-    return np.load(path, mmap_mode="r")
+    for group in length_batches([len(row.inputs["input_ids"]) for row in rows], _TOKENS_AT_ONCE):
+        batch = collate([rows[i] for i in group], [0] * len(group), pad_token_id=pad).to(device)
+        states = compute_states(batch.inputs)
+        if out_SID is None:
+            out_SID = _open_memmap(path, (len(states), int(first_R[-1]), states[0].shape[-1]))
+        items = np.concatenate([np.arange(first_R[i], first_R[i + 1]) for i in group])
+        for state, hidden_BTD in enumerate(states):
+            out_SID[state, items] = _item_vectors(hidden_BTD.float(), batch.inputs, batch.labels, pooling).cpu().numpy()
+        done += len(group)
+        progress(done, len(rows))
+    assert out_SID is not None, "there are rows"
+    out_SID.flush()
 
 
 def _item_vectors(hidden_BTD: Tensor, inputs: dict[str, Tensor], labels: Tensor, pooling: Pooling | None) -> Tensor:

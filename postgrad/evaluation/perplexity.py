@@ -9,8 +9,8 @@ only number that can be compared between models with different tokenizers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -50,6 +50,24 @@ class Scores:
     """The problem type of a classifier; empty for anything else."""
     names: np.ndarray = field(default_factory=lambda: np.empty(0, np.str_))
     """The names of its classes, by their indices."""
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Scores:
+        """Scores from their fields as arrays; one that an earlier version did not write has its default.
+
+        Raises `KeyError` for a missing field, and `ValueError` for arrays that do not fit together.
+        """
+        columns = [arrays[name] for name in ("document_W", "nats_W", "tokens_W", "bytes_N")]
+        documents, sizes = columns[0], columns[3]
+        if any(column.ndim != 1 or column.dtype.kind not in "iuf" for column in columns):
+            raise ValueError("a column that is no list of numbers")
+        if len({len(column) for column in columns[:3]}) > 1 or documents.dtype.kind not in "iu":
+            raise ValueError("columns of different lengths, or documents without numbers")
+        if len(documents) and not 0 <= int(documents.min()) <= int(documents.max()) < len(sizes):
+            raise ValueError("a document that does not exist")
+        known: dict[str, Any] = {each.name: arrays[each.name] for each in fields(cls) if each.name in arrays}
+        known["problem"] = str(known.get("problem", ""))
+        return cls(**known)
 
     @property
     def units(self) -> str:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from postgrad.errors import PostgradError, StageError
 from postgrad.lineage.previous_format import upgrade_row
-from postgrad.lineage.record import RecordPart, SkippedStep
+from postgrad.lineage.record import Record, RecordPart, SkippedStep
+from postgrad.storage.checked_files import add_checksum, find_damage
+from postgrad.storage.read_json import parse_json
 
 METRICS = "metrics.jsonl"
 
@@ -99,30 +103,90 @@ def parse_row(raw: dict[str, Any]) -> MetricsRow:
     return _ROW_KINDS.get(str(row.get("kind")), StepRow).model_validate(row)
 
 
-def read_metrics(path: Path) -> Iterator[MetricsRow]:
-    """The rows of a metrics file, up to the first line that is not whole: a kill cuts off the last one."""
+@dataclass(frozen=True)
+class Metrics:
+    """The rows of a metrics file, and what is wrong with the file."""
+
+    rows: list[MetricsRow]
+    damage: list[str]
+    """A sentence for each damaged line, which has no row, and one for missing lines."""
+
+    def __iter__(self) -> Iterator[MetricsRow]:
+        return iter(self.rows)
+
+    @property
+    def steps(self) -> list[StepRow]:
+        """The rows of the steps."""
+        return [row for row in self.rows if isinstance(row, StepRow)]
+
+    @property
+    def skipped_steps(self) -> list[SkippedStep]:
+        """The steps without an update."""
+        return [SkippedStep.model_validate(row.model_dump()) for row in self.rows if isinstance(row, SkippedStepRow)]
+
+    @property
+    def evaluations(self) -> list[EvaluationRow]:
+        """The rows of the evaluations."""
+        return [row for row in self.rows if isinstance(row, EvaluationRow)]
+
+
+def read_metrics(path: Path, run_id: str = "", line_count: int | None = None) -> Metrics:
+    """The rows of a metrics file. A damaged line, or one of another run than `run_id`, is left out and named.
+
+    `line_count`: how many lines a finished run wrote. A killed process may leave an unfinished last line, which is no damage.
+    """
+    rows: list[MetricsRow] = []
+    damage: list[str] = []
+    for line in scan_metrics(path, run_id):
+        if line.row is None:
+            damage.append(line.damage)
+        else:
+            rows.append(line.row)
+    found = len(rows) + len(damage)
+    if line_count is not None and found != line_count:
+        damage.append(f"{path} has {found:,} lines, and the run wrote {line_count:,}")
+    return Metrics(rows, damage)
+
+
+def read_run_metrics(run_folder: Path, record: Record) -> Metrics:
+    """The metrics of a run with a record."""
+    is_finished = record.status in ("finished", "gate-failed")
+    return read_metrics(run_folder / METRICS, record.id, record.totals.metrics_lines if is_finished else None)
+
+
+@dataclass(frozen=True)
+class MetricsLine:
+    """A line of a metrics file: its row, or None and what is wrong."""
+
+    text: bytes
+    row: MetricsRow | None
+    damage: str = ""
+
+
+def scan_metrics(path: Path, run_id: str = "") -> Iterator[MetricsLine]:
+    """The lines of a metrics file, damaged ones too, without an unfinished last one."""
     if not path.exists():
         return
-    with path.open() as file:
-        for line in file:
-            try:
-                row = parse_row(json.loads(line))
-            except (ValueError, ValidationError):
-                return
-            yield row
+    try:
+        with path.open("rb") as file:
+            for number, text in enumerate(file, 1):
+                try:
+                    yield MetricsLine(text, _parse_line(text, run_id))
+                except (PostgradError, ValidationError) as error:
+                    problem = error.problem if isinstance(error, PostgradError) else "it is not a row of metrics"
+                    if text.endswith(b"\n"):
+                        yield MetricsLine(text, None, f"{path}:{number} is left out: {problem}")
+    except OSError as error:
+        raise StageError(error.strerror or str(error), where=str(path)) from error
 
 
-def read_steps(path: Path) -> list[StepRow]:
-    """The rows of the steps."""
-    return [row for row in read_metrics(path) if isinstance(row, StepRow)]
+def _parse_line(text: bytes, run_id: str) -> MetricsRow:
+    raw: dict[str, Any] = parse_json(text, dict[str, Any], where="")
+    if problem := find_damage(raw, run_id):
+        raise StageError(problem)
+    return parse_row(raw)
 
 
-def read_skipped_steps(path: Path) -> list[SkippedStep]:
-    """The steps without an update."""
-    rows = [row for row in read_metrics(path) if isinstance(row, SkippedStepRow)]
-    return [SkippedStep.model_validate(row.model_dump()) for row in rows]
-
-
-def read_evaluations(path: Path) -> list[EvaluationRow]:
-    """The rows of the evaluations."""
-    return [row for row in read_metrics(path) if isinstance(row, EvaluationRow)]
+def format_row(row: MetricsRow, run_id: str) -> str:
+    """A line of the metrics file, with a checksum."""
+    return json.dumps(add_checksum(row.as_json(), run_id)) + "\n"

@@ -16,13 +16,15 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from postgrad.errors import StageError
 from postgrad.lineage.previous_format import PREVIOUS_FORMAT, upgrade_record
-from postgrad.storage.atomic import write_without_secrets
+from postgrad.storage.checked_files import read_cached_json, read_checked_json, write_checked_json
 
 RECORD = "record.json"
 STAGE = "stage.yaml"
 PLAN = "plan.json"
 LOCK = "lock"
 FORMAT = 2
+
+_DAMAGED_RECORD_HINT = "delete it and repeat the `postgrad train` command, which scores the model and writes it again"
 
 Status = Literal["running", "stopped", "finished", "gate-failed"]
 Document = TypeVar("Document", bound="RecordPart")
@@ -301,6 +303,8 @@ class TrainingTotals(RecordPart):
     tokens: int = 0
     seconds: float = 0.0
     tokens_per_second: float = 0.0
+    metrics_lines: int | None = None
+    """Lines of `metrics.jsonl`."""
     sources: list[TrainedSource] = []
     skipped_steps: list[SkippedStep] = []
     """Counted in `steps`, but not in `tokens`."""
@@ -614,6 +618,17 @@ class Record(RecordPart):
         """Whether the model predicts labels."""
         return self.model.task in ("classify", "tag")
 
+    def set_fingerprint(self, name: str) -> str:
+        """The fingerprint of a held-out set. Raises `StageError` when the record lacks it."""
+        found = self.fingerprints.sets.get(name)
+        if found is None:
+            raise StageError(
+                f"the record of {self.name} has no fingerprint of the set {name}",
+                where=f"{RECORD}: fingerprints.sets",
+                hint=f"restore {RECORD} from a backup, or {_DAMAGED_RECORD_HINT}",
+            )
+        return found
+
     def changes_with_role(self, role: str) -> dict[str, SetChange]:
         """The changes of the held-out sets of one role."""
         return {name: change for name, change in self.changes.items() if change.role == role}
@@ -628,23 +643,35 @@ class Record(RecordPart):
 
 def write_record(run_folder: Path, record: Record) -> None:
     """Write a run's record atomically."""
-    write_without_secrets(run_folder / RECORD, json.dumps(record.as_json(), indent=1) + "\n")
+    write_checked_json(run_folder / RECORD, record.as_json(), record.id, without_secrets=True)
 
 
 def read_record(run_folder: Path) -> Record:
     """A run's record. Raises `StageError` when `run_folder` is not a run folder or its record cannot be read."""
     path = run_folder / RECORD
-    try:
-        raw = json.loads(path.read_text())
-    except FileNotFoundError:
+    if not path.exists():
         known = sorted(p.parent for p in run_folder.parent.glob(f"*/{RECORD}"))[:5]
         raise StageError(
             f"{run_folder} is not a run folder (it has no {RECORD})",
             expected="the output folder of `postgrad train`" + (f", such as {known[0]}" if known else ""),
-        ) from None
-    except ValueError as error:
-        raise StageError(f"not JSON: {error}", where=str(path)) from error
-    return parse_record(raw, str(path))
+        )
+    record = parse_record(
+        read_checked_json(path, dict[str, Any], error=StageError, hint=_DAMAGED_RECORD_HINT), str(path)
+    )
+    refuse_other_run(path, record.id, run_folder / PLAN)
+    return record
+
+
+def refuse_other_run(path: Path, run_id: str, other: Path) -> None:
+    """Raise `StageError` when another file of the folder is of another run; a missing or damaged one says nothing."""
+    document = read_cached_json(other, dict[str, Any]) or {}
+    if document.get("id", run_id) != run_id:
+        raise StageError(
+            f"this file is of the run {run_id}, and {other.name} beside it of the run {document['id']}",
+            where=str(path),
+            expected="files of one run",
+            hint="restore the folder from a backup",
+        )
 
 
 def parse_record(raw: Any, where: str) -> Record:

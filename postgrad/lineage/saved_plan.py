@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from postgrad.errors import StageError
 from postgrad.lineage.previous_format import upgrade_plan
-from postgrad.lineage.record import PLAN, ConsumedSource, ExecutionSummary, PlanSummary, RecordPart, validate_part
-from postgrad.storage.atomic import write_without_secrets
+from postgrad.lineage.record import (
+    PLAN,
+    RECORD,
+    ConsumedSource,
+    ExecutionSummary,
+    PlanSummary,
+    RecordPart,
+    refuse_other_run,
+    validate_part,
+)
+from postgrad.storage.checked_files import read_checked_json, write_checked_json
+
+_DAMAGED_HINT = "restore it from a backup, or train the stage again with another `output`"
 
 
 class ReplayableSource(RecordPart):
@@ -44,16 +54,15 @@ class SavedPlan(RecordPart):
 
 def write_plan(run_folder: Path, plan: SavedPlan) -> None:
     """Write a run's plan atomically."""
-    write_without_secrets(run_folder / PLAN, json.dumps(plan.as_json(), indent=1))
+    write_checked_json(run_folder / PLAN, plan.as_json(), plan.id, without_secrets=True)
 
 
 def read_plan(run_folder: Path) -> SavedPlan:
-    """A run's plan. Raises `StageError` when it cannot be read."""
+    """A run's plan. Raises `StageError` when it cannot be read, or the record beside it is of another run."""
     path = run_folder / PLAN
-    try:
-        raw = json.loads(path.read_text())
-    except ValueError as error:
-        raise StageError(f"not JSON: {error}", where=str(path)) from error
-    if isinstance(raw, dict) and "leaves" in raw:
+    raw: dict[str, Any] = read_checked_json(path, dict[str, Any], error=StageError, hint=_DAMAGED_HINT)
+    if "leaves" in raw:
         raw = upgrade_plan(raw)
-    return validate_part(SavedPlan, raw, str(path))
+    plan = validate_part(SavedPlan, raw, str(path))
+    refuse_other_run(path, plan.id, run_folder / RECORD)
+    return plan

@@ -43,6 +43,13 @@ def _find_parent(child: Path, parent: Parent) -> Path:
                     where="lineage",
                     expected=f"the run with id {parent.id}, not {record.id}",
                 )
+            if parent.step is None and parent.fingerprint and parent.fingerprint != record.fingerprints.model:
+                raise StageError(
+                    f"the model of {folder} is no longer the one that {child.name} started from",
+                    where="lineage",
+                    expected=f"the fingerprint {parent.fingerprint}, not {record.fingerprints.model}",
+                    hint="restore the folder from a backup, or train the stage again from the present model",
+                )
             return folder.resolve()
     raise StageError(
         f"the parent of {child.name} is missing", where="lineage", expected=f"a run folder at {parent.path}"
@@ -85,7 +92,7 @@ def _columns(stages: Stages) -> tuple[dict[str, str], dict[str, int]]:
     learned_at: dict[str, int] = {}
     for i, (_, record) in enumerate(stages, start=1):
         for name, change in _comparable_changes(record).items():
-            key = columns.setdefault(record.fingerprints.sets[name], set_key(record, name))
+            key = columns.setdefault(record.set_fingerprint(name), set_key(record, name))
             if not learned_at.setdefault(key, 0) and change.role == "learned":
                 learned_at[key] = i
     return columns, learned_at
@@ -99,9 +106,9 @@ def _recorded_losses(stages: Stages, columns: dict[str, str], keys: list[str]) -
         if record.model.context_length != context_length:
             continue
         for name in _comparable_changes(record):
-            j = keys.index(columns[record.fingerprints.sets[name]])
-            losses[i - 1, j] = record.scores.before[name].nats
-            losses[i, j] = record.scores.after[name].nats
+            j = keys.index(columns[record.set_fingerprint(name)])
+            for row, scores in ((i - 1, record.scores.before), (i, record.scores.after)):
+                losses[row, j] = scores[name].nats if name in scores else np.nan
     return losses
 
 
@@ -140,4 +147,4 @@ def _comparable_changes(record: Record) -> dict[str, SetChange]:
 
 def set_key(record: Record, name: str) -> str:
     """`name:fingerprint` of a held-out set of a run."""
-    return f"{name}:{record.fingerprints.sets[name]}"
+    return f"{name}:{record.set_fingerprint(name)}"

@@ -18,6 +18,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -32,6 +33,9 @@ from postgrad.models.tokenizer_limits import check_tokenizer_file, check_tokeniz
 from postgrad.storage.read_json import read_json
 
 transformers_logging.disable_progress_bar()
+
+ADDED_TOKEN_SETTINGS = ("add_bos_token", "add_eos_token")
+"""Settings of a tokenizer that transformers 4 obeyed for some families, and transformers 5 ignores."""
 
 _NO_CODE: dict[str, Any] = {"trust_remote_code": False}
 # Transformers looks for an adapter beside a model, to load it and the base that it names; this subfolder has none.
@@ -75,9 +79,9 @@ def load_tokenizer_files(name_or_path: str, where: str = "model") -> PreTrainedT
     """
     problem = f"no tokenizer could be loaded from {name_or_path}"
     with _as_model_error(problem, where, "tokenizer.json beside the model"):
-        settings = _find_file(name_or_path, "tokenizer_config.json")
-        if settings is not None:
-            _refuse_foreign_code(read_json(settings, dict, error=ModelError), name_or_path, where, settings.name)
+        file = _find_file(name_or_path, "tokenizer_config.json")
+        settings: dict[str, Any] = read_json(file, dict, error=ModelError) if file else {}
+        _refuse_foreign_code(settings, name_or_path, where, "tokenizer_config.json")
         tokenizer_json = _find_file(name_or_path, "tokenizer.json")
         if tokenizer_json is not None:
             check_tokenizer_file(tokenizer_json, where)
@@ -87,8 +91,21 @@ def load_tokenizer_files(name_or_path: str, where: str = "model") -> PreTrainedT
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, **options, **_NO_CODE)
         if not isinstance(tokenizer, PreTrainedTokenizerBase) or not tokenizer.is_fast:
             raise ModelError(f"{name_or_path} has no fast tokenizer", where=where, expected="a tokenizer.json")
+        # Every text is encoded as a whole, whatever an earlier call has stored.
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
+        # Transformers drops these settings unread where there is a tokenizer.json; see `ignored_token_settings`.
+        tokenizer.init_kwargs |= {name: settings[name] for name in ADDED_TOKEN_SETTINGS if name in settings}
         check_tokenizer_speed(tokenizer, name_or_path, where)
         return tokenizer
+
+
+def load_generation_config(name_or_path: str) -> GenerationConfig:
+    """The generation configuration of a model, or what its configuration says of generation."""
+    with _as_model_error(f"{name_or_path} has no readable generation configuration", "model", "generation_config.json"):
+        if _find_file(name_or_path, "generation_config.json") is None:
+            return GenerationConfig.from_model_config(load_config(name_or_path))
+        return GenerationConfig.from_pretrained(name_or_path, **_NO_CODE)
 
 
 def load_model_files(

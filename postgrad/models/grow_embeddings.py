@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from postgrad.errors import ModelError
 from postgrad.models.layers import get_embedding_weight
+from postgrad.models.tied_weights import output_is_tied, separate_output
 
 HeadInit = Literal["mean", "zero"]
 
@@ -29,12 +30,12 @@ def grow_embeddings(
     """Add a row to the embeddings for each new id of `token_parts`, from the rows of its old ids."""
     before = get_embedding_weight(model).shape[0]
     size = max(before, max(token_parts, default=-1) + 1)
-    output = model.get_output_embeddings()
-    tied = output is not None and output.weight is model.get_input_embeddings().weight
+    output, tied = model.get_output_embeddings(), output_is_tied(model)
     if output is not None and not isinstance(output, nn.Linear):
         raise ModelError(f"{type(model).__name__} has no plain output embedding", where="model")
     head = None if output is None or tied else output.weight.clone()
-    model.resize_token_embeddings(size, mean_resizing=False)
+    with separate_output(model):
+        model.resize_token_embeddings(size, mean_resizing=False)
     _fill_rows(get_embedding_weight(model), token_parts)
     grown = model.get_output_embeddings()
     if grown is None or tied:

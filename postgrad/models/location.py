@@ -9,12 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from postgrad.errors import ModelError, suggest_nearest, suggest_path
+from postgrad.errors import CheckpointError, ModelError, suggest_nearest, suggest_path
+from postgrad.lineage.record import RECORD, read_record
+from postgrad.storage.atomic import MANIFEST, Manifest, read_manifest
+from postgrad.storage.cache_folder import cache_folder
+from postgrad.storage.fingerprint import manifest_fingerprint
 from postgrad.storage.read_json import read_json
 from postgrad.storage.regular_file import describe_special_file, find_special_file
+from postgrad.storage.verification import verify_published
 
 TUNING_FILE, PEFT_FILE = "tuning.json", "adapter_config.json"
 """Descriptions of a tuning's folder: ours, and PEFT's."""
+_READ_SUFFIXES = {".json", ".safetensors", ".jinja", ".model", ".txt", ".bin", ".py"}
+"""Of files that transformers or PEFT may read in a model's folder."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,8 @@ def locate_model(name: str, root: Path, base: str | None = None, *, where: str =
     """Resolve a folder, a run folder (its final model), a checkpoint of a run, or a Hub name, relative to `root`.
 
     The folder of a tuning names its base model; `base` overrides that name. `where`: the key or option of the name, for errors.
-    Raises `ModelError` for a path that does not exist.
+    Raises `ModelError` for a path that does not exist, and `CheckpointError` for a published model that is damaged
+    (`storage.verification`: read whole once, then sampled blocks).
     """
     return _locate(name, (root,), base, where, ())
 
@@ -67,6 +75,7 @@ def _locate(name: str, roots: Sequence[Path], base: str | None, where: str, tuni
                     where=where,
                     hint=f"finish the run, or name one of its checkpoints: {name}/checkpoints/step-...",
                 )
+            _verify_run_model(folder)
             return _resolve_base(ModelLocation(name, folder / "model", folder), root, base, tunings)
         if not _has_model_config(folder):
             raise ModelError(
@@ -76,6 +85,8 @@ def _locate(name: str, roots: Sequence[Path], base: str | None, where: str, tuni
             )
         run = folder.parent.parent if folder.parent.name == "checkpoints" else None
         run = run if run and (run / "stage.yaml").exists() else None
+        if run or _is_published(folder):
+            _verify_folder(folder, f"restore the folder from a backup; to use an edited model, remove its {MANIFEST}")
         return _resolve_base(ModelLocation(name, folder, run), root, base, tunings)
     refuse_missing_folder(
         name,
@@ -84,6 +95,45 @@ def _locate(name: str, roots: Sequence[Path], base: str | None, where: str, tuni
         expected="a folder with config.json and safetensors weights, a run folder, or a Hub name (owner/name)",
     )
     return ModelLocation(name, None)
+
+
+def _verify_run_model(run: Path) -> None:
+    """Verify a run's published model against its manifest and the run's record. Raises `CheckpointError`."""
+    folder = run / "model"
+    recorded = read_record(run).fingerprints.model if (run / RECORD).exists() else None
+    hint = (
+        f"restore {folder} from a backup; or remove it and {run / RECORD} and repeat the `postgrad train` command, which "
+        f"publishes the model again; to use an edited model, copy the folder without {MANIFEST}"
+    )
+    manifest = _verify_folder(folder, hint)
+    found = manifest_fingerprint(manifest)
+    if recorded is not None and found != recorded:
+        raise CheckpointError(
+            "this is not the model that the run published",
+            where=str(folder),
+            expected=f"the fingerprint {recorded}, not {found}",
+            hint=hint,
+        )
+
+
+def _verify_folder(folder: Path, hint: str) -> Manifest:
+    """Verify a published folder. Raises `CheckpointError` for one that is damaged, or has files that would be read too."""
+    try:
+        manifest = verify_published(folder, cache_folder())
+        for path in sorted(folder.iterdir()):
+            if path.suffix in _READ_SUFFIXES and path.name not in (*manifest, MANIFEST):
+                raise CheckpointError("the file was added after the folder was published", where=str(path))
+    except CheckpointError as error:
+        raise CheckpointError(error.problem, where=error.where, expected=error.expected, hint=hint) from error
+    return manifest
+
+
+def _is_published(folder: Path) -> bool:
+    """Whether a folder has a manifest; a foreign model's folder has none, or a file of that name with other content."""
+    try:
+        return bool(read_manifest(folder))
+    except CheckpointError:
+        return False
 
 
 def refuse_missing_folder(name: str, root: Path, *, where: str, expected: str) -> None:

@@ -27,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from postgrad.errors import ModelError
 from postgrad.models.auto_classes import (
+    ADDED_TOKEN_SETTINGS,
     first_line,
     load_config,
     load_model_files,
@@ -40,7 +41,7 @@ from postgrad.models.location import ModelLocation
 from postgrad.models.task import Task
 from postgrad.models.task_head import TaskHeadConfig, load_task_head_config
 from postgrad.models.task_head_model import make_model_class
-from postgrad.models.tied_weights import match_ties_to_weights
+from postgrad.models.tied_weights import record_separate_output
 
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 
@@ -195,7 +196,7 @@ def load_pretrained(
         raise ModelError(
             f"{start.name} could not be loaded as {task.description}: {first_line(error)}", where="model"
         ) from error
-    match_ties_to_weights(model)
+    record_separate_output(model)
     # Some architectures have a pooler in the backbone, which only a task layer uses.
     new = sorted({*loading["missing_keys"], *(key for key, *_ in loading.get("mismatched_keys", ()))})
     missing = [key for key in new if not (layer and _is_task_layer_weight(model, key))]
@@ -217,6 +218,38 @@ def _missing_head_hint(model: PreTrainedModel, missing: Sequence[str], task: Tas
         f"these are the weights of its head: it is a backbone, and not {task.description}. Train a task layer on it with "
         "objectives: [{kind: classify}], or name the model that it was made from"
     )
+
+
+def ignored_token_settings(tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
+    """`add_bos_token` and `add_eos_token` as the tokenizer follows them, where its configuration has the other value."""
+    return {
+        name: value
+        for name, value in _added_tokens(tokenizer).items()
+        if tokenizer.init_kwargs.get(name) is (not value)
+    }
+
+
+def _added_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
+    ids = tokenizer("a")["input_ids"]
+    return dict(
+        zip(
+            ADDED_TOKEN_SETTINGS,
+            (ids[:1] == [tokenizer.bos_token_id], ids[-1:] == [tokenizer.eos_token_id]),
+            strict=True,
+        )
+    )
+
+
+def _make_readable(path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Rewrite a tokenizer's configuration so that transformers 4 reads the same tokenizer from it."""
+    config = json.loads(path.read_text())
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    else:
+        config |= _added_tokens(tokenizer)
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
 def make_random_model(config: PreTrainedConfig, task: Task) -> PreTrainedModel:
@@ -292,6 +325,7 @@ def save_pretrained(
     }
     model.save_pretrained(folder, state_dict=cast)
     tokenizer.save_pretrained(folder)
+    _make_readable(folder / "tokenizer_config.json", tokenizer)
     config = json.loads((folder / "config.json").read_text())
     # The dtype in the config is that of the file, not that of the computation.
     config["dtype"] = str(dtype).removeprefix("torch.")

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForTextEncoding, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, AutoModelForTextEncoding, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput, TokenClassifierOutput
 
 from postgrad.errors import ModelError
@@ -272,12 +272,14 @@ def is_decoder(config: PreTrainedConfig) -> bool:
     return type(config) not in AutoModelForMaskedLM._model_mapping or bool(getattr(config, "is_decoder", False))
 
 
-def decoder_start_token(config: PreTrainedConfig) -> int:
-    """The start token of a decoder. Raises `ModelError` for a configuration without one."""
+def decoder_start_token(*configs: PreTrainedConfig | GenerationConfig) -> int:
+    """The start token of a decoder, as `generate` has it. Raises `ModelError` for configurations without one."""
     for name in ("decoder_start_token_id", "bos_token_id", "pad_token_id"):
-        token = getattr(config, name, None)
-        if token is not None:
-            return int(token)
+        for config in configs:
+            text_config = config.get_text_config() if isinstance(config, PreTrainedConfig) else config
+            for part in (config, text_config):
+                if isinstance(token := getattr(part, name, None), int):
+                    return token
     raise ModelError("the configuration names no decoder_start_token_id", where="model")
 
 

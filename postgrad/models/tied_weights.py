@@ -1,36 +1,53 @@
-"""Tied weights: the records by which transformers ties two names to one weight when a model is resized, saved or loaded."""
+"""Records of tied weights: which of a model's weights transformers ties when it loads, resizes or saves the model."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 
 from transformers import PreTrainedModel
 
 
-def remove_ties(model: PreTrainedModel, names: Collection[str]) -> bool:
-    """Remove weights from transformers' records of ties; returns whether other ties remain, for which the configuration
-    still says `tie_word_embeddings: true`.
+def output_is_tied(model: PreTrainedModel) -> bool:
+    """Whether the output embedding is the input embedding under a second name; False without an output embedding."""
+    output = model.get_output_embeddings()
+    return output is not None and output.weight is model.get_input_embeddings().weight
 
-    With both weights in a folder, transformers ties them only where they are equal.
-    """
+
+def remove_ties(model: PreTrainedModel, untied: Collection[str]) -> str:
+    """Remove weights from transformers' records of ties; returns a note on the configuration."""
     for attribute in ("all_tied_weights_keys", "_tied_weights_keys"):
         keys = getattr(model, attribute, None) or {}
-        setattr(model, attribute, {k: v for k, v in keys.items() if k not in names and v not in names})
+        setattr(model, attribute, {k: v for k, v in keys.items() if k not in untied and v not in untied})
     if model.all_tied_weights_keys:
-        return True
-    model.config.get_text_config().tie_word_embeddings = False
-    model.config.tie_word_embeddings = False
-    return False
+        # The key also ties other weights, such as the two input embeddings of T5 and BART. With both weights in a folder,
+        # transformers ties them only where they are equal.
+        return "the configuration still has tie_word_embeddings: true, and the saved folder holds both weights"
+    model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
+    return "the configuration has tie_word_embeddings: false now"
 
 
-def match_ties_to_weights(model: PreTrainedModel) -> None:
-    """Correct a configuration that ties an output embedding to the input's, where the loaded file has two tables.
+def record_separate_output(model: PreTrainedModel) -> None:
+    """Correct the records of a model whose folder has two different embeddings, whatever its configuration says.
 
-    Else the next resize would replace the head by the input embedding.
+    Otherwise resizing the model would tie the two, and its output embedding would be lost.
     """
-    output, table = model.get_output_embeddings(), model.get_input_embeddings().weight
-    if output is None or not model.config.get_text_config().tie_word_embeddings or output.weight is table:
+    output = model.get_output_embeddings()
+    if output is None or output_is_tied(model) or not model.config.get_text_config().tie_word_embeddings:
         return
-    names = {f"{name}.weight" for name, module in model.named_modules() if module is output}
-    if names & {*(model.all_tied_weights_keys or {}), *(model._tied_weights_keys or {})}:
-        remove_ties(model, names)
+    prefix = next(name for name, module in model.named_modules() if module is output)
+    if f"{prefix}.weight" in {*(model.all_tied_weights_keys or ()), *(model._tied_weights_keys or ())}:
+        remove_ties(model, {f"{prefix}.weight"})
+
+
+@contextmanager
+def separate_output(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, an output embedding of its own stays one when the model is resized, also where the key ties other weights."""
+    config = model.config.get_text_config()
+    before = config.tie_word_embeddings
+    if not output_is_tied(model):
+        config.tie_word_embeddings = False
+    try:
+        yield
+    finally:
+        config.tie_word_embeddings = before

@@ -6,7 +6,6 @@ the fingerprint of all of these. Perplexity scores, the only slow part, are save
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ from postgrad.models.location import ModelLocation
 from postgrad.plan.model_inputs import ModelInputs
 from postgrad.plan.perplexity_filter import compute_bits_per_byte, make_scorer, resolve_scoring_model
 from postgrad.plan.selection_summary import FilterResult, describe_method, summarize_result
-from postgrad.storage.atomic import write_atomically
+from postgrad.storage.array_files import read_cached_arrays, write_arrays
 from postgrad.storage.file_lock import file_lock
 from postgrad.storage.fingerprint import fingerprint
 from postgrad.tuning.open_model import start_fingerprint
@@ -74,10 +73,13 @@ def select_documents(
         key = fingerprint([_FORMAT, store.fingerprint, document_filter.identity()])
         path = cache / "selection" / f"{key}.npz"
         with file_lock(cache / "locks" / f"{key}.lock"):
-            if not path.exists():
+            found = _read_result(path, key)
+            if found is None:
                 report = _make_reporter(progress, f"{files.name} (selecting by {method.kind})", store)
-                _write_result(path, *document_filter.apply(store, key, report))
-        document_indices, summary = _read_result(path)
+                found = document_filter.apply(store, key, report)
+                arrays = {"kept_indices": found[0], "summary": np.array(json.dumps(found[1]))}
+                write_arrays(path, arrays, key)
+        document_indices, summary = found
         store = store.select(document_indices, key)
         unscored = f"; {summary['unscored']:,} too short to be scored are dropped" if summary["unscored"] else ""
         description = describe_method(method) + unscored
@@ -177,7 +179,7 @@ class _DocumentFilter:
     ) -> FilterResult:
         data_selection.require_documents(len(store), self.where)
         scorer = make_scorer(method, self.files.root, self.model_inputs, self.where)
-        partial_path = self.cache / "selection" / f"{key}.part.npy"
+        partial_path = self.cache / "selection" / f"{key}.part.npz"
         bits_N = compute_bits_per_byte(
             scorer, store, self.model_inputs.encoder, method.max_tokens, partial_path, on_progress
         )
@@ -219,12 +221,6 @@ def _make_reporter(progress: ProgressCallback | None, name: str, store: TokenSto
     return lambda documents: progress(name, int(ends[documents - 1]), int(ends[-1]))
 
 
-def _write_result(path: Path, kept_indices: np.ndarray, summary: dict[str, Any]) -> None:
-    buffer = io.BytesIO()
-    np.savez(buffer, kept_indices=kept_indices, summary=np.array(json.dumps(summary)))
-    write_atomically(path, buffer.getvalue())
-
-
-def _read_result(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
-    with np.load(path, allow_pickle=False) as stored:
-        return stored["kept_indices"], json.loads(str(stored["summary"]))
+def _read_result(path: Path, key: str) -> tuple[np.ndarray, dict[str, Any]] | None:
+    arrays = read_cached_arrays(path, key)
+    return None if arrays is None else (arrays["kept_indices"], json.loads(str(arrays["summary"])))

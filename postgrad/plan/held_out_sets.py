@@ -37,7 +37,7 @@ def make_held_out_set(
     """
     if held_out.store.kind in RUNNING_TEXT_KINDS and isinstance(held_out.objective, NextTokenObjective):
         text = make_held_out_text(held_out, model_inputs, limit, notes)
-        return replace(text, virtual_tokens=model_inputs.virtual_tokens, reserved_positions=reserved_positions)
+        return replace(text, reserved_positions=reserved_positions)
     return _make_held_out_rows(held_out, model_inputs, limit, notes, problem)
 
 
@@ -45,7 +45,7 @@ def make_held_out_text(
     held_out: HeldOutDocuments, model_inputs: ModelInputs, limit: int, notes: list[str]
 ) -> HeldOutText:
     """Running text to be scored by a decoder."""
-    table, encoder = held_out.document_table, model_inputs.encoder
+    table, encoder, unknown_id = held_out.document_table, model_inputs.encoder, model_inputs.unknown_id
     order = np.argsort(table["digest"], kind="stable")
     documents: list[np.ndarray] = []
     positions: list[int] = []
@@ -53,7 +53,7 @@ def make_held_out_text(
     for position in order:
         ids = np.asarray(held_out.store.read(int(held_out.documents[position]))).astype(np.int64)
         ids = ids[:-1] if len(ids) and ids[-1] == encoder.eos else ids
-        if len(ids) < 2:
+        if (ids[max(1, model_inputs.lead) :] == unknown_id).all():  # also where there is nothing
             continue
         documents.append(ids)
         positions.append(position)
@@ -73,9 +73,15 @@ def make_held_out_text(
         table["bytes"][positions].astype(np.int64),
         fingerprint([_sorted_digests(table), limit, encoder.fingerprint]),
         table["digest"][positions].astype(np.uint64),
-        bos=encoder.bos,
-    )
-    return text.take_tokens(limit)
+        prefix=model_inputs.text_prefix,
+        unknown_id=unknown_id,
+    ).take_tokens(limit)
+    if text.unknown_tokens:
+        share = text.unknown_tokens / (text.tokens + text.unknown_tokens)
+        notes.append(
+            f"{held_out.name}: {100 * share:.2g} % of its tokens are {model_inputs.tokenizer.unk_token}; they are not scored"
+        )
+    return text
 
 
 def _make_held_out_rows(

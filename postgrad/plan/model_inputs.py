@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import takewhile
+from itertools import chain, islice, takewhile
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from postgrad.config.tunings import AnyTuning, InstructionPromptTuning, PromptTuningConfig, PTuning
-from postgrad.data.render.frame import EMPTY_FRAME, Frame
+from postgrad.data.render.frame import EMPTY_FRAME, Frame, TextPrefix
 from postgrad.data.render.prompt_template import Template
 from postgrad.data.tokens.encoder import Encoder
+from postgrad.data.tokens.store import TokenStore
 from postgrad.errors import ModelError, StageError
-from postgrad.models.auto_classes import load_config
+from postgrad.models.auto_classes import load_config, load_generation_config
 from postgrad.models.layers import get_embedding_weight
 from postgrad.models.location import ModelLocation
-from postgrad.models.pretrained import detect_task, load_pretrained
+from postgrad.models.pretrained import detect_task, ignored_token_settings, load_pretrained
 from postgrad.models.task import Task
+from postgrad.models.task_head_model import decoder_start_token
 from postgrad.tuning.open_model import BaseReference
 
 _MAX_SENTINELS = 1000
+_UNKNOWN_PROBE_TOKENS = 1_000_000
+_UNKNOWN_SHARE_TOLD = 0.001
 
 
 @dataclass(frozen=True)
@@ -48,12 +52,18 @@ class ModelInputs:
     @property
     def lead(self) -> int:
         """Tokens at the start of every stored document that a frame replaces."""
-        return 0 if self.encoder.bos is None else 1
+        return len(self.encoder.prefix_ids)
+
+    @cached_property
+    def text_prefix(self) -> TextPrefix:
+        """The ids before a text to continue: the tokenizer's special tokens and the soft prompts."""
+        soft = self.soft_prompt_frame
+        return TextPrefix(soft.outer_ids, self.encoder.prefix_ids, soft.prefix_ids)
 
     @property
     def virtual_tokens(self) -> tuple[int, ...]:
         """Ids of soft prompts before each text."""
-        return self.soft_prompt_frame.prefix_ids
+        return self.text_prefix.virtual_tokens
 
     @cached_property
     def soft_prompt_frame(self) -> Frame:
@@ -63,7 +73,28 @@ class ModelInputs:
             (*outer.prefix_ids, *inner.prefix_ids),
             (*inner.separator_ids, *outer.separator_ids),
             (*inner.suffix_ids, *outer.suffix_ids),
+            outer.outer_ids,
         )
+
+    @property
+    def peft_reads_alike(self) -> bool:
+        """Whether PEFT, which puts a soft prompt before everything, puts it where these inputs have it."""
+        return not (self.special_frame.prefix_ids and self.text_prefix.inner_ids)
+
+    def notes(self) -> list[str]:
+        """What a user should know about the ids around a text."""
+        names = self.tokenizer.convert_ids_to_tokens(list(self.special_frame.prefix_ids))
+        said = f"texts begin with {''.join(names)}" if names else "nothing precedes a text"
+        notes = [
+            f"tokenizer_config.json has {name}: {str(not value).lower()}, which transformers 5 ignores and transformers 4 "
+            f"obeyed for some families: {said}"
+            for name, value in ignored_token_settings(self.tokenizer).items()
+        ]
+        if not self.peft_reads_alike:
+            notes.append(
+                f"no folder for PEFT is written: PEFT puts a soft prompt before {''.join(names)}, and here it follows it"
+            )
+        return notes
 
     @property
     def has_soft_prompt(self) -> bool:
@@ -73,15 +104,39 @@ class ModelInputs:
     @cached_property
     def frame(self) -> Frame:
         """Ids around the texts of a row: the tokenizer's special tokens, with soft prompts inside of them."""
-        first = () if self.encoder.bos is None else (self.encoder.bos,)
         inner = self.soft_prompt_frame
         if self.task == Task.CAUSAL:  # ids after a question precede its answer
-            return Frame((*first, *inner.prefix_ids), (*inner.separator_ids, *inner.suffix_ids))
-        return Frame(
-            (*self.tokenizer_frame.prefix_ids, *inner.prefix_ids),
-            (*inner.separator_ids, *self.tokenizer_frame.separator_ids),
-            (*inner.suffix_ids, *self.tokenizer_frame.suffix_ids),
-        )
+            inner = replace(inner, separator_ids=(*inner.separator_ids, *inner.suffix_ids), suffix_ids=())
+        return inner.inside(self.special_frame)
+
+    @cached_property
+    def special_frame(self) -> Frame:
+        """The tokenizer's special tokens around a text; a decoder continues it, so there are none after it."""
+        return Frame(self.encoder.prefix_ids) if self.task == Task.CAUSAL else self.tokenizer_frame
+
+    @cached_property
+    def target_frame(self) -> Frame:
+        """Special tokens around the target of an encoder-decoder: the tokenizer's, and the first one that `generate` forces.
+
+        Raises `ModelError` when these two differ.
+        """
+        own = get_tokenizer_frame(self.tokenizer, target=True)
+        forced, prefix = self._generation_config.forced_bos_token_id, own.prefix_ids
+        if forced is not None and prefix[:1] != (forced,):
+            if prefix:
+                names = self.tokenizer.convert_ids_to_tokens([forced, prefix[0]])
+                raise ModelError(
+                    f"the generation configuration begins every answer with {names[0]}, and the tokenizer with {names[1]}",
+                    where="model",
+                    expected="the same first token",
+                    hint="correct forced_bos_token_id in generation_config.json, or tgt_lang in tokenizer_config.json",
+                )
+            prefix = (int(forced),)
+        return Frame(prefix, (), own.suffix_ids or (self.encoder.eos,))
+
+    @cached_property
+    def _generation_config(self) -> GenerationConfig:
+        return load_generation_config(self.start_model.name_or_path)
 
     @property
     def first_virtual_id(self) -> int:
@@ -91,11 +146,11 @@ class ModelInputs:
     def frame_prompt(self, ids: Sequence[int]) -> tuple[int, ...]:
         """A tokenized prompt with soft prompts and templates inside of the tokenizer's special tokens."""
         frame, prompt = self.soft_prompt_frame, tuple(ids)
-        prefix, suffix = self.tokenizer_frame.prefix_ids, self.tokenizer_frame.suffix_ids
+        prefix, suffix = self.special_frame.prefix_ids, self.special_frame.suffix_ids
         begin = len(prefix) if prompt[: len(prefix)] == prefix else 0
-        has_suffix = self.task.is_encoder_decoder and suffix and prompt[-len(suffix) :] == suffix
-        end = len(prompt) - (len(suffix) if has_suffix else 0)
+        end = len(prompt) - (len(suffix) if suffix and prompt[-len(suffix) :] == suffix else 0)
         return (
+            *frame.outer_ids,
             *prompt[:begin],
             *frame.prefix_ids,
             *prompt[begin:end],
@@ -118,7 +173,8 @@ class ModelInputs:
     @property
     def pad_id(self) -> int:
         """The padding id; a decoder with a classifier locates the last token by it."""
-        named = (*_token_ids(self.config, "pad_token_id"), self.tokenizer.pad_token_id)
+        configs = (self.config, self.config.get_text_config())
+        named = (*(getattr(config, "pad_token_id", None) for config in configs), self.tokenizer.pad_token_id)
         inside = (token for token in named if isinstance(token, int) and 0 <= token < self.encoder.vocabulary)
         return next(inside, self.encoder.eos)
 
@@ -129,6 +185,11 @@ class ModelInputs:
         if not isinstance(mask_id, int):
             raise ModelError("the tokenizer has no mask token", where="model", expected="a masked language model")
         return mask_id
+
+    @property
+    def unknown_id(self) -> int | None:
+        """The token of text that the vocabulary lacks."""
+        return find_unknown_id(self.tokenizer, self.encoder)
 
     @property
     def special_ids(self) -> list[int]:
@@ -159,13 +220,31 @@ class ModelInputs:
             )
         return sentinels
 
-    @property
+    @cached_property
     def decoder_start(self) -> int:
         """The first id of a decoder's input. Raises `ModelError` for a configuration without one."""
-        for name in ("decoder_start_token_id", "bos_token_id", "pad_token_id"):
-            for token in _token_ids(self.config, name):
-                return token
-        raise ModelError("the configuration names no decoder_start_token_id", where="model")
+        configs = (self._generation_config, self.config)
+        # mBART's labels end with a language code, with which its decoder begins where no configuration says otherwise.
+        if len(self.target_frame.suffix_ids) > 1 and all(c.decoder_start_token_id is None for c in configs):
+            return self.target_frame.suffix_ids[-1]
+        return decoder_start_token(*configs)
+
+    @property
+    def decoder_prefix(self) -> tuple[int, ...]:
+        """The ids of a decoder before the first token of an answer; none for other models."""
+        return (self.decoder_start, *self.target_frame.prefix_ids) if self.task.is_encoder_decoder else ()
+
+    def encode_prompt(self, text: str, *, soft_prompts: bool = True) -> tuple[int, ...]:
+        """The ids of a prompt with the tokenizer's special tokens; an empty one is these alone, or a BOS or EOS."""
+        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        framed = self.special_frame.wrap_once(ids) or (self.empty_prompt,)
+        return self.frame_prompt(framed) if soft_prompts else framed
+
+    @property
+    def empty_prompt(self) -> int:
+        """The token of an empty prompt where the tokenizer adds none: its BOS or EOS."""
+        bos = self.tokenizer.bos_token_id
+        return int(bos) if isinstance(bos, int) else self.encoder.eos
 
     def count_tokens(self, text: str) -> int:
         """Number of tokens of a text."""
@@ -187,14 +266,8 @@ class ModelInputs:
         return "token_type_ids" in self.tokenizer.model_input_names
 
 
-def _token_ids(config: PreTrainedConfig, name: str) -> list[int]:
-    """A special id in a configuration, and in that of its text part."""
-    found = [getattr(part, name, None) for part in (config, config.get_text_config())]
-    return [token for token in found if isinstance(token, int)]
-
-
 def make_encoder(tokenizer: PreTrainedTokenizerBase, vocabulary: int, eos: str | None = None) -> Encoder:
-    """The tokenizer as a value: its JSON, the BOS that it adds (if it does), the EOS, and the model's vocabulary size.
+    """The tokenizer as a value: its JSON, the special tokens before a text, the EOS, and the model's vocabulary size.
 
     Raises `ModelError` for a tokenizer that is larger than the model's embeddings or has no EOS.
     """
@@ -209,9 +282,12 @@ def make_encoder(tokenizer: PreTrainedTokenizerBase, vocabulary: int, eos: str |
             expected="a tokenizer that belongs to the model",
             hint="use the model's own tokenizer, or resize the model's embeddings first",
         )
+    frame = get_tokenizer_frame(tokenizer)
     if eos is None:
-        # Encoders end a text with their separator.
-        eos_id = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+        # A tokenizer may end texts with a token that it has no name for; encoders end them with their separator.
+        named = [token for token in (tokenizer.eos_token_id, tokenizer.sep_token_id) if token is not None]
+        own = [token for token in named if token in frame.suffix_ids] or frame.suffix_ids[-1:] or named
+        eos_id = own[0] if own else None
         if eos_id is None:
             raise ModelError(
                 "the tokenizer has no end-of-text token",
@@ -222,12 +298,8 @@ def make_encoder(tokenizer: PreTrainedTokenizerBase, vocabulary: int, eos: str |
         eos_id = tokenizer.convert_tokens_to_ids(eos)
         if eos_id is None or (eos_id == tokenizer.unk_token_id and eos != tokenizer.unk_token):
             raise StageError(f"{eos!r} is not a token of this tokenizer", where="data.eos")
-    # The model was trained with the BOS if the tokenizer adds it.
-    first = tokenizer("a")["input_ids"][:1]
-    candidates = [token for token in (tokenizer.bos_token_id, tokenizer.cls_token_id) if token is not None]
-    bos = next((token for token in candidates if first == [token]), None)
     assert isinstance(eos_id, int)
-    return Encoder(backend_json, bos, eos_id, vocabulary)
+    return Encoder(backend_json, frame.prefix_ids, eos_id, vocabulary)
 
 
 def _remove_added_token(tokenizer_json: str, token: str) -> str:
@@ -276,18 +348,56 @@ def count_virtual_tokens(tuning: AnyTuning | None) -> int:
             return 0
 
 
-def get_tokenizer_frame(tokenizer: PreTrainedTokenizerBase) -> Frame:
-    """Special tokens that a tokenizer adds around one text, and between two."""
-    one, two = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a", "b"))
-    alone, pair = tokenizer("a")["input_ids"], tokenizer("a", "b")["input_ids"]
-    begin = _find_sublist(alone, one, 0)
-    split = _find_sublist(pair, one, 0) + len(one)
-    other = _find_sublist(pair, two, split)
-    return Frame(tuple(alone[:begin]), tuple(pair[split:other]), tuple(alone[begin + len(one) :]))
+def find_unknown_id(tokenizer: PreTrainedTokenizerBase, encoder: Encoder) -> int | None:
+    """The token of text that the vocabulary lacks; None where it also begins or ends texts, as GPT-2's does."""
+    unknown_id = tokenizer.unk_token_id
+    return unknown_id if isinstance(unknown_id, int) and unknown_id not in (*encoder.prefix_ids, encoder.eos) else None
 
 
-def _find_sublist(ids: list[int], part: list[int], start: int) -> int:
-    return next(i for i in range(start, len(ids)) if ids[i : i + len(part)] == part)
+def unknown_notes(tokenizer: PreTrainedTokenizerBase, encoder: Encoder, stores: Mapping[str, TokenStore]) -> list[str]:
+    """Notes on texts that the vocabulary lacks a part of, from the first documents of each store."""
+    notes, unknown_id = [], find_unknown_id(tokenizer, encoder)
+    for name, store in stores.items() if unknown_id is not None else ():
+        counted = unknown = 0
+        for number in range(len(store)):
+            ids = store.read(number)
+            counted, unknown = counted + len(ids), unknown + int((ids == unknown_id).sum())
+            if counted >= _UNKNOWN_PROBE_TOKENS:
+                break
+        if unknown >= _UNKNOWN_SHARE_TOLD * counted:
+            notes.append(
+                f"{name}: {100 * unknown / counted:.2g} % of its tokens are {tokenizer.unk_token}, for text that the "
+                "vocabulary lacks; training only teaches that such text is there"
+            )
+    return notes
+
+
+def get_tokenizer_frame(tokenizer: PreTrainedTokenizerBase, *, target: bool = False) -> Frame:
+    """Special tokens that a tokenizer adds around one text, and between two; `target`: around an encoder-decoder's target."""
+    text = _probe_text(tokenizer)
+    alone, pair = (
+        tokenizer(**{f"text{part}{'_target' * target}": text for part in parts}) for parts in (("",), ("", "_pair"))
+    )
+    is_text = np.array(alone.sequence_ids(0)) == 0
+    begin, end = int(is_text.argmax()), len(is_text) - int(is_text[::-1].argmax())
+    which = pair.sequence_ids(0)
+    split = len(which) - which[::-1].index(0)
+    ids = alone["input_ids"]
+    return Frame(tuple(ids[:begin]), tuple(pair["input_ids"][split : which.index(1)]), tuple(ids[end:]))
+
+
+def _probe_text(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A text with a token of its own. Raises `ModelError` for a tokenizer that has none."""
+    special = set(tokenizer.all_special_tokens)
+    vocabulary = (
+        tokenizer.convert_tokens_to_string([token]) for token in tokenizer.get_vocab() if token not in special
+    )
+    for text in chain(("a", "0"), islice(vocabulary, 64)):
+        if tokenizer(text, add_special_tokens=False)["input_ids"]:
+            return text
+    raise ModelError(
+        "the tokenizer finds no token in any text", where="model", expected="a tokenizer with a vocabulary"
+    )
 
 
 def _get_lineage_frame(start_model: ModelLocation) -> Frame:
@@ -297,9 +407,7 @@ def _get_lineage_frame(start_model: ModelLocation) -> Frame:
 
 def _count_virtual_ids(frame: Frame, vocabulary: int) -> int:
     """Number of virtual tokens in a frame."""
-    return sum(
-        token >= vocabulary for part in (frame.prefix_ids, frame.separator_ids, frame.suffix_ids) for token in part
-    )
+    return sum(token >= vocabulary for token in frame.all_ids)
 
 
 def _strip_tokenizer_ids(tokenizer_frame: Frame, template_frame: Frame) -> Frame:

@@ -121,9 +121,9 @@ def make_span_corruption_rows(objective: SpanCorruptionObjective, request: RowsR
     inputs = request.inputs
     return SpanCorruptionRows(
         request.store,
-        _without_eos(request.options, inputs.encoder.eos),
+        request.options,
         sentinels=inputs.sentinels,
-        eos=inputs.encoder.eos,
+        target=inputs.target_frame,
         decoder_start=inputs.decoder_start,
         seed=inputs.seed,
         density=objective.density,
@@ -136,9 +136,9 @@ def make_seq2seq_rows(objective: TextToTextObjective, request: RowsRequest) -> R
     inputs = request.inputs
     return Seq2SeqRows(
         request.store,
-        _without_eos(request.options, inputs.encoder.eos),
+        request.options,
         target_length=objective.target_length,
-        eos=inputs.encoder.eos,
+        target=inputs.target_frame,
         decoder_start=inputs.decoder_start,
         seed=inputs.seed,
         too_long=_resolve_too_long(objective, request.store.kind),
@@ -222,10 +222,3 @@ def verbalisers(store: TokenStore | Subset, model_inputs: ModelInputs, words: Ma
 def _without_separator(options: RowOptions) -> RowOptions:
     """Options for running text, which has no answer for a separator to precede."""
     return dataclasses.replace(options, frame=dataclasses.replace(options.frame, separator_ids=()))
-
-
-def _without_eos(options: RowOptions, eos: int) -> RowOptions:
-    """Options for rows that append an EOS of their own to the text."""
-    suffix_ids = options.frame.suffix_ids
-    suffix_ids = suffix_ids[:-1] if suffix_ids[-1:] == (eos,) else suffix_ids
-    return dataclasses.replace(options, frame=dataclasses.replace(options.frame, suffix_ids=suffix_ids))

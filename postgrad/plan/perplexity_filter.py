@@ -5,7 +5,6 @@ Legend: N documents.
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import numpy as np
 
 from postgrad.config.document_filters import PerplexitySelection
 from postgrad.data.filter.data_selection import CountCallback, ignore_progress
+from postgrad.data.render.frame import TextPrefix
 from postgrad.data.tokens.encoder import Encoder
 from postgrad.data.tokens.store import TokenStore
 from postgrad.errors import ModelError, StageError
@@ -25,7 +25,7 @@ from postgrad.models.model_sizes import load_model_sizes
 from postgrad.models.pretrained import load_tokenizer
 from postgrad.models.task import Task
 from postgrad.plan.model_inputs import ModelInputs, make_encoder
-from postgrad.storage.atomic import write_atomically
+from postgrad.storage.array_files import read_cached_arrays, write_arrays
 from postgrad.tuning.open_model import get_task, open_model
 
 _SCORING_BATCH_TOKENS = 1 << 16
@@ -39,7 +39,7 @@ class PerplexityScorer:
 
     model: Model
     encoder: Encoder
-    virtual_tokens: tuple[int, ...]
+    prefix: TextPrefix
     context: int
 
 
@@ -55,7 +55,7 @@ def make_scorer(method: PerplexitySelection, root: Path, model_inputs: ModelInpu
     return PerplexityScorer(
         wrap_model(opened.model, Task.CAUSAL).to(machine.default_device()),
         encoder,
-        opened.frame.prefix_ids,
+        TextPrefix(opened.frame.outer_ids, encoder.prefix_ids, opened.frame.prefix_ids),
         sizes.limit_context(_DEFAULT_CONTEXT_LENGTH),
     )
 
@@ -97,7 +97,7 @@ def compute_bits_per_byte(
 
     `store_encoder` wrote the store. `partial_path` holds the scores so far, and grows.
     """
-    bits: list[float] = np.load(partial_path, allow_pickle=False).tolist() if partial_path.exists() else []
+    bits: list[float] = list((read_cached_arrays(partial_path, partial_path.name) or {}).get("bits", ()))
     ends = np.minimum(np.asarray(store.documents)["tokens"], tokens).cumsum()
     while len(bits) < len(store):
         first = len(bits)
@@ -108,9 +108,7 @@ def compute_bits_per_byte(
             *(_read_document(store, number, store_encoder, scorer.encoder, tokens) for number in numbers), strict=True
         )
         bits += _score_documents(scorer, documents, np.array(sizes)).tolist()
-        buffer = io.BytesIO()
-        np.save(buffer, np.array(bits))
-        write_atomically(partial_path, buffer.getvalue())
+        write_arrays(partial_path, {"bits": np.array(bits)}, partial_path.name)
         on_progress(len(bits))
     return np.array(bits)
 
@@ -124,8 +122,7 @@ def _read_document(
     size = int(store.documents["bytes"][number])
     if encoder.fingerprint != store_encoder.fingerprint:
         text = store_encoder.load().decode(ids.tolist(), skip_special_tokens=True)
-        lead = [] if encoder.bos is None else [encoder.bos]
-        ids = np.array([*lead, *encoder.load().encode(text, add_special_tokens=False).ids], np.int64)
+        ids = np.array([*encoder.prefix_ids, *encoder.load().encode(text, add_special_tokens=False).ids], np.int64)
         size = len(text.encode())
     if len(ids) > tokens:
         ids = ids[:tokens]
@@ -141,8 +138,7 @@ def _score_documents(scorer: PerplexityScorer, documents: tuple[np.ndarray, ...]
         documents,
         bytes_N,
         "",
-        virtual_tokens=scorer.virtual_tokens,
-        bos=scorer.encoder.bos,
+        prefix=scorer.prefix,
     )
     scores = score_held_out(scorer.model, held_out, context=scorer.context)
     nats_N = np.bincount(scores.document_W, scores.nats_W, len(documents))

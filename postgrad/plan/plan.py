@@ -24,6 +24,7 @@ from postgrad.plan.evaluation_plan import EvaluationPlan, plan_evaluation
 from postgrad.plan.held_out_documents import HeldOutDocuments, check_labels, select_held_out_documents
 from postgrad.plan.held_out_files import resolve_held_out_files
 from postgrad.plan.lr_schedule import make_schedule
+from postgrad.plan.model_inputs import unknown_notes
 from postgrad.plan.model_plan import ModelPlan, plan_model
 from postgrad.plan.objective_matching import (
     get_start_objectives,
@@ -146,7 +147,8 @@ def make_plan(stage: s.Stage, root: Path, cache: Path, progress: ProgressCallbac
     sources = resolve_sources(stage, specs, labels, demonstrations, model.inputs, cache, progress)
     if any(uses_plain_chat_template(source.renderer) for source in sources):
         # The trained model is published with the chat template that it was trained with.
-        model.tokenizer.chat_template = plain_template(model.inputs.encoder.bos is not None)
+        model.tokenizer.chat_template = plain_template(_prefix_text(model))
+    notes += unknown_notes(model.tokenizer, model.inputs.encoder, {each.name: each.store for each in sources})
     held_out, tables = select_held_out_documents(stage, sources, files, seen, model.inputs, cache, progress, notes)
     _require_retained_documents(stage, held_out)
     tasks = [
@@ -172,6 +174,11 @@ def make_plan(stage: s.Stage, root: Path, cache: Path, progress: ProgressCallbac
         notes=tuple(notes),
         cache=cache,
     )
+
+
+def _prefix_text(model: ModelPlan) -> str:
+    """The special tokens that the tokenizer adds before a text, as text."""
+    return "".join(model.tokenizer.convert_ids_to_tokens(list(model.inputs.encoder.prefix_ids)))
 
 
 def _excluded_digests(tables: Sequence[np.ndarray], tasks: Sequence[PromptedTask]) -> np.ndarray | None:

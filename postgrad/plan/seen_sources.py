@@ -8,7 +8,8 @@ from typing import Any
 
 from postgrad.config import stage as s
 from postgrad.config.renamed_keys import upgrade_source
-from postgrad.lineage.record import ConsumedSource, add_consumed, read_record
+from postgrad.errors import StageError
+from postgrad.lineage.record import PLAN, ConsumedSource, add_consumed, read_record
 from postgrad.lineage.saved_plan import ReplayableSource, read_plan
 from postgrad.models.location import ModelLocation
 from postgrad.plan.filter_documents import resolve_methods
@@ -86,8 +87,15 @@ def make_source_origin(source: ResolvedSource, start_model: ModelLocation, seed:
 def make_replay_source(name: str, origin: Mapping[str, Any]) -> dict[str, Any]:
     """A stage's source, as plain data, that reads what an earlier stage trained on."""
     origin = upgrade_source(origin)
-    root = Path(origin.pop("root"))
-    origin["path"] = str(root / origin["path"]) if origin["path"] else None
+    root, path = origin.pop("root", None), origin.get("path")
+    if not isinstance(root, str) or not isinstance(path, str | None):
+        raise StageError(
+            f"the record of the source {name} does not say where it comes from",
+            where=PLAN,
+            expected="an origin with a root and a path",
+            hint="name its files as a source of this stage",
+        )
+    origin["path"] = str(Path(root) / path) if path else None
     keys = s.Source.model_fields
     settings = {key: value for key, value in origin.items() if key in keys and value is not None}
     return {"name": name.replace("/", "-"), **settings}

@@ -17,20 +17,22 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from postgrad.config import stage as s
 from postgrad.config.objectives import NextTokenObjective
 from postgrad.data.tokens.train_vocabulary import VocabularySource, train_vocabulary
-from postgrad.errors import CheckpointError, ModelError, StageError
+from postgrad.errors import ModelError, StageError
 from postgrad.hardware import machine
 from postgrad.models.auto_classes import load_config
 from postgrad.models.families import SpecialTokens, count_weights, parse_model_name, solve_config
 from postgrad.models.from_scratch import init_model, make_tokenizer, select_special_tokens, set_dropout, set_token_ids
 from postgrad.models.location import ModelLocation, locate_model, refuse_missing_folder
 from postgrad.models.model_sizes import get_model_sizes
-from postgrad.models.pretrained import load_tokenizer, save_pretrained
+from postgrad.models.pretrained import load_tokenizer
+from postgrad.models.published_vocabulary import publish_pretrained
 from postgrad.plan.held_out_files import inherit_row_format
 from postgrad.plan.row_renderers import make_row_template
 from postgrad.plan.sources import ProgressCallback, SourceSpec, held_out_share, make_text_files
-from postgrad.storage.atomic import publish_folder, remove_folder, verify
+from postgrad.storage.atomic import remove_folder
 from postgrad.storage.file_lock import file_lock
 from postgrad.storage.fingerprint import fingerprint
+from postgrad.storage.verification import is_intact
 
 _FORMAT = 1
 _MIN_POSITIONS = 512
@@ -81,9 +83,11 @@ def _make_new_model(
     key = fingerprint([*identity, tokenizer.backend_tokenizer.to_str()])
     folder = cache.resolve() / "fresh" / key
     with file_lock(cache / "locks" / f"{key}.lock"):
-        if not _is_intact(folder):
+        if not is_intact(folder, cache):
+            if folder.exists():
+                remove_folder(folder)
             model = init_model(config, stage.seed)
-            publish_folder(folder, lambda staged: save_pretrained(model, tokenizer, staged, dtype=torch.float32))
+            publish_pretrained(folder, model, tokenizer, dtype=torch.float32)
     name = spec.from_scratch or f"a new {spec.config}"
     return replace(
         locate_model(str(folder), root),
@@ -101,18 +105,6 @@ def _check_memory(config: PreTrainedConfig) -> None:
             where="model",
             expected="a model that fits this machine",
         )
-
-
-def _is_intact(path: Path) -> bool:
-    """Whether a cached model exists and is complete; a broken one is removed."""
-    if not path.exists():
-        return False
-    try:
-        verify(path)
-    except CheckpointError:
-        remove_folder(path)
-        return False
-    return True
 
 
 def _load_config(name: str, root: Path) -> PreTrainedConfig:

@@ -192,13 +192,14 @@ class _PromptBuilder:
                 yield self._encode_item(self.prompt_format.question(variant, demonstrations), example)
 
     def _encode_item(self, text: str, example: Example) -> ChoiceItem:
-        tokenizer, encoder = self.model_inputs.tokenizer, self.model_inputs.encoder
+        inputs = self.model_inputs
         if self.is_multiple_choice:
-            return encode_item(tokenizer, text, self.choices(example), separate=self.separate)
-        # A template may write the BOS itself; a space at the end belongs to the answer's first word.
-        has_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
-        ids = tokenizer(text.rstrip(" "), add_special_tokens=not has_bos, verbose=False)["input_ids"]
-        return ChoiceItem(tuple(ids) or (encoder.eos if encoder.bos is None else encoder.bos,), ())
+            choices, empty = self.choices(example), inputs.empty_prompt
+            return encode_item(
+                inputs.tokenizer, inputs.special_frame, text, choices, empty=empty, separate=self.separate
+            )
+        # A space at the end belongs to the answer's first word.
+        return ChoiceItem(inputs.encode_prompt(text.rstrip(" "), soft_prompts=False), ())
 
     def _fits(self, item: ChoiceItem) -> bool:
         soft_prompt = max(map(_count_soft_prompt_ids, (self.model_inputs, self.model_inputs.without_tuning)))

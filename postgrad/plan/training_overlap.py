@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from postgrad.errors import DataError
 from postgrad.lineage.record import Contamination
 from postgrad.plan.held_out_files import inherit_row_format
 from postgrad.plan.sources import ResolvedSource, make_text_files
-from postgrad.storage.atomic import write_atomically
+from postgrad.storage.checked_files import read_cached_json, write_checked_json
 from postgrad.storage.fingerprint import fingerprint
 
 
@@ -48,8 +47,8 @@ def _count_overlaps(files: Files, sources: Sequence[ResolvedSource], cache: Path
     stores = sorted(source.store.fingerprint for source in sources)
     key = fingerprint([str(files), stores, _file_stamps(files), SEGMENTATION])
     path = cache / "contamination" / f"{key}.json"
-    if path.exists():
-        return Contamination.model_validate_json(path.read_text())
+    if found := read_cached_json(path, Contamination, key):
+        return found
     report = measure_overlap(
         read_documents(files), (document for source in sources for document in _read_training_documents(source))
     )
@@ -59,7 +58,7 @@ def _count_overlaps(files: Files, sources: Sequence[ResolvedSource], cache: Path
         any_overlap=report.overlapping,
         half_overlap=report.half_overlapping,
     )
-    write_atomically(path, json.dumps(counts.as_json()))
+    write_checked_json(path, counts.as_json(), key)
     return counts
 
 

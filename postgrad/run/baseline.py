@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import partial
 
+from typing_extensions import TypedDict
+
+from postgrad.errors import DataError
 from postgrad.evaluation import before_after
 from postgrad.evaluation.before_after import AllScores
 from postgrad.evaluation.continuations import ContinuationPrompt, generate_continuations, select_prompts
@@ -14,7 +16,8 @@ from postgrad.run import task_scores
 from postgrad.run.context import RunContext
 from postgrad.run.events import Phase, PhaseStarted
 from postgrad.run.task_scores import AllAnswers
-from postgrad.storage.atomic import write_atomically
+from postgrad.storage.checked_files import read_checked_json, write_checked_json
+from postgrad.storage.read_json import read_json
 
 _SCORES, _PSEUDO_SCORES = "before.npz", "pseudo-before.npz"
 _CONTINUATIONS, ANSWERS_BEFORE = "samples-before.json", "tasks-before.json"
@@ -49,11 +52,11 @@ def score_baseline(context: RunContext) -> Phase[Baseline]:
 def _read_baseline(context: RunContext, prompts: list[ContinuationPrompt]) -> Baseline:
     has_pseudo_scores = bool(context.plan.evaluation.pseudo_perplexity_sets)
     return Baseline(
-        before_after.read_scores(context.score_path(_SCORES)),
-        before_after.read_scores(context.score_path(_PSEUDO_SCORES)) if has_pseudo_scores else {},
+        context.read_scores(_SCORES),
+        context.read_scores(_PSEUDO_SCORES) if has_pseudo_scores else {},
         prompts,
         _read_continuations(context),
-        task_scores.read_answers(context.score_path(ANSWERS_BEFORE)),
+        task_scores.read_answers(context.score_path(ANSWERS_BEFORE), context.saved_plan.id),
     )
 
 
@@ -68,9 +71,20 @@ def _is_complete(context: RunContext, sample_count: int) -> bool:
     )
 
 
+class _Continuations(TypedDict):
+    """The file of continuations."""
+
+    continuations: list[str]
+
+
 def _read_continuations(context: RunContext) -> list[str]:
     path = context.score_path(_CONTINUATIONS)
-    return json.loads(path.read_text()) if path.exists() else []
+    if not path.exists():
+        return []
+    hint = "remove it; the same `postgrad train` command generates the continuations again"
+    if path.read_bytes()[:1] == b"[":  # an earlier version wrote the list alone
+        return read_json(path, list[str], error=DataError, hint=hint)
+    return read_checked_json(path, _Continuations, context.saved_plan.id, error=DataError, hint=hint)["continuations"]
 
 
 def _measure_baseline(context: RunContext, prompts: list[ContinuationPrompt]) -> None:
@@ -92,8 +106,7 @@ def _measure_baseline(context: RunContext, prompts: list[ContinuationPrompt]) ->
             model.pretrained,
             plan.model.tokenizer,
             prompts,
-            plan.model.inputs.without_tuning.virtual_tokens,
-            plan.model.inputs.encoder.bos,
+            plan.model.inputs.without_tuning.text_prefix,
         )
         if world.is_main
         else []
@@ -104,9 +117,9 @@ def _measure_baseline(context: RunContext, prompts: list[ContinuationPrompt]) ->
     )
     if not world.is_main:
         return
-    before_after.write_scores(context.score_path(_SCORES), scores)
+    context.write_scores(_SCORES, scores)
     if plan.evaluation.pseudo_perplexity_sets:
-        before_after.write_scores(context.score_path(_PSEUDO_SCORES), pseudo_scores)
-    write_atomically(context.score_path(_CONTINUATIONS), json.dumps(continuations))
+        context.write_scores(_PSEUDO_SCORES, pseudo_scores)
+    write_checked_json(context.score_path(_CONTINUATIONS), {"continuations": continuations}, context.saved_plan.id)
     if answers:
-        task_scores.write_answers(context.score_path(ANSWERS_BEFORE), answers)
+        task_scores.write_answers(context.score_path(ANSWERS_BEFORE), answers, context.saved_plan.id)

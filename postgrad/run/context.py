@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from postgrad.distributed.world import World
+from postgrad.evaluation import before_after
+from postgrad.evaluation.before_after import AllScores
 from postgrad.hardware.execution import Execution
 from postgrad.lineage.saved_plan import SavedPlan
 from postgrad.models.location import locate_model
@@ -15,7 +17,6 @@ from postgrad.models.model import Model, verify_model, wrap_model
 from postgrad.plan.plan import Plan
 from postgrad.run.run_folder import MODEL, Interrupt
 from postgrad.run.tuned_model import ParameterCounts, TunedModel, make_tuned_model
-from postgrad.storage.atomic import verify
 from postgrad.storage.fingerprint import fingerprint
 from postgrad.tuning.open_model import BaseReference, open_model
 
@@ -53,6 +54,14 @@ class RunContext:
         """A file of scores, answers or samples in the run folder."""
         return self.folder / "scores" / name
 
+    def write_scores(self, name: str, scores: AllScores) -> None:
+        """Write a file of scores of this run."""
+        before_after.write_scores(self.score_path(name), scores, self.saved_plan.id)
+
+    def read_scores(self, name: str) -> AllScores:
+        """Read a file of scores of this run. Raises `DataError` when it is missing, damaged, or another run's."""
+        return before_after.read_scores(self.score_path(name), self.saved_plan.id)
+
     def load_tuned_model(self) -> TunedModel:
         """The start model with the stage's tuning, loaded when it is not in memory."""
         if self.tuned_model is None:
@@ -71,7 +80,6 @@ class RunContext:
 
     def load_published_model(self) -> Model:
         """The model that the run has published, verified and read back with plain transformers."""
-        verify(self.folder / MODEL)
         opened = open_model(locate_model(str(self.folder / MODEL), self.folder))
         return wrap_model(opened.model, opened.task).to(self.world.device)
 

@@ -78,7 +78,7 @@ def _answer_tasks(context: RunContext, model: Model) -> AllAnswers:
 def _make_samples(plan: Plan, model: PreTrainedModel, baseline: Baseline) -> list[Sample]:
     """Continuations before and after, with their prompts and the text that really follows."""
     tokenizer, inputs = plan.model.tokenizer, plan.model.inputs
-    after = generate_continuations(model, tokenizer, baseline.prompts, inputs.virtual_tokens, inputs.encoder.bos)
+    after = generate_continuations(model, tokenizer, baseline.prompts, inputs.text_prefix)
     return [
         Sample(
             set=prompt.set_name,

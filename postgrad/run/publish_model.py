@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from postgrad.models.prefix_lm_attention import mark_prefix_lm
-from postgrad.models.pretrained import save_chat_template, save_pretrained, stored_dtype
+from postgrad.models.pretrained import save_chat_template, stored_dtype
+from postgrad.models.published_vocabulary import publish_pretrained
 from postgrad.run.context import RunContext
 from postgrad.run.events import Phase, PhaseStarted
 from postgrad.run.run_folder import MODEL
@@ -68,7 +69,7 @@ def _publish_state(context: RunContext, tuned_model: TunedModel, state: dict[str
     tokenizer = plan.model.tokenizer
     if tuned_model.tuning.is_full:
         pretrained = tuned_model.model.pretrained
-        publish_folder(folder, lambda staged: save_pretrained(pretrained, tokenizer, staged, dtype=dtype, state=state))
+        publish_pretrained(folder, pretrained, tokenizer, dtype=dtype, state=state)
         return
     opened = open_model(plan.model.start, plan.model.task, layer=plan.model.task_layer)
     mark_prefix_lm(opened.model.config, bool(plan.prefix_length))
@@ -76,12 +77,12 @@ def _publish_state(context: RunContext, tuned_model: TunedModel, state: dict[str
     tuning.load(state)
     if tuning.is_merged_on_export:
         tuning.merge()
-        publish_folder(folder, lambda staged: save_pretrained(opened.model, tokenizer, staged, dtype=dtype))
+        publish_pretrained(folder, opened.model, tokenizer, dtype=dtype)
         return
     base = context.base_reference(folder)
 
     def write(staged: Path) -> None:
-        save_tuning(tuning, staged, base)
+        save_tuning(tuning, staged, base, for_peft=plan.model.inputs.peft_reads_alike)
         save_chat_template(tokenizer, staged)
 
     publish_folder(folder, write)

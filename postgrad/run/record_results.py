@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from postgrad.evaluation import before_after
 from postgrad.evaluation.retention_gate import retention_gate
-from postgrad.lineage.metrics import METRICS, read_metrics
+from postgrad.lineage.metrics import read_run_metrics
 from postgrad.lineage.record import Record, ScoresRecord, read_record, write_record
 from postgrad.reports.pages import run_page
 from postgrad.run import task_scores
@@ -79,17 +79,18 @@ def record_stopped(context: RunContext, baseline: Baseline, outcome: TrainingOut
 
 def _write_scores(context: RunContext, measurements: Measurements) -> None:
     """Write the scores of all documents and the answers to all items beside the record."""
-    before_after.write_scores(context.score_path("after.npz"), measurements.scores)
+    context.write_scores("after.npz", measurements.scores)
     if measurements.pseudo_scores:
-        before_after.write_scores(context.score_path("pseudo-after.npz"), measurements.pseudo_scores)
+        context.write_scores("pseudo-after.npz", measurements.pseudo_scores)
     if measurements.answers:
-        task_scores.write_answers(context.score_path("tasks-after.json"), measurements.answers)
+        task_scores.write_answers(context.score_path("tasks-after.json"), measurements.answers, context.saved_plan.id)
     if measurements.test_scores_before:
-        before_after.write_scores(context.score_path("test-before.npz"), measurements.test_scores_before)
+        context.write_scores("test-before.npz", measurements.test_scores_before)
 
 
 def _write(context: RunContext, record: Record) -> None:
     """Write the record and its report. Last of all: a record marks the run as complete, or as stopped."""
     write_record(context.folder, record)
-    page = run_page.run_page(record, read_metrics(context.folder / METRICS))
+    metrics = read_run_metrics(context.folder, record)
+    page = run_page.run_page(record, metrics, metrics.damage)
     write_without_secrets(context.folder / REPORT, page)

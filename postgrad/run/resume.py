@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from postgrad.config.stage_file import dump_stage
 from postgrad.distributed.world import InputFile, World
 from postgrad.errors import ResumeError
 from postgrad.hardware.execution import Execution
@@ -23,7 +24,7 @@ from postgrad.run.context import RunContext, prepare_model
 from postgrad.run.events import Phase, PhaseStarted, RunFinished, WarningMessage
 from postgrad.run.run_folder import REPORT, Interrupt, claim_run_folder
 from postgrad.run.tuned_model import TunedModel, make_tuned_model
-from postgrad.run.write_record import dump_stage, utc_timestamp
+from postgrad.run.write_record import utc_timestamp
 from postgrad.storage.atomic import remove_staging, write_without_secrets
 from postgrad.storage.fingerprint import file_fingerprint, fingerprint
 from postgrad.tuning.open_model import start_fingerprint
@@ -51,7 +52,7 @@ def claim_run(plan: Plan, world: World, interrupt: Interrupt, *, command: str, c
     execution = _resolve_execution(plan, tuned_model, saved_plan, world)
     prepare_model(plan, tuned_model.model, execution)
     if world.is_main:
-        write_without_secrets(plan.output / STAGE, dump_stage(plan.stage))
+        write_without_secrets(plan.output / STAGE, dump_stage(plan.stage.model_dump(mode="json")))
         write_plan(plan.output, _make_saved_plan(plan, fingerprints, execution, saved_plan))
         remove_staging(plan.output)
     world.barrier()

@@ -5,14 +5,15 @@ Legend: K prompt seeds, I items, C choices.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
 from postgrad.distributed.world import World
+from postgrad.errors import DataError
 from postgrad.evaluation.choices.loglikelihood import ChoiceItem, score_choices
 from postgrad.evaluation.choices.normalization import calibrate_scores, normalize_scores
 from postgrad.evaluation.generate_answers import generate_answers
@@ -29,10 +30,12 @@ from postgrad.lineage.record import ClusterResult, Difference, MetricValue, Reco
 from postgrad.models.model import Model
 from postgrad.plan.model_inputs import ModelInputs
 from postgrad.plan.prompted_task import PromptedTask, TaskPrompt
-from postgrad.storage.atomic import write_atomically
+from postgrad.storage.checked_files import read_checked_json, write_checked_json
 from postgrad.storage.fingerprint import fingerprint
 
 AllAnswers = dict[str, TaskPredictions]
+_ANSWERS = "answers"
+_MAX_ANSWER_BYTES = 2**30
 _EXAMPLES_SHOWN = 3
 """Items of each task that a record shows with their answers."""
 
@@ -52,16 +55,17 @@ def answer_tasks(
     """
     out: AllAnswers = {}
     for task in tasks:
-        path = None
+        path, key = None, ""
         if identity and cache and world.size == 1:
-            path = cache / "answers" / f"{fingerprint([identity, task.fingerprint])}.json"
-            if path.exists():
-                out[task.name] = next(iter(read_answers(path).values()))  # stored under the name of that run
+            key = fingerprint([identity, task.fingerprint])
+            path = cache / "answers" / f"{key}.json"
+            if found := _read_cached_answers(path, key):
+                out[task.name] = found
                 continue
         answer = _select_choices if task.is_multiple_choice else _generate_answers
         out[task.name] = TaskPredictions(answer(model, task, model_inputs, world), task.references_I)
         if path:
-            write_answers(path, {task.name: out[task.name]})
+            write_answers(path, {task.name: out[task.name]}, key)
     return out
 
 
@@ -77,6 +81,7 @@ def _generate_answers(
         prompted_task.stopping,
         eos_ids=[model_inputs.encoder.eos],
         pad=model_inputs.pad_id,
+        decoder_prefix=model_inputs.decoder_prefix,
     )
     return _group_by_seed(_gather_items([text.strip() for text in texts], len(prompts), world), len(prompted_task))
 
@@ -89,9 +94,8 @@ def _select_choices(
     # Items repeat: calibration questions are equal wherever demonstrations and choices are.
     items = list(dict.fromkeys(item for prompt in prompts for item in (prompt.item, *prompt.calibration_items)))
     local = items[world.rank :: world.size]
-    scored = (
-        score_choices(model, local, context=prompted_task.context_length, pad=model_inputs.pad_id) if local else None
-    )
+    options = {"context": prompted_task.context_length, "decoder_prefix": model_inputs.decoder_prefix}
+    scored = score_choices(model, local, pad=model_inputs.pad_id, **options) if local else None
     gathered = _gather_items(list(scored.log_likelihoods) if scored else [], len(items), world)
     log_p: dict[ChoiceItem, np.ndarray] = dict(zip(items, gathered, strict=True))
     answers = []
@@ -134,20 +138,43 @@ def _group_by_seed(answers: Sequence[str], items: int) -> tuple[tuple[str, ...],
 # --- files -----------------------------------------------------------------------------------------
 
 
-def write_answers(path: Path, answers: Mapping[str, TaskPredictions]) -> None:
-    """Write all answers with their references, as JSON."""
+def write_answers(path: Path, answers: Mapping[str, TaskPredictions], owner: str = "") -> None:
+    """Write all answers with their references, as JSON; `owner`: the run's id."""
     content = {name: {"said": each.predictions_KI, "references": each.references_I} for name, each in answers.items()}
-    write_atomically(path, json.dumps(content, ensure_ascii=False, indent=1))
+    write_checked_json(path, {_ANSWERS: content}, owner)
 
 
-def read_answers(path: Path) -> AllAnswers:
-    """Read a file of `write_answers`; empty without one."""
+def read_answers(path: Path, owner: str = "") -> AllAnswers:
+    """Read a file of `write_answers`; empty without one. Raises `DataError` for one that is damaged, or another run's."""
     if not path.exists():
         return {}
-    return {
-        name: TaskPredictions(tuple(map(tuple, each["said"])), tuple(map(tuple, each["references"])))
-        for name, each in json.loads(path.read_text()).items()
-    }
+    hint = "remove it and, if it is there, record.json; the same `postgrad train` command answers again"
+    raw: dict[str, Any] = read_checked_json(
+        path, dict[str, Any], owner, error=DataError, hint=hint, max_bytes=_MAX_ANSWER_BYTES
+    )
+    try:
+        # Files of earlier versions have no key around the tasks.
+        stored = TypeAdapter(dict[str, dict[str, list[list[str]]]]).validate_python(raw.get(_ANSWERS, raw))
+        return {name: _parse_answers(each) for name, each in stored.items()}
+    except (ValidationError, KeyError, ValueError) as error:
+        problem = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        raise DataError(f"these are no answers ({problem})", where=str(path), hint=hint) from None
+
+
+def _parse_answers(stored: Mapping[str, list[list[str]]]) -> TaskPredictions:
+    """Raises `KeyError` or `ValueError` for anything else than answers and their references."""
+    predictions_KI, references_I = stored["said"], stored["references"]
+    if any(len(predictions_I) != len(references_I) for predictions_I in predictions_KI):
+        raise ValueError("an answer without a reference")
+    return TaskPredictions(tuple(map(tuple, predictions_KI)), tuple(map(tuple, references_I)))
+
+
+def _read_cached_answers(path: Path, key: str) -> TaskPredictions | None:
+    """The answers in a file of the cache, under the name of whichever task was answered first; None when there are none."""
+    try:
+        return next(iter(read_answers(path, key).values()), None)
+    except DataError:
+        return None
 
 
 # --- record ---------------------------------------------------------------------------------------
@@ -246,10 +273,10 @@ def cluster_rows(
 def paired_task_changes(runs: Sequence[Path], records: Sequence[Record], names: Sequence[str]) -> list[dict[str, Any]]:
     """Paired differences between each later run's answers and the first one's, on tasks with the same prompts."""
     out: list[dict[str, Any]] = []
-    first = read_answers(runs[0] / "scores" / "tasks-after.json")
+    first = _read_answers_after(runs[0], records[0])
     tasks = {task.name: task for task in records[0].tasks}
     for run, record, arm in zip(runs[1:], records[1:], names[1:], strict=True):
-        other = read_answers(run / "scores" / "tasks-after.json")
+        other = _read_answers_after(run, record)
         for task in record.tasks:
             name, metric = task.name, task.metrics[0]
             is_alike = name in tasks and _prompting(tasks[name]) == _prompting(task)
@@ -257,6 +284,17 @@ def paired_task_changes(runs: Sequence[Path], records: Sequence[Record], names: 
                 change = metric_change(metric, first[name], other[name])  # type: ignore[arg-type]
                 out.append({"task": name, "metric": metric, "arm": arm, "against": names[0], **change})
     return out
+
+
+def _read_answers_after(run: Path, record: Record) -> AllAnswers:
+    """The answers of a run's model. Raises `DataError` when the record has metrics of them and the file is missing."""
+    path = run / "scores" / "tasks-after.json"
+    answers = read_answers(path, record.id)
+    if missing := [task.name for task in record.tasks if task.after and task.name not in answers]:
+        raise DataError(
+            f"the answers to {missing[0]} are missing", where=str(path), expected="the answers to all tasks"
+        )
+    return answers
 
 
 def _prompting(task: TaskRecord) -> tuple[object, ...]:

@@ -14,7 +14,7 @@ from postgrad.errors import ResumeError
 from postgrad.evaluation import before_after
 from postgrad.evaluation.before_after import AllScores
 from postgrad.evaluation.held_out import HeldOutSet
-from postgrad.lineage.metrics import METRICS, read_evaluations, read_metrics
+from postgrad.lineage.metrics import METRICS, read_metrics
 from postgrad.lineage.record import PenaltyRecord, SparseUpdateRecord
 from postgrad.lineage.saved_plan import write_plan
 from postgrad.plan.checkpoint_selection import CheckpointSelector
@@ -107,7 +107,7 @@ def prepare_training(context: RunContext) -> Phase[TrainingSession]:
     checkpoint = _find_checkpoint(checkpoints, world)
     yield from take_warnings(warnings)
     start_scores = _read_start_scores(context, run)  # before any weight moves
-    metrics = MetricsLog(context.folder / METRICS)
+    metrics = MetricsLog(context.folder / METRICS, context.saved_plan.id)
     if checkpoint:
         restore_run(run, checkpoint)
         for warning in world.from_first(lambda: _check_metrics(context, run.step)):
@@ -186,8 +186,8 @@ def _read_start_scores(context: RunContext, run: Run) -> AllScores:
         with tuning.disable() if tuning.additive else nullcontext():
             scores = score_subsets(context, run, [evaluation.subset(h) for h in evaluation.scored_sets_before])
         if world.is_main:
-            before_after.write_scores(path, scores)
-    return world.from_first(lambda: before_after.read_scores(path))
+            context.write_scores(path.name, scores)
+    return world.from_first(lambda: context.read_scores(path.name))
 
 
 def score_subsets(context: RunContext, run: Run, sets: Sequence[HeldOutSet]) -> AllScores:
@@ -222,4 +222,6 @@ def _make_selector(context: RunContext) -> CheckpointSelector | None:
     rule = context.plan.evaluation.selection_rule
     if rule is None:
         return None
-    return CheckpointSelector(rule, context.world.from_first(lambda: read_evaluations(context.folder / METRICS)))
+    return CheckpointSelector(
+        rule, context.world.from_first(lambda: read_metrics(context.folder / METRICS).evaluations)
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -52,6 +52,7 @@ class TunedModel:
 def make_tuned_model(plan: Plan, world: World, *, attention: str | None = None) -> TunedModel:
     """Load the start model, and attach the stage's tuning; on this rank's device."""
     loaded = open_model(plan.model.start, plan.model.task, layer=plan.model.task_layer, attention=attention)
+    loaded = replace(loaded, notes=(*loaded.notes, *plan.model.inputs.notes()))
     options = tuning_options(plan, loaded)
     mark_prefix_lm(loaded.model.config, bool(plan.prefix_length))
     start_parameters = dict(loaded.model.named_parameters(remove_duplicate=False))

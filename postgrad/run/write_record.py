@@ -9,11 +9,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from postgrad.config import stage as s
+from postgrad.config.stage_file import dump_stage
 from postgrad.hardware import machine
-from postgrad.lineage.metrics import METRICS, read_skipped_steps, read_steps
+from postgrad.lineage.metrics import METRICS, Metrics, read_metrics
 from postgrad.lineage.record import (
     PLAN,
     ConsumedSource,
@@ -49,6 +47,7 @@ def make_record(
 ) -> Record:
     """The record of a run; `published_tokens`: trained tokens of each source in the published model."""
     plan = context.plan
+    metrics = read_metrics(context.folder / METRICS, context.saved_plan.id)
     return Record(
         id=context.saved_plan.id,
         name=plan.stage.name,
@@ -56,7 +55,7 @@ def make_record(
         created=context.saved_plan.created,
         finished=utc_timestamp(),
         command=context.command,
-        stage_yaml=dump_stage(plan.stage),
+        stage_yaml=dump_stage(plan.stage.model_dump(mode="json")),
         stage=plan.stage.model_dump(mode="json"),
         stage_folder=str(plan.root),
         model=_summarize_model(plan, context.counts),
@@ -79,14 +78,14 @@ def make_record(
             source.name: TokenLedger.model_validate(rows.ledger.as_dict())
             for source, rows in zip(plan.data.sources, plan.data.rows, strict=True)
         },
-        notes=[*plan.notes, *context.notes],
+        notes=[*plan.notes, *context.notes, *metrics.damage],
         contamination=plan.data.overlaps,
         schedule_curve=lr_schedules.sample_schedule(plan.schedule, plan.steps),
         held_out=[
             HeldOutSummary(name=h.name, role=h.role, documents=len(h), fingerprint=h.fingerprint)
             for h in plan.evaluation.sets
         ],
-        totals=summarize_training(context.folder, plan, outcome),
+        totals=summarize_training(metrics, plan, outcome),
         consumed=_consumed_sources(plan, published_tokens),
         penalties=outcome.penalties,
         sparse_update=outcome.update,
@@ -127,20 +126,20 @@ def find_parents(run_folder: Path, plan: Plan) -> list[Parent]:
     ]
 
 
-def summarize_training(run_folder: Path, plan: Plan, outcome: TrainingOutcome) -> TrainingTotals:
+def summarize_training(metrics: Metrics, plan: Plan, outcome: TrainingOutcome) -> TrainingTotals:
     """Tokens, time and the training loss of each source up to the last step."""
     mixture, skipped = plan.data.mixture, plan.stage.data.skip_steps
     ends = (mixture.counts(step * mixture.block_size) for step in (skipped, skipped + outcome.step))
     row_counts = [end - start for start, end in zip(*ends, strict=True)]
-    steps = read_steps(run_folder / METRICS)
-    seconds = sum(row.seconds for row in steps)
-    losses = losses_by_source(row.loss_sums_by_source for row in steps)
+    seconds = sum(row.seconds for row in metrics.steps)
+    losses = losses_by_source(row.loss_sums_by_source for row in metrics.steps)
     columns = zip(plan.data.sources, outcome.tokens_by_source, row_counts, plan.data.rows, strict=True)
     return TrainingTotals(
         steps=outcome.step,
         tokens=outcome.tokens,
         seconds=seconds,
         tokens_per_second=outcome.tokens / max(seconds, 1e-9),
+        metrics_lines=len(metrics.rows) + len(metrics.damage),
         sources=[
             TrainedSource(
                 name=source.name,
@@ -153,7 +152,7 @@ def summarize_training(run_folder: Path, plan: Plan, outcome: TrainingOutcome) -
             )
             for source, tokens, row_count, rows in columns
         ],
-        skipped_steps=read_skipped_steps(run_folder / METRICS),
+        skipped_steps=metrics.skipped_steps,
     )
 
 
@@ -161,11 +160,6 @@ def _consumed_sources(plan: Plan, tokens_by_source: list[int]) -> dict[str, Cons
     sources = make_source_records(plan.data.sources, plan.model.start, plan.stage.seed)
     tokens = dict(zip(plan.data.source_names, tokens_by_source, strict=True))
     return add_consumed(plan.data.seen_sources, count_consumed_tokens(sources, tokens))
-
-
-def dump_stage(stage: s.Stage) -> str:
-    """A stage as YAML."""
-    return yaml.safe_dump(stage.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
 
 
 def utc_timestamp() -> str:

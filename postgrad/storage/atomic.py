@@ -4,7 +4,7 @@
     list    manifest.json: size and sha256 of each file
     sync    fsync each file and folder
     rename  one atomic rename, then fsync the parent
-    verify  read the files back and compare them with the manifest
+    verify  read the files back and compare them with the manifest (later: `storage.verification`)
 
 A process killed at any point leaves the old state or the new one, and perhaps a hidden staging folder that the next
 `remove_staging` removes. The manifest proves integrity, not origin: whoever can change the files can change it too.
@@ -23,14 +23,27 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
-from postgrad.errors import CheckpointError, DiskError
+from typing_extensions import TypedDict
+
+from postgrad.errors import CheckpointError, DiskError, PostgradError
 from postgrad.foreign_text import mask_secrets
+from postgrad.storage.read_json import read_json
 
 MANIFEST = "manifest.json"
 STAGING = ".staging-"
 """Prefix of the names of unfinished writes."""
+
+
+class FileEntry(TypedDict):
+    """A file as a manifest lists it."""
+
+    size: int
+    sha256: str
+
+
+Manifest = dict[str, FileEntry]
+"""The files of a folder, by their path in it."""
 
 
 def publish_folder(target: Path, write: Callable[[Path], None]) -> Path:
@@ -63,36 +76,51 @@ def publish_folder(target: Path, write: Callable[[Path], None]) -> Path:
     return target
 
 
-def verify(folder: Path) -> dict[str, dict[str, str | int]]:
+def verify(folder: Path) -> Manifest:
     """Check every file of a published folder against its manifest, and return the manifest.
 
     Raises `CheckpointError` with the first file that is missing or has another size or content.
     """
     manifest = read_manifest(folder)
     for name, entry in manifest.items():
-        path, size, digest = folder / name, entry["size"], entry["sha256"]
-        if not path.is_file():
-            raise CheckpointError("the file is missing", where=str(path))
-        if path.stat().st_size != size:
-            raise CheckpointError(
-                f"the file has {path.stat().st_size:,} bytes", where=str(path), expected=f"{size:,} bytes"
-            )
-        if sha256(path) != digest:
-            raise CheckpointError(
-                "the content of the file has changed since it was written", where=str(path), expected=f"sha256 {digest}"
-            )
+        check_size(folder / name, entry)
+        check_sha256(folder / name, sha256(folder / name), entry)
     return manifest
 
 
-def read_manifest(folder: Path) -> dict[str, dict[str, str | int]]:
-    """Size and sha256 of each file of a published folder. Raises `CheckpointError` when its manifest cannot be read."""
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a published folder. Raises `CheckpointError` when it is missing or unreadable."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes(), object_pairs_hook=_reject_duplicate_keys)
-        return {name: {"size": entry["size"], "sha256": entry["sha256"]} for name, entry in manifest.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return read_json(folder / MANIFEST, Manifest)
+    except PostgradError as error:
         raise CheckpointError(
-            "manifest.json is missing or unreadable", where=str(folder), expected="a published folder"
+            f"{MANIFEST} is missing or unreadable ({error.problem})", where=str(folder), expected="a published folder"
         ) from error
+
+
+def check_size(path: Path, entry: FileEntry) -> os.stat_result:
+    """The status of a listed file. Raises `CheckpointError` when it is missing or has another size."""
+    try:
+        status = path.stat()
+    except OSError:
+        status = None
+    if status is None or not stat.S_ISREG(status.st_mode):
+        raise CheckpointError("the file is missing", where=str(path))
+    if status.st_size != entry["size"]:
+        raise CheckpointError(
+            f"the file has {status.st_size:,} bytes", where=str(path), expected=f"{entry['size']:,} bytes"
+        )
+    return status
+
+
+def check_sha256(path: Path, digest: str, entry: FileEntry) -> None:
+    """Raise `CheckpointError` when the sha256 of a file is not the listed one."""
+    if digest != entry["sha256"]:
+        raise CheckpointError(
+            "the content of the file has changed since it was written",
+            where=str(path),
+            expected=f"sha256 {entry['sha256']}",
+        )
 
 
 def remove_staging(parent: Path) -> None:
@@ -193,15 +221,7 @@ def disk_error(error: OSError, path: Path) -> DiskError:
     return DiskError(error.strerror or str(error), where=str(path), hint="check that the folder exists and is writable")
 
 
-def _reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, refused when a key repeats: a flipped bit that makes two names equal must not hide a file."""
-    entries = dict(pairs)
-    if len(entries) < len(pairs):
-        raise ValueError("duplicate key")
-    return entries
-
-
-def _make_manifest(folder: Path) -> dict[str, dict[str, str | int]]:
+def _make_manifest(folder: Path) -> Manifest:
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     return {str(p.relative_to(folder)): {"size": p.stat().st_size, "sha256": sha256(p)} for p in files}
 

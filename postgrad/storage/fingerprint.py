@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from postgrad.storage.atomic import sha256
+from postgrad.storage.atomic import Manifest, sha256
 
 MODEL_FILES = ("config.json", "task_layer.json", "tuning.json", "adapter_config.json", "*.safetensors")
 
@@ -24,8 +26,18 @@ def file_fingerprint(path: Path) -> str:
 
 def model_fingerprint(folder: Path) -> str:
     """The fingerprint of a model folder's configuration and weights."""
-    files = sorted(p for pattern in MODEL_FILES for p in folder.glob(pattern) if p.name != "optimizer.safetensors")
-    return fingerprint([[p.name, sha256(p)] for p in files])
+    return fingerprint([[name, sha256(folder / name)] for name in _model_files(p.name for p in folder.iterdir())])
+
+
+def manifest_fingerprint(manifest: Manifest) -> str:
+    """The same fingerprint from a folder's manifest, without reading the files."""
+    return fingerprint([[name, manifest[name]["sha256"]] for name in _model_files(manifest)])
+
+
+def _model_files(names: Iterable[str]) -> list[str]:
+    """The names of a model's configuration and weights, sorted."""
+    known = (name for name in names if any(fnmatchcase(name, pattern) for pattern in MODEL_FILES) and "/" not in name)
+    return sorted(name for name in known if name != "optimizer.safetensors")
 
 
 def differences(before: Any, after: Any, path: str = "") -> list[str]:

@@ -7,6 +7,7 @@ error that names the file, and the field.
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,12 +34,17 @@ def read_json(
 
     Raises `error`, with `expected` and `hint`, for a file that cannot be read or holds something else.
     """
+    data = read_file(path, MAX_BYTES, error=error, expected=expected, hint=hint)
+    return parse_json(data, kind, where=str(path), error=error, expected=expected, hint=hint)
+
+
+def read_file(path: Path, max_bytes: int, *, error: type[PostgradError], expected: str = "", hint: str = "") -> bytes:
+    """The bytes of a regular file of at most `max_bytes`. Raises `error` for any other."""
     try:
-        data = read_regular_file(path, MAX_BYTES)
+        return read_regular_file(path, max_bytes)
     except OSError as problem:
         text = "there is no such file" if isinstance(problem, FileNotFoundError) else problem.strerror or str(problem)
         raise error(text, where=str(path), expected=expected, hint=hint) from problem
-    return parse_json(data, kind, where=str(path), error=error, expected=expected, hint=hint)
 
 
 def parse_json(
@@ -51,19 +57,32 @@ def parse_json(
     hint: str = "",
 ) -> Value:
     """The value of a JSON text, of type `kind`. `where` names the text in errors. Raises `error` for anything else."""
+    value = validate_json(data, kind, where=where, error=error, expected=expected, hint=hint)
+    try:
+        json.loads(data, object_pairs_hook=_refuse_repeated_keys)
+    except ValueError as problem:
+        raise error(str(problem), where=where, expected=expected, hint=hint) from None
+    return value
+
+
+def validate_json(
+    data: bytes | str, kind: type[Value], *, where: str, error: type[PostgradError], expected: str = "", hint: str = ""
+) -> Value:
+    """The same for a text without repeated keys."""
     try:
         # Strict: the number 1 is no string, and the string "1" no number. The parser refuses more than 200 levels.
-        value = TypeAdapter(kind).validate_json(data, strict=True)
-        json.loads(data, object_pairs_hook=_refuse_repeated_keys)
+        return _get_adapter(kind).validate_json(data, strict=True)
     except ValidationError as problem:
         first = problem.errors(include_url=False, include_input=False)[0]
         field = ".".join(str(part) for part in first["loc"])
         text = first["msg"].replace("Invalid JSON: recursion limit exceeded", "the JSON is nested too deeply")
         text = f"{text[:1].lower()}{text[1:]}".replace("invalid JSON: ", "broken JSON: ")
         raise error(f"{field}: {text}" if field else text, where=where, expected=expected, hint=hint) from None
-    except ValueError as problem:
-        raise error(str(problem), where=where, expected=expected, hint=hint) from None
-    return value
+
+
+@lru_cache(maxsize=64)
+def _get_adapter(kind: type[Any]) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
 
 
 def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

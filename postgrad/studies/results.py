@@ -8,7 +8,6 @@ seeds; the spread over seeds is reported separately and is part of no interval.
 from __future__ import annotations
 
 import os
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,8 +20,8 @@ from postgrad.analysis.scaling_laws import MIXTURE_LAW
 from postgrad.errors import DataError
 from postgrad.evaluation import before_after
 from postgrad.evaluation.perplexity import Scores
-from postgrad.lineage.metrics import METRICS, read_evaluations
-from postgrad.lineage.record import Record, read_record
+from postgrad.lineage.metrics import EvaluationRow, read_run_metrics
+from postgrad.lineage.record import RECORD, Record, read_record
 from postgrad.reports.result_models import StudyResults
 from postgrad.reports.sections.study_text import study_summary
 from postgrad.stats.bootstrap import percentile_interval, resample_ratio
@@ -133,7 +132,7 @@ def compute_results(prepared: PreparedStudy, failed: Mapping[str, str]) -> dict[
     measured: dict[str, _ArmLosses] = {}
     for name, chains in there.items():
         if chains:
-            scores = {c.seed: _read_scores(_scores_path(prepared, c.last_step)) for c in chains}
+            scores = {c.seed: _read_scores(prepared, c.last_step) for c in chains}
             by_seed = {seed: reader.mean_losses([found]) for seed, found in scores.items()}
             mean = reader.mean_losses(list(scores.values()))
             measured[name] = _ArmLosses(name, study.arms[name], chains, mean, by_seed)
@@ -164,8 +163,8 @@ def _is_finished(prepared: PreparedStudy, chain: Chain) -> bool:
     return prepared.folder.is_finished(prepared.graph.steps[chain.last_step])
 
 
-def _scores_path(prepared: PreparedStudy, key: str) -> Path:
-    return prepared.folder.step_path(prepared.graph.steps[key]) / "scores" / "after.npz"
+def _scores_path(prepared: PreparedStudy, key: str, side: str = "after") -> Path:
+    return prepared.folder.step_path(prepared.graph.steps[key]) / "scores" / f"{side}.npz"
 
 
 def _read_base_scores(prepared: PreparedStudy) -> before_after.AllScores | None:
@@ -173,25 +172,22 @@ def _read_base_scores(prepared: PreparedStudy) -> before_after.AllScores | None:
     base = prepared.graph.base_step
     for chain in prepared.graph.chains:
         first = prepared.graph.steps[chain.steps[0]]
-        if first.kind == "train" and not prepared.study.is_from_scratch(chain.arm):
-            place = prepared.folder.step_path(first) / "scores" / "before.npz"
-            if place.exists():
-                return _read_scores(place)
+        is_on_base = first.kind == "train" and not prepared.study.is_from_scratch(chain.arm)
+        if is_on_base and _scores_path(prepared, first.key, "before").exists():
+            return _read_scores(prepared, first.key, "before")
     if base is not None and _scores_path(prepared, base).exists():
-        return _read_scores(_scores_path(prepared, base))
+        return _read_scores(prepared, base)
     return None
 
 
-def _read_scores(path: Path) -> before_after.AllScores:
-    """Scores of a run. Raises `DataError` where they are missing or broken."""
+def _read_scores(prepared: PreparedStudy, key: str, side: str = "after") -> before_after.AllScores:
+    """Scores of a step. Raises `DataError` where they are missing or broken."""
+    path = _scores_path(prepared, key, side)
+    is_run = (path.parents[1] / RECORD).exists()
     try:
-        return before_after.read_scores(path)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(
-            f"the scores of a finished run cannot be read ({error})",
-            where=str(path),
-            hint=f"remove the folder {path.parents[1]}; the same command repeats this run",
-        ) from error
+        return before_after.read_scores(path, _read_step_record(prepared, key).id if is_run else "")
+    except DataError as error:
+        raise DataError(error.problem, where=error.where, hint=_repeat_hint(path.parents[1])) from error
 
 
 def _loss_values(losses: Losses) -> dict[str, dict[str, float]]:
@@ -329,9 +325,10 @@ def _loss_curves(prepared: PreparedStudy, chains: Sequence[Sequence[str]]) -> di
             if step.kind != "train":
                 continue
             switches.append(before)
-            rows = read_evaluations(prepared.folder.step_path(step) / METRICS)
+            record = _read_step_record(prepared, key)
+            rows = _read_evaluations(prepared.folder.step_path(step), record)
             # Seeds differ by a few tokens per step, so evaluations are aligned by the fraction of the stage.
-            whole = _read_step_record(prepared, key).plan.tokens
+            whole = record.plan.tokens
             last = rows[-1].step if rows else 1
             for row in rows:
                 at = round(before + whole * row.step / max(last, 1))
@@ -344,6 +341,18 @@ def _loss_curves(prepared: PreparedStudy, chains: Sequence[Sequence[str]]) -> di
         at = [x for x in curves[0][name] if all(x in c.get(name, {}) for c in curves)]
         out[name] = [[x, float(np.mean([c[name][x] for c in curves]))] for x in at]
     return {"sets": out, "switches": switches}
+
+
+def _read_evaluations(run_folder: Path, record: Record) -> list[EvaluationRow]:
+    """The evaluations of a run. Raises `DataError` where its metrics are damaged."""
+    metrics = read_run_metrics(run_folder, record)
+    if metrics.damage:
+        raise DataError(metrics.damage[0], where=str(run_folder), hint=_repeat_hint(run_folder))
+    return metrics.evaluations
+
+
+def _repeat_hint(run_folder: Path) -> str:
+    return f"remove the folder {run_folder}; the same command repeats this run"
 
 
 def _mark_dominated(arms: Sequence[dict[str, Any]]) -> None:

@@ -6,7 +6,6 @@ finished one is not repeated.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from typing_extensions import TypedDict
 
 from postgrad.commands import importance, synthesize
 from postgrad.config.quantities import parse_token_count
@@ -27,12 +27,14 @@ from postgrad.lineage.record import RECORD, read_record
 from postgrad.models import interpolate
 from postgrad.models.location import locate_model
 from postgrad.models.model import wrap_model
-from postgrad.models.pretrained import load_tokenizer, save_pretrained, stored_dtype
+from postgrad.models.pretrained import load_tokenizer, stored_dtype
+from postgrad.models.published_vocabulary import publish_pretrained
 from postgrad.plan.plan import make_plan
 from postgrad.run import events as r
 from postgrad.run.run import run_stage
 from postgrad.run.run_folder import MODEL
-from postgrad.storage.atomic import publish_folder, write_atomically
+from postgrad.storage.checked_files import read_checked_json, write_checked_json
+from postgrad.storage.read_json import Value
 from postgrad.studies.step_graph import Step, StepGraph, StepKind, resolve_step_references
 from postgrad.tuning.open_model import open_model
 
@@ -100,14 +102,14 @@ class StudyFolder:
             case _:
                 return place.exists()
 
-    def read_note(self, step: Step) -> dict[str, Any]:
-        """Cost of a step: seconds by phase, and peak accelerator memory in bytes."""
-        return read_json_object(self.runs_folder / NOTES_FOLDER / f"{step.key}.json")
+    def read_note(self, step: Step) -> StepNote:
+        """Cost of a step."""
+        return read_study_json(self.runs_folder / NOTES_FOLDER / f"{step.key}.json", StepNote)
 
     @property
-    def machine(self) -> dict[str, Any]:
+    def machine(self) -> StudyMachine:
         """Compute settings shared by all runs of the study, chosen once so that arms do not differ in them."""
-        return read_json_object(self.runs_folder / MACHINE_FILE)
+        return read_study_json(self.runs_folder / MACHINE_FILE, StudyMachine)
 
     def resolve_stage(self, graph: StepGraph, step: Step) -> dict[str, Any]:
         """The stage of a step as plain data, with all step references resolved."""
@@ -116,21 +118,27 @@ class StudyFolder:
         return {**whole, "output": str(self.step_path(step)), **({"compute": compute} if compute else {})}
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """A JSON object of a study's folder; empty where there is none. Raises `StageError` for a broken file."""
+class StepNote(TypedDict, total=False):
+    """The recorded cost of a step."""
+
+    seconds: dict[str, float]
+    """By phase."""
+    peak_memory: int
+    """Of the accelerator, in bytes."""
+
+
+class StudyMachine(TypedDict, total=False):
+    """Compute settings shared by all runs of a study, with the reasons."""
+
+    compute: dict[str, Any]
+    reasons: dict[str, str]
+
+
+def read_study_json(path: Path, kind: type[Value]) -> Value:
+    """A JSON document of a study's folder; empty where there is none. Raises `StageError` for a broken file."""
     if not path.exists():
-        return {}
-    try:
-        found = json.loads(path.read_text())
-    except ValueError as error:
-        raise _broken_file_error(path, f"not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise _broken_file_error(path, "not a JSON object")
-    return found
-
-
-def _broken_file_error(path: Path, problem: str) -> StageError:
-    return StageError(problem, where=str(path), hint="remove this file; it is created again")
+        return kind()
+    return read_checked_json(path, kind, error=StageError, hint="remove this file; it is created again")
 
 
 @dataclass
@@ -186,10 +194,10 @@ def _update_note(folder: StudyFolder, step: Step, timer: PhaseTimer) -> None:
     seconds = PhaseTimer(known.get("seconds", {}))
     for phase, value in timer.seconds.items():
         seconds.add(phase, value)
-    note: dict[str, Any] = {"seconds": seconds.seconds}
+    note: StepNote = {"seconds": seconds.seconds}
     if torch.cuda.is_available():
         note["peak_memory"] = max(known.get("peak_memory", 0), torch.cuda.max_memory_allocated())
-    write_atomically(folder.runs_folder / NOTES_FOLDER / f"{step.key}.json", json.dumps(note))
+    write_checked_json(folder.runs_folder / NOTES_FOLDER / f"{step.key}.json", note)
 
 
 def _run_training(
@@ -260,7 +268,7 @@ def _blend_models(graph: StepGraph, step: Step, folder: StudyFolder, timer: Phas
     interpolate.interpolate_weights(end.model, *between, what["weight"])
     if not (home / MODEL).exists():
         dtype, tokenizer = stored_dtype(begun), load_tokenizer(begun)
-        publish_folder(home / MODEL, lambda staged: save_pretrained(end.model, tokenizer, staged, dtype=dtype))
+        publish_pretrained(home / MODEL, end.model, tokenizer, dtype=dtype)
     record = read_record(run)
     plan = make_plan(parse_recorded_stage(record.stage, run.name), folder.root, folder.cache)
     world = World(machine.default_device())

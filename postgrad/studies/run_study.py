@@ -7,7 +7,6 @@ tokenised twice. With several accelerators each has a worker process, which take
 from __future__ import annotations
 
 import hashlib
-import json
 import multiprocessing
 import os
 import queue
@@ -24,14 +23,15 @@ from postgrad.data.read.files import list_files
 from postgrad.distributed.world import World
 from postgrad.errors import PostgradError, StageError
 from postgrad.run.run_folder import lock_run_folder
-from postgrad.storage.atomic import write_atomically, write_without_secrets
+from postgrad.storage.atomic import write_without_secrets
+from postgrad.storage.checked_files import read_cached_json, write_checked_json
 from postgrad.studies.run_step import (
     MACHINE_FILE,
     StepProgress,
     StepStopped,
     StepWarning,
     StudyFolder,
-    read_json_object,
+    read_study_json,
     run_step,
 )
 from postgrad.studies.step_graph import StepGraph, build_step_graph, is_step_output
@@ -134,7 +134,7 @@ class _TextFingerprints:
 
     def __init__(self, home: Path, root: Path) -> None:
         self.memo_file, self.root = home / TEXT_HASHES, root
-        self.memo: dict[str, list[Any]] = read_json_object(self.memo_file)
+        self.memo = read_cached_json(self.memo_file, dict[str, tuple[int, int, str]]) or {}
 
     def __call__(self, text: Mapping[str, Any]) -> object:
         options = {key: value for key, value in text.items() if key not in ("name", "share", "role", "max_passes")}
@@ -149,13 +149,13 @@ class _TextFingerprints:
     def _file_hash(self, file: Path) -> str:
         stat = file.stat()
         known = self.memo.get(str(file))
-        if known is None or known[:2] != [stat.st_size, stat.st_mtime_ns]:
+        if known is None or known[:2] != (stat.st_size, stat.st_mtime_ns):
             with file.open("rb") as opened:
                 digest = hashlib.file_digest(opened, "sha256").hexdigest()
-            self.memo[str(file)] = known = [stat.st_size, stat.st_mtime_ns, digest]
+            self.memo[str(file)] = known = (stat.st_size, stat.st_mtime_ns, digest)
             if self.memo_file.parent.exists():
-                write_atomically(self.memo_file, json.dumps(self.memo))
-        return str(known[2])
+                write_checked_json(self.memo_file, self.memo)
+        return known[2]
 
 
 @dataclass
@@ -213,7 +213,7 @@ def run_study(prepared: PreparedStudy, *, command: str, workers: int | None = No
 
 def load_times(folder: StudyFolder) -> dict[str, float]:
     """Wall-clock, device and step seconds of the study so far, summed over resumes."""
-    return {"wall": 0.0, "devices": 0.0, "inside": 0.0, **read_json_object(folder.path / TIMES_FILE)}
+    return {"wall": 0.0, "devices": 0.0, "inside": 0.0, **read_study_json(folder.path / TIMES_FILE, dict[str, float])}
 
 
 def total_step_seconds(prepared: PreparedStudy) -> float:
@@ -228,14 +228,14 @@ def add_time(folder: StudyFolder, seconds: float, devices: int = 1, step_seconds
     more = {"wall": seconds, "devices": seconds * devices, "inside": step_seconds}
     now = {key: before[key] + more[key] for key in more}
     folder.path.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder.path / TIMES_FILE, json.dumps(now))
+    write_checked_json(folder.path / TIMES_FILE, now)
 
 
 def _write_study_copy(prepared: PreparedStudy) -> None:
     """Copy the study file into its folder. Raises `StageError` for a folder that belongs to anything else."""
     home = prepared.folder.path
     if (home / "study.yaml").exists():
-        first = (home / "study.yaml").read_text().partition("\n")[0]
+        first = (home / "study.yaml").read_text(errors="replace").partition("\n")[0]
         other = prepared.folder.root / first.removeprefix(_SOURCE_COMMENT)
         if first.startswith(_SOURCE_COMMENT) and other.name != prepared.file.name and other.is_file():
             raise _same_folder_error(prepared, other)

@@ -7,7 +7,6 @@ held-out text are timed on this machine.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -32,7 +31,7 @@ from postgrad.reports.html.table import Cell, Column, Number, Table, count_cell,
 from postgrad.run.build import choose_execution
 from postgrad.run.milestones import evaluation_steps
 from postgrad.run.tuned_model import make_tuned_model
-from postgrad.storage.atomic import write_atomically
+from postgrad.storage.checked_files import write_checked_json
 from postgrad.storage.fingerprint import fingerprint
 from postgrad.studies.run_step import MACHINE_FILE
 from postgrad.studies.run_study import PreparedStudy
@@ -204,7 +203,7 @@ def _time_run(prepared: PreparedStudy, plan: Plan, world: World, planning_second
     if not place.exists():
         kept = {"dtype": execution.dtype, "threads": execution.threads}
         prepared.folder.runs_folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(place, json.dumps({"compute": kept, "reasons": execution.reasons}, indent=1))
+        write_checked_json(place, {"compute": kept, "reasons": execution.reasons})
     costs = check_teachers(plan, subject, execution, world)
     more = sum(cost.record.get("share_of_step", 0.0) + cost.record.get("writing_share_of_step", 0.0) for cost in costs)
     held = plan.evaluation.scored_sets[0].take_tokens(_TIMED_SCORE_TOKENS)

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from postgrad.commands.cache import cache_folder
 from postgrad.commands.results import Result
 from postgrad.lineage.record import Interval
+from postgrad.storage.cache_folder import cache_folder
 from postgrad.studies.outputs import STUDY_JSON, write_outputs
 from postgrad.studies.run_study import StudyEvent, StudyFinished, add_time, prepare_study
 from postgrad.studies.run_study import run_study as run_prepared_study

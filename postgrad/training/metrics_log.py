@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from pathlib import Path
 
-from postgrad.lineage.metrics import MetricsRow, read_metrics
+from postgrad.lineage.metrics import MetricsRow, format_row, scan_metrics
 from postgrad.storage.atomic import disk_errors, write_atomically
 
 
 class MetricsLog:
     """The append-only `metrics.jsonl` of a run. A kill can truncate its last line only."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, run_id: str = "") -> None:
+        self.path, self.run_id = path, run_id
 
     def rewind(self, step: int) -> None:
-        """Remove the lines after `step`, which a resumed run writes again."""
+        """Remove the lines after `step`, which a resumed run writes again. A damaged line between the others stays as it is."""
+        kept: list[bytes] = []
+        damaged: list[bytes] = []
+        for line in scan_metrics(self.path, self.run_id):
+            if line.row is None:
+                damaged.append(line.text)
+            elif line.row.step <= step:
+                kept += [*damaged, format_row(line.row, self.run_id).encode()]
+                damaged = []
         if self.path.exists():
-            lines = [json.dumps(row.as_json()) + "\n" for row in read_metrics(self.path) if row.step <= step]
-            write_atomically(self.path, "".join(lines))
+            write_atomically(self.path, b"".join(kept))
 
     def write(self, row: MetricsRow) -> None:
         """Append one row."""
         with disk_errors(self.path), self.path.open("a") as file:
-            file.write(json.dumps(row.as_json()) + "\n")
+            file.write(format_row(row, self.run_id))
 
     def sync(self) -> None:
         """Flush to disk; called before a checkpoint is published, which must not be newer than its log."""

@@ -48,11 +48,11 @@ def write_tuning(
     _write_tensors(folder / TENSORS, state)
 
 
-def save_tuning(tuning: Tuning, folder: Path, base: Mapping[str, Any]) -> None:
-    """Write a tuning's export into the existing `folder`, also in PEFT's format if PEFT can load it."""
+def save_tuning(tuning: Tuning, folder: Path, base: Mapping[str, Any], *, for_peft: bool = True) -> None:
+    """Write a tuning's export into the existing `folder`; with `for_peft` also in PEFT's format, if PEFT can load it."""
     export = tuning.export()
     write_tuning(folder, export.options, export.state, base)
-    peft = tuning.peft()
+    peft = tuning.peft() if for_peft else None
     if peft is not None:
         _write_json(folder / PEFT_DESCRIPTION, {**peft.config, "base_model_name_or_path": base.get("name")})
         _write_tensors(folder / PEFT_TENSORS, peft.state)

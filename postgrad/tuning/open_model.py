@@ -131,7 +131,7 @@ class _PeftReference:
 
 
 def _read_peft_reference(start: ModelLocation, base: ModelLocation) -> BaseReference:
-    """The reference in PEFT's configuration; PEFT puts a prompt before every text."""
+    """The reference in PEFT's configuration; PEFT puts a prompt before every text, its special tokens included."""
     assert start.folder is not None
     file = start.folder / PEFT_FILE
     config = read_json(file, _PeftReference, error=TuningError)
@@ -142,7 +142,7 @@ def _read_peft_reference(start: ModelLocation, base: ModelLocation) -> BaseRefer
             raise TuningError("`num_virtual_tokens` is missing", where=str(file), expected="the length of the prompt")
         first = load_model_sizes(start).vocab_size
         prompt_ids = tuple(range(first, first + config.num_virtual_tokens))
-    return BaseReference(config.base_model_name_or_path or "", None, None, task, frame=Frame(prompt_ids))
+    return BaseReference(config.base_model_name_or_path or "", None, None, task, frame=Frame(outer_ids=prompt_ids))
 
 
 @dataclass(frozen=True)
@@ -216,6 +216,8 @@ def open_model(
     notes = base.notes
     if reference.fingerprint and base_fingerprint and reference.fingerprint != base_fingerprint:
         notes += (f"{start.name} was trained on another model than {start.base.name} (its fingerprint differs)",)
+    if not (start.folder / TUNING_FILE).exists():
+        notes += tuple(tuning.notes)
     freeze(base.model)
     mark_prefix_lm(base.model.config, reference.is_prefix_lm)
     unmerged: tuple[Tuning, ...] = (tuning,)

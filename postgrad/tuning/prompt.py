@@ -23,12 +23,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from postgrad.errors import TuningError
 from postgrad.models.layers import get_embedding_weight
 from postgrad.models.model_sizes import get_model_sizes
+from postgrad.models.sublayers import eval_mode, make_probe_inputs
+from postgrad.models.tied_weights import output_is_tied, separate_output
 from postgrad.tuning.extra_trainable import ExtraTrainable, base_parameter_name, named_parameters
 from postgrad.tuning.module_tuning import ModuleTuning, SwitchableModule
 from postgrad.tuning.peft_prompts import prompt_config, read_prompt
 from postgrad.tuning.prompt_encoder import ENCODERS
 from postgrad.tuning.prompt_init import PromptInit, initial_vectors_PD
 from postgrad.tuning.tuning import PeftFolder, TuningExport, check_choice, load_or_detach, unfreeze
+from postgrad.tuning.untie_embeddings import untie_output
 
 
 class PromptDefaults(NamedTuple):
@@ -171,10 +174,10 @@ class PromptTuning(ModuleTuning):
         """Append the vectors to the vocabulary: a plain model in which the virtual ids are ordinary ones.
 
         `tokenizer` gets `<|prompt-0|>`, `<|prompt-1|>`, ... as special tokens with those ids. Logits of the old vocabulary
-        do not change. The new ids must never be generated: `generation_config.suppress_tokens` prevents it. An untied output
-        layer gives them the logit 0 (-10000 where it has a bias), a tied one their dot product with the hidden state, so
-        whoever scores with the merged model should drop these last columns from the softmax, or accept that they take a
-        little of the probability.
+        do not change. The new ids must never be generated: `generation_config.suppress_tokens` prevents it. The output layer
+        gets rows of its own (a tied one is untied): each new token has the logit of the old token that is least likely, or
+        -10000 where there is a bias. So whoever scores with the merged model should drop these last columns from the
+        softmax, or accept that they take a little of the probability.
 
         Raises `TuningError` when the table's rows, or the tokenizer's tokens, do not end where the prompt's ids start.
         """
@@ -278,19 +281,40 @@ def _embedding_scale(model: PreTrainedModel) -> float:
 
 def _append_vocabulary(model: PreTrainedModel, rows_PD: Tensor) -> None:
     """Append rows to the input embedding, with output logits that keep them from being generated."""
-    old = len(get_embedding_weight(model))
-    with torch.random.fork_rng(devices=[]):  # the new rows are drawn, then overwritten
+    old, unlikely = len(get_embedding_weight(model)), 0
+    has_bias = any(bias is not None for bias in _logits_biases(model))
+    if not has_bias:
+        unlikely = _least_likely_token(model)
+        if output_is_tied(model):
+            untie_output(model)
+    with torch.random.fork_rng(devices=[]), separate_output(model):  # the new rows are drawn, then overwritten
         model.resize_token_embeddings(old + len(rows_PD), mean_resizing=False)
     table, head = get_embedding_weight(model), model.get_output_embeddings()
     with torch.no_grad():
         table[old:] = rows_PD
         if head is not None and head.weight is not table:
-            head.weight[old:] = 0.0
-        if getattr(head, "bias", None) is not None:
-            head.bias[old:] = -1e4
+            head.weight[old:] = head.weight[unlikely]
+        for bias in _logits_biases(model):
+            if bias is not None:
+                bias[..., old:] = -1e4
     generation = getattr(model, "generation_config", None)
     if generation is not None:
         generation.suppress_tokens = [*(generation.suppress_tokens or []), *range(old, old + len(rows_PD))]
+
+
+def _logits_biases(model: PreTrainedModel) -> tuple[Tensor | None, Tensor | None]:
+    """The bias of the output layer, and that of BART's logits."""
+    return getattr(model.get_output_embeddings(), "bias", None), getattr(model, "final_logits_bias", None)
+
+
+@torch.no_grad()
+def _least_likely_token(model: PreTrainedModel) -> int:
+    """The token whose largest probability is the smallest, on a probe."""
+    if model.get_output_embeddings() is None:
+        return 0
+    with eval_mode(model):
+        logits_BTV = model(**make_probe_inputs(model)).logits
+    return int(logits_BTV.float().log_softmax(-1).flatten(0, 1).amax(0).argmin())
 
 
 def _add_tokens(tokenizer: PreTrainedTokenizerBase, first: int, count: int) -> None:

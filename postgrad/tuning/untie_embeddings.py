@@ -51,7 +51,7 @@ def untie_output(model: PreTrainedModel) -> UntieResult:
     expected = _compute_logits(model)
     for local, parameter in shared.items():
         setattr(layer, local, nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad))
-    config_note = _untie_in_config(model, {f"{prefix}.{local}" for local in shared})
+    config_note = remove_ties(model, {f"{prefix}.{local}" for local in shared})
     if not torch.equal(_compute_logits(model), expected):
         raise TuningError(
             f"the output of {type(model).__name__} changes when its output embedding is untied",
@@ -66,14 +66,6 @@ def untie_output(model: PreTrainedModel) -> UntieResult:
     body = {id(m) for m in model.base_model.modules()}
     unused = {name for name in others.values() if id(model.get_submodule(name.rpartition(".")[0])) not in body}
     return UntieResult([*notes, config_note], unused)
-
-
-def _untie_in_config(model: PreTrainedModel, untied: set[str]) -> str:
-    """Remove weights from transformers' records of ties; returns a note on the configuration."""
-    if remove_ties(model, untied):
-        # The key also ties other weights, such as the two input embeddings of T5 and BART.
-        return "the configuration still has tie_word_embeddings: true, and the saved folder holds both weights"
-    return "the configuration has tie_word_embeddings: false now"
 
 
 def _compute_logits(model: PreTrainedModel) -> Tensor:

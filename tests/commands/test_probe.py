@@ -80,8 +80,8 @@ def test_features_are_the_hidden_states_of_the_rows(shelf: Workspace, tmp_path: 
     files = [shelf.file("labelled"), shelf.file("labelled", held_out=True)]
     probe_layers(str(shelf.folder / "bert"), *files, cache=tmp_path, pooling="mean")
     kept = sorted((tmp_path / "features").iterdir())
-    assert len(kept) == 3 and all(path.suffix == ".npy" for path in kept)
-    sizes = {np.load(path).shape[1]: path for path in kept}
+    assert len(kept) == 3
+    sizes = {np.load(path / "features.npy").shape[1]: path / "features.npy" for path in kept}
     features = np.load(sizes[24])
     model, tokenizer = AutoModel.from_pretrained(shelf.folder / "bert"), bert_tokenizer()
     wanted = []

@@ -87,7 +87,7 @@ def chatting(folder: Path, template: str, seed: int, *, bos: bool = False) -> Pa
 
 @pytest.fixture(scope="session")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(chatting(tmp_path_factory.mktemp("plain") / "model", plain_template(False), 0))
+    return str(chatting(tmp_path_factory.mktemp("plain") / "model", plain_template(""), 0))
 
 
 @pytest.fixture(scope="session")
@@ -132,7 +132,7 @@ def test_where_a_user_speaks_is_found(plain: str, signed: str) -> None:
     assert turns.user_turn_affixes == ("<|begin|>user\n", "<|end|>\n<|begin|>assistant\n")
     assert turns.user_end_tokens == {turns.generator.tokenizer.convert_tokens_to_ids("<|end|>")}
     ids = turns.encode(turns.user_turn_affixes[0]).tolist()
-    assert ids.count(turns.generator.encoder.bos) == 1 or turns.generator.encoder.bos is None  # the template's own
+    assert all(ids.count(token) == 1 for token in turns.generator.encoder.prefix_ids)  # the template's own
 
 
 def test_a_stop_anywhere_makes_no_difference(plain: str, tmp_path: Path) -> None:

@@ -8,17 +8,17 @@ from hypothesis import strategies as st
 from postgrad.data.layouts.rows import Row
 from postgrad.data.layouts.seq2seq import Seq2SeqRows
 from postgrad.data.layouts.windows import TooLongPolicy
-from postgrad.data.render.frame import EMPTY_FRAME, Frame
+from postgrad.data.render.frame import Frame
 from postgrad.errors import StageError
 from tests.data.memory import InMemoryStore, lay_out
 
 EOS, START = 1, 0
+ENDED = Frame(suffix_ids=(EOS,))
 
 
-def rows_of(store: InMemoryStore, length: int = 64, target: int = 64, **changes: object) -> Seq2SeqRows:
-    return lay_out(
-        Seq2SeqRows, store, length, target_length=target, **({"eos": EOS, "decoder_start": START, "seed": 0} | changes)
-    )
+def rows_of(store: InMemoryStore, length: int = 64, target_length: int = 64, **changes: object) -> Seq2SeqRows:
+    chosen = {"target": ENDED, "decoder_start": START, "seed": 0, "frame": ENDED}
+    return lay_out(Seq2SeqRows, store, length, target_length=target_length, **(chosen | changes))
 
 
 def arrays(row: Row) -> tuple[list[int], list[int]]:
@@ -35,7 +35,7 @@ EXAMPLE = InMemoryStore([[5, 6, 7, 8, 9, EOS]], [[0, 0, 0, 1, 1, 1]])
 def test_an_example_by_hand() -> None:
     row = rows_of(EXAMPLE).get_row(0, 0)
     assert arrays(row) == ([5, 6, 7, EOS], [8, 9, EOS])
-    framed = rows_of(EXAMPLE, frame=Frame((90, 91), (), (92,))).get_row(0, 0)
+    framed = rows_of(EXAMPLE, frame=Frame((90, 91), (), (92, EOS))).get_row(0, 0)
     assert arrays(framed) == ([90, 91, 5, 6, 7, 92, EOS], [8, 9, EOS])
 
 
@@ -101,7 +101,8 @@ marks = st.lists(
 )
 options = st.fixed_dictionaries(
     {
-        "frame": st.sampled_from([EMPTY_FRAME, Frame((90,), (), (91,))]),
+        "frame": st.sampled_from([ENDED, Frame((90,), (), (91, EOS))]),
+        "target": st.sampled_from([ENDED, Frame((93,), (), (EOS,)), Frame((), (), (EOS, 94))]),
         "lead": st.integers(0, 1),
         "held_out": st.sampled_from([0.0, 0.3]),
         "max_document_tokens": st.sampled_from([None, 7]),
@@ -113,14 +114,23 @@ asked = st.sampled_from(["cut-context", "cut-end", "drop"])
 def check_ledger(rows: Seq2SeqRows, read: list[Row], lead: int) -> None:
     book = rows.ledger
     assert book.read == book.held_out + book.dropped + book.truncated + book.placed
-    assert book.placed == book.trained + book.context and min(book.as_dict().values()) >= 0
-    # Of the encoder's ids neither frame nor EOS, all labels, and the BOS of each document.
-    mine = sum(int((r.inputs["input_ids"] >= 100).sum()) + len(r.labels) for r in read)
-    assert book.placed == mine + np.unique(rows.document_R).size * lead
+    assert book.placed == book.trained + book.context
+    # Of the ids no frame, but the EOS of each row that has one, and the BOS of each document.
+    mine = sum(int((ids >= 100).sum()) for r in read for ids in (r.inputs["input_ids"], r.labels))
+    ended = sum(target_of(rows, r.labels.tolist())[1] for r in read)
+    assert book.placed == mine + ended + np.unique(rows.document_R).size * lead
+
+
+def target_of(rows: Seq2SeqRows, labels: list[int]) -> tuple[list[int], bool]:
+    """The target of a row without its frame, and whether the row ends it."""
+    prefix, suffix = list(rows.target.prefix_ids), list(rows.target.suffix_ids)
+    assert labels[: len(prefix)] == prefix
+    ended = labels[-len(suffix) :] == suffix
+    return labels[len(prefix) : len(labels) - ended * len(suffix)], ended
 
 
 @settings(max_examples=300)
-@given(marks, st.integers(4, 20), st.integers(1, 12), options, asked)
+@given(marks, st.integers(4, 20), st.integers(2, 12), options, asked)
 def test_source_and_target_are_the_example(
     marks: list[list[int]], length: int, target: int, chosen: dict, too_long: TooLongPolicy
 ) -> None:
@@ -131,12 +141,13 @@ def test_source_and_target_are_the_example(
     cut = dict.fromkeys(rows.truncations, 0)
     check_ledger(rows, read, chosen["lead"])
     assert sum(r.label_count for r in read) == rows.ledger.trained
-    around = len(chosen["frame"].prefix_ids), len(chosen["frame"].suffix_ids) + 1
+    around = len(chosen["frame"].prefix_ids), len(chosen["frame"].suffix_ids)
     for document, row in zip(rows.document_R.tolist(), read, strict=True):
         ids, labels = arrays(row)
         source = ids[around[0] : len(ids) - around[1]]
         whole, mark = documents[document][: chosen["max_document_tokens"]], marks[document]
-        begin = whole.index(labels[0])
+        answer, ended = target_of(rows, labels)
+        begin = whole.index(answer[0])
         assert mark[begin] == 1 and (begin == chosen["lead"] or mark[begin - 1] == 0)
         room = length - sum(around)
         fits = slice(-room, None) if too_long == "cut-context" else slice(room)
@@ -146,19 +157,19 @@ def test_source_and_target_are_the_example(
             source != whole[chosen["lead"] : begin]
         )
         assert source == whole[chosen["lead"] : begin] or len(ids) == length
-        answer = labels[:-1] if labels[-1] == EOS else labels
         assert answer == whole[begin : begin + len(answer)]
         last = begin + len(answer)
-        if labels[-1] == EOS:
+        if ended:
             assert last >= len(documents[document]) - 1 or not any(mark[last:-1])
         else:
-            assert len(labels) == target or len(whole) < len(documents[document])
+            room = target - len(labels)
+            assert 0 <= room < len(rows.target.suffix_ids) or len(whole) < len(documents[document])
             cut["the end of the target"] += last < len(whole) - (whole[-1] == EOS) and bool(mark[last])
     assert cut == rows.truncations
 
 
 @settings(max_examples=200)
-@given(st.lists(st.integers(0, 40), min_size=1, max_size=10), st.integers(6, 20), st.integers(3, 20), options)
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=10), st.integers(6, 20), st.integers(4, 20), options)
 def test_a_plain_text_is_its_sources_and_targets(sizes: list[int], length: int, target: int, chosen: dict) -> None:
     """Law: source and target of a document's rows, laid end to end, are its text; only the last has its EOS."""
     documents = [[*range(100 * i + 100, 100 * i + 100 + n), EOS] for i, n in enumerate(sizes)]
@@ -166,11 +177,12 @@ def test_a_plain_text_is_its_sources_and_targets(sizes: list[int], length: int, 
     told: dict[int, list[int]] = {}
     read = [rows.get_row(i, 5) for i in range(len(rows))]
     check_ledger(rows, read, chosen["lead"])
-    around = len(chosen["frame"].prefix_ids), len(chosen["frame"].suffix_ids) + 1
+    around = len(chosen["frame"].prefix_ids), len(chosen["frame"].suffix_ids)
     for document, row in zip(rows.document_R.tolist(), read, strict=True):
         ids, labels = arrays(row)
         assert len(ids) <= length and len(labels) <= target and len(ids) > sum(around)
-        told.setdefault(document, []).extend([*ids[around[0] : len(ids) - around[1]], *labels])
+        answer, ended = target_of(rows, labels)
+        told.setdefault(document, []).extend([*ids[around[0] : len(ids) - around[1]], *answer, *[EOS] * ended])
     for document, tokens in told.items():
         assert tokens == documents[document][: chosen["max_document_tokens"]][chosen["lead"] :]
 
@@ -192,6 +204,6 @@ def test_a_target_that_is_not_shifted_would_show_the_answer() -> None:
 
 def test_no_room_is_refused() -> None:
     with pytest.raises(StageError, match="no room"):
-        rows_of(EXAMPLE, 3, frame=Frame((90, 91)))
+        rows_of(EXAMPLE, 3, frame=Frame((90, 91), (), (EOS,)))
     with pytest.raises(StageError, match="target_length"):
         rows_of(InMemoryStore([[5, 6, EOS]]), 9, 2)

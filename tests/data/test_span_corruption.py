@@ -14,11 +14,12 @@ from postgrad.errors import StageError
 from tests.data.memory import InMemoryStore, lay_out
 
 EOS, START = 1, 0
+ENDED = Frame(suffix_ids=(EOS,))
 SENTINELS = tuple(range(999, 899, -1))
 
 
 def rows_of(documents: list[list[int]], length: int = 512, **changes: object) -> SpanCorruptionRows:
-    chosen = {"sentinels": SENTINELS, "eos": EOS, "decoder_start": START, "seed": 0}
+    chosen = {"sentinels": SENTINELS, "target": ENDED, "decoder_start": START, "seed": 0, "frame": ENDED}
     return lay_out(SpanCorruptionRows, InMemoryStore(documents), length, **(chosen | changes))
 
 
@@ -56,7 +57,7 @@ def test_one_row_by_hand() -> None:
     assert row.inputs["attention_mask"].tolist() == [1, 1, 1]
     assert row.labels.tolist() == [999, 6, EOS]
     assert row.inputs["decoder_input_ids"].tolist() == [START, 999, 6]
-    framed = rows_of([[2, 5, 6, EOS]], frame=Frame((90,), (), (91,)), lead=1).get_row(0, 0)
+    framed = rows_of([[2, 5, 6, EOS]], frame=Frame((90,), (), (91, EOS)), lead=1).get_row(0, 0)
     assert framed.inputs["input_ids"].tolist() == [90, 5, 999, 91, EOS]
 
 

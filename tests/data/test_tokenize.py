@@ -61,7 +61,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def encoder(tokenizer: Tokenizer) -> Encoder:
-    return Encoder(tokenizer.to_str(), None, EOS, 400)
+    return Encoder(tokenizer.to_str(), (), EOS, 400)
 
 
 def prose(seed: int, words: int) -> str:
@@ -97,7 +97,7 @@ def test_documents_become_ids_and_one_eos(tmp_path: Path, tokenizer: Tokenizer, 
 @pytest.mark.parametrize("bos", [None, BOS, EOS])
 @pytest.mark.parametrize("text", ["cat", "cat</s>", "cat</s></s>", "<s>cat", "<s><s>cat</s>", "a</s>b", "</s>cat"])
 def test_never_two_eos_and_never_two_bos(tmp_path: Path, tokenizer: Tokenizer, bos: int | None, text: str) -> None:
-    encoder = Encoder(tokenizer.to_str(), bos, EOS, 400)
+    encoder = Encoder(tokenizer.to_str(), () if bos is None else (bos,), EOS, 400)
     ids = build_store(corpus(tmp_path, [text]), encoder, tmp_path / "cache").read(0).tolist()
     assert ids[-1] == EOS
     assert ids[-2] != EOS
@@ -121,11 +121,11 @@ def test_truncation_padding_and_the_template_are_off(tmp_path: Path, tokenizer: 
     other.enable_truncation(4)
     other.enable_padding(length=64)
     source = corpus(tmp_path, [prose(1, 50)])
-    store = build_store(source, Encoder(other.to_str(), None, EOS, 400), tmp_path / "cache")
+    store = build_store(source, Encoder(other.to_str(), (), EOS, 400), tmp_path / "cache")
     plain = build_store(source, encoder, tmp_path / "cache")
     assert store.path == plain.path  # they do not even change the fingerprint
     other.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
-    store = build_store(source, Encoder(other.to_str(), None, EOS, 400), tmp_path / "cache")
+    store = build_store(source, Encoder(other.to_str(), (), EOS, 400), tmp_path / "cache")
     assert store.read(0).tolist() == plain.read(0).tolist()
 
 
@@ -133,7 +133,7 @@ def test_ids_are_stored_as_they_are(tmp_path: Path, tokenizer: Tokenizer) -> Non
     rows = [tokenizer.encode("the cat").ids, [], [BOS, 70, 71, EOS], [EOS], [399]]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"input_ids": ids}) + "\n" for ids in rows))
     source = RawSource("s", path="a.jsonl", root=tmp_path)
-    store = build_store(source, Encoder(tokenizer.to_str(), BOS, EOS, 400), tmp_path / "cache")
+    store = build_store(source, Encoder(tokenizer.to_str(), (BOS,), EOS, 400), tmp_path / "cache")
     assert [store.read(n).tolist() for n in range(3)] == [[BOS, *rows[0], EOS], rows[2], [BOS, 399, EOS]]
     assert (store.kind, store.empty_count) == ("input_ids", 2)
     assert store.documents["bytes"][0] == len(b"the cat")
@@ -142,7 +142,7 @@ def test_ids_are_stored_as_they_are(tmp_path: Path, tokenizer: Tokenizer) -> Non
 
 @pytest.mark.parametrize("vocabulary", [65_535, 65_536, 65_537, 262_144])
 def test_width_and_range(tmp_path: Path, tokenizer: Tokenizer, vocabulary: int) -> None:
-    encoder = Encoder(tokenizer.to_str(), None, EOS, vocabulary)
+    encoder = Encoder(tokenizer.to_str(), (), EOS, vocabulary)
     file = tmp_path / "a.jsonl"
     file.write_text(f'{{"input_ids": [5]}}\n{{"input_ids": [2, {vocabulary - 1}]}}\n')
     store = build_store(RawSource("s", path="a.jsonl", root=tmp_path), encoder, tmp_path / "cache")
@@ -157,17 +157,17 @@ def test_width_and_range(tmp_path: Path, tokenizer: Tokenizer, vocabulary: int) 
 def test_a_tokenizer_larger_than_the_model_is_refused_with_the_place(tmp_path: Path, tokenizer: Tokenizer) -> None:
     source = corpus(tmp_path, ["A", "the cat sat"])
     with pytest.raises(DataError, match=r"a\.jsonl:2: token id") as caught:
-        build_store(source, Encoder(tokenizer.to_str(), None, EOS, 260), tmp_path / "cache")
+        build_store(source, Encoder(tokenizer.to_str(), (), EOS, 260), tmp_path / "cache")
     assert "use the model's own tokenizer" in str(caught.value)
 
 
 @pytest.mark.parametrize(
     "made",
     [
-        lambda: Encoder("{}", None, 400, 400),
-        lambda: Encoder("{}", -1, 0, 400),
-        lambda: Encoder("{}", None, 1, 400).load(),
-        lambda: Encoder("[", None, 1, 4).fingerprint,
+        lambda: Encoder("{}", (), 400, 400),
+        lambda: Encoder("{}", (-1,), 0, 400),
+        lambda: Encoder("{}", (), 1, 400).load(),
+        lambda: Encoder("[", (), 1, 4).fingerprint,
     ],
 )
 def test_an_impossible_encoder_is_a_model_error(made: Callable[[], Any]) -> None:
@@ -254,8 +254,8 @@ def test_a_store_is_reused_and_what_changes_it_changes_its_name(
     paths.add(
         build_store(RawSource("s", path="a.txt", root=tmp_path, documents="lines"), encoder, tmp_path / "cache").path
     )
-    for bos, eos, vocabulary in ((BOS, EOS, 400), (None, 2, 400), (None, EOS, 401)):
-        changed = Encoder(tokenizer.to_str(), bos, eos, vocabulary)
+    for prefix, eos, vocabulary in (((BOS,), EOS, 400), ((), 2, 400), ((), EOS, 401)):
+        changed = Encoder(tokenizer.to_str(), prefix, eos, vocabulary)
         paths.add(build_store(source, changed, tmp_path / "cache").path)
     (tmp_path / "a.txt").write_text("One\n\ntwo three</s>")
     paths.add(build_store(source, encoder, tmp_path / "cache").path)
@@ -335,7 +335,7 @@ def test_threads_of_the_tokenizer_itself_are_not_started(tmp_path: Path, encoder
         from postgrad.data.tokens.tokenize import Encoder, build_store
         from postgrad.data.read.files import RawSource
         root = Path(sys.argv[1])
-        encoder = Encoder((root / "t.json").read_text(), None, 1, 400)
+        encoder = Encoder((root / "t.json").read_text(), (), 1, 400)
         build_store(RawSource("s", path="a.jsonl", root=root), encoder, root / "cache", workers=2)
         print(len(os.listdir("/proc/self/task")), os.environ.get("TOKENIZERS_PARALLELISM"))
     """
@@ -428,7 +428,7 @@ def test_every_kind_of_row_with_its_marks(
     expected: list[tuple[int, str]],
     values: list[float] | None,
 ) -> None:
-    encoder = Encoder(tokenizer.to_str(), bos, EOS, 400)
+    encoder = Encoder(tokenizer.to_str(), () if bos is None else (bos,), EOS, 400)
     store = build_store(rows_of(tmp_path, [row]), encoder, tmp_path / "cache", renderer=renderer)
     if bos is not None and not expected[0][1].startswith("<s>"):  # never two, whether or not the template sets one
         first, *rest = expected
@@ -546,7 +546,9 @@ def test_the_marks_of_a_pair_are_the_token_types_of_the_tokenizers_own_pairs(tmp
     pairs = [("The cats", "sat é"), ("é", "cat cat the"), ("cats sat", "日")]
     rows = [{"sentence1": a, "sentence2": b, "label": "no"} for a, b in pairs]
     renderer = ClassRenderer(CLASSES, "[SEP]", is_joint=False)
-    store = build_store(rows_of(tmp_path, rows), Encoder(made.to_str(), 1, 2, 8), tmp_path / "cache", renderer=renderer)
+    store = build_store(
+        rows_of(tmp_path, rows), Encoder(made.to_str(), (1,), 2, 8), tmp_path / "cache", renderer=renderer
+    )
     for number, (a, b) in enumerate(pairs):
         own = made.encode(a, b)
         assert store.read(number).tolist() == own.ids
@@ -561,7 +563,7 @@ def test_a_tokenizer_that_trims_its_places_marks_the_same_tokens(tmp_path: Path,
     trimming.post_processor = ByteLevel(trim_offsets=True)
     source = rows_of(tmp_path, [{"prompt": "the \n", "completion": "  cat   sat \n "}])
     stores = [
-        build_store(source, Encoder(each.to_str(), None, EOS, 400), tmp_path / "cache", renderer=PlainRenderer())
+        build_store(source, Encoder(each.to_str(), (), EOS, 400), tmp_path / "cache", renderer=PlainRenderer())
         for each in (tokenizer, trimming)
     ]
     assert stores[0].path != stores[1].path
@@ -573,7 +575,7 @@ def test_a_tokenizer_that_trims_its_places_marks_the_same_tokens(tmp_path: Path,
 def test_where_the_end_is_also_the_padding_it_is_trained(tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
-    encoder = Encoder(tokenizer.backend_tokenizer.to_str(), None, tokenizer.eos_token_id, 320)
+    encoder = Encoder(tokenizer.backend_tokenizer.to_str(), (), tokenizer.eos_token_id, 320)
     renderer = ChatRenderer(None, tokenizer.special_tokens_map)
     store = build_store(rows_of(tmp_path, [{"messages": CHAT}]), encoder, tmp_path / "cache", renderer=renderer)
     ends = store.read(0) == tokenizer.pad_token_id
@@ -589,7 +591,7 @@ def test_the_ids_are_those_of_transformers(tmp_path: Path, bos: bool) -> None:
         + "{%- for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}"
         + "{% generation %}{{ m.content + eos_token }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
     )
-    encoder = Encoder(tokenizer.backend_tokenizer.to_str(), None, tokenizer.eos_token_id, 320)
+    encoder = Encoder(tokenizer.backend_tokenizer.to_str(), (), tokenizer.eos_token_id, 320)
     renderer = ChatRenderer(template, tokenizer.special_tokens_map)
     store = build_store(rows_of(tmp_path, [{"messages": CHAT}]), encoder, tmp_path / "cache", renderer=renderer)
     theirs = tokenizer.apply_chat_template(
@@ -691,15 +693,17 @@ WORD_LEVEL = {
 def test_a_store_of_running_text_is_still_of_the_first_format(
     tmp_path: Path, name: str, text: str, cut: str, fingerprint: str, header: str
 ) -> None:
-    """Caches are shared between versions: the name and the bytes (its header lists their hashes) must not change.
+    """Caches are shared between versions: name, header and bytes (the header lists their hashes) stay as they were.
 
-    Except that the header counts the columns that nothing reads, where there are any.
+    Except that the header has a checksum, and counts the columns that nothing reads, where there are any.
     """
     (tmp_path / name).write_text(text)
     source = RawSource("s", path=name, root=tmp_path, documents=cut)
-    store = build_store(source, Encoder(json.dumps(WORD_LEVEL), None, 0, 5), tmp_path / "cache")
+    store = build_store(source, Encoder(json.dumps(WORD_LEVEL), (), 0, 5), tmp_path / "cache")
     assert store.path.name == fingerprint
-    assert hashlib.sha256((store.path / "store.json").read_bytes()).hexdigest() == header
+    written = json.loads((store.path / "store.json").read_text())
+    assert written.pop("checksum")
+    assert hashlib.sha256((json.dumps(written, indent=1, sort_keys=True) + "\n").encode()).hexdigest() == header
 
 
 def test_rows_with_parts_need_a_renderer(tmp_path: Path, encoder: Encoder) -> None:
@@ -815,7 +819,7 @@ def die_at(step: int) -> None:
             return real(*args, **options)
 
         setattr(os, name, shim)
-    real_write = store_module._write_all
+    real_write = store_module.write_all
 
     def write(file: Any, data: bytes) -> None:
         if die():
@@ -823,7 +827,7 @@ def die_at(step: int) -> None:
             os._exit(KILLED)
         real_write(file, data)
 
-    store_module._write_all = write
+    store_module.write_all = write
 
 
 def sweep_kills(source: RawSource, encoder: Encoder, folder: Path, build: Callable[..., TokenStore]) -> Iterator[int]:
@@ -931,7 +935,7 @@ BUILD = """
     from postgrad.data.read.files import RawSource
     batches.SHARD_CHARACTERS = 20_000
     root = Path(sys.argv[1])
-    encoder = tokenize.Encoder((root / "t.json").read_text(), None, 1, 400)
+    encoder = tokenize.Encoder((root / "t.json").read_text(), (), 1, 400)
     store = tokenize.build_store(RawSource("s", path="a.jsonl", root=root), encoder, root / "cache")
     store.verify()
     print(store.path)

@@ -10,6 +10,7 @@ import torch
 
 from postgrad.data.layouts.rows import Row
 from postgrad.data.problem_type import ProblemType
+from postgrad.data.render.frame import TextPrefix
 from postgrad.evaluation.drift import Drift, compute_drift, weight_drift
 from postgrad.evaluation.held_out import HeldOutRows, HeldOutText
 from postgrad.models.model import CausalModel, HeadedModel, Model
@@ -132,7 +133,7 @@ def test_the_same_labels_are_compared_behind_a_soft_prompt() -> None:
     """A model that reads other ids before each text says the same of the same tokens only if they are the same tokens."""
     model = CausalModel(make_llama(0))
     plain = texts(3)
-    prompted = replace(plain, virtual_tokens=(5, 6, 7))
+    prompted = replace(plain, prefix=TextPrefix(inner_ids=(5, 6, 7)))
     found = compute_drift(model, CausalModel(make_llama(0)), (plain, prompted), context=128)
     assert found.tokens_W.sum() == plain.tokens
     expected = 0.0

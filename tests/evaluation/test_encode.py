@@ -11,8 +11,11 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from postgrad.errors import DataError, ModelError
-from postgrad.evaluation.choices.loglikelihood import encode_item, encode_items
+from postgrad.data.render.frame import Frame
+from postgrad.errors import DataError
+from postgrad.evaluation.choices import loglikelihood
+from postgrad.evaluation.choices.loglikelihood import ChoiceItem
+from postgrad.plan.model_inputs import get_tokenizer_frame
 from tests.conftest import make_llama, make_tokenizer
 from tests.tiny_stages import make_t5, t5_tokenizer
 
@@ -27,6 +30,25 @@ def with_bos() -> PreTrainedTokenizerFast:
 
 
 TOKENIZERS = {"plain": make_tokenizer(), "bos": with_bos(), "t5": t5_tokenizer()}
+
+
+def frame_of(tokenizer: PreTrainedTokenizerFast) -> Frame:
+    """What stands around a question: of a decoder's tokenizer only what comes before it."""
+    frame = get_tokenizer_frame(tokenizer)
+    return frame if tokenizer is TOKENIZERS["t5"] else Frame(frame.prefix_ids)
+
+
+def encode_items(
+    tokenizer: PreTrainedTokenizerFast, questions: list[tuple[str, list[str]]], *, separate: bool = False
+) -> list[ChoiceItem]:
+    empty = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    return loglikelihood.encode_items(tokenizer, frame_of(tokenizer), questions, empty=empty, separate=separate)
+
+
+def encode_item(
+    tokenizer: PreTrainedTokenizerFast, context: str, choices: list[str], *, separate: bool = False
+) -> ChoiceItem:
+    return encode_items(tokenizer, [(context, choices)], separate=separate)[0]
 
 
 def ids(tokenizer: PreTrainedTokenizerFast, text: str, **options: Any) -> list[int]:
@@ -82,13 +104,6 @@ def test_an_encoder_decoder_reads_both_apart() -> None:
 def test_a_choice_without_tokens(context: str, choice: str) -> None:
     with pytest.raises(DataError, match=r"no token of its own"):
         encode_item(TOKENIZERS["plain"], context, ["two", choice])
-
-
-def test_a_tokenizer_with_nothing_to_begin_with() -> None:
-    tokenizer = make_tokenizer()
-    tokenizer.eos_token = None
-    with pytest.raises(ModelError, match=r"neither BOS nor EOS"):
-        encode_item(tokenizer, "", ["two"])
 
 
 text = st.text(st.sampled_from("one two.\n 42*é"), max_size=12)

@@ -12,17 +12,28 @@ from hypothesis import strategies as st
 
 from postgrad.data.layouts.rows import IGNORED, Row
 from postgrad.data.problem_type import ProblemType
+from postgrad.data.render.frame import TextPrefix
 from postgrad.evaluation import held_out
-from postgrad.evaluation.held_out import HeldOutRows, HeldOutText, insert_after_bos
+from postgrad.evaluation.held_out import HeldOutRows, HeldOutText
 
 BOS, VIRTUAL = 1, (900, 901, 902)
 
 
-def text(documents: Sequence[Sequence[int]], **changes: object) -> HeldOutText:
-    found = HeldOutText(
-        "text", "learned", tuple(np.array(d, np.int64) for d in documents), np.full(len(documents), 9), "f"
+def text(
+    documents: Sequence[Sequence[int]],
+    before: tuple[int, ...] = (),
+    special: tuple[int, ...] = (),
+    reserved: int = 0,
+) -> HeldOutText:
+    return HeldOutText(
+        "text",
+        "learned",
+        tuple(np.array(d, np.int64) for d in documents),
+        np.full(len(documents), 9),
+        "f",
+        prefix=TextPrefix((), special, before),
+        reserved_positions=reserved,
     )
-    return replace(found, **changes)  # type: ignore[arg-type]
 
 
 def scored(found: HeldOutText, context: int) -> list[tuple[int, int, int]]:
@@ -48,7 +59,7 @@ def test_every_token_is_scored_once_whatever_stands_before(
     documents: list[list[int]], context: int, count: int, spare: int, bos: bool
 ) -> None:
     documents = [[BOS, *d] if bos else d for d in documents]
-    found = text(documents, virtual_tokens=VIRTUAL[:count], reserved_positions=spare, bos=BOS if bos else None)
+    found = text(documents, before=VIRTUAL[:count], reserved=spare, special=(BOS,) if bos else ())
     met = scored(found, context)
     # All but a document's first, which nothing stands before; with a BOS that is the BOS.
     assert [(d, label) for d, label, _ in met] == [(i, t) for i, doc in enumerate(documents) for t in doc[1:]]
@@ -64,9 +75,9 @@ def test_every_token_is_scored_once_whatever_stands_before(
 def test_a_prompt_and_as_much_room_left_free_cut_alike(documents: list[list[int]], context: int, bos: bool) -> None:
     """The start model, which has no prompt, is scored on the same windows of the same documents."""
     documents = [[BOS, *d] if bos else d for d in documents]
-    both = {"bos": BOS if bos else None}
-    prompted = list(text(documents, virtual_tokens=VIRTUAL, **both).iter_rows(context))
-    spared = list(text(documents, reserved_positions=len(VIRTUAL), **both).iter_rows(context))
+    both = {"special": (BOS,) if bos else ()}
+    prompted = list(text(documents, before=VIRTUAL, **both).iter_rows(context))
+    spared = list(text(documents, reserved=len(VIRTUAL), **both).iter_rows(context))
     assert len(prompted) == len(spared)
     for (one, with_prompt), (other, without) in zip(prompted, spared, strict=True):
         assert one == other and with_prompt.label_count == without.label_count
@@ -81,14 +92,12 @@ def test_a_prompt_and_as_much_room_left_free_cut_alike(documents: list[list[int]
 def test_without_the_room_left_free_windows_would_differ() -> None:
     """The mutant of the law above."""
     long = [list(range(2, 60))]
-    counts = {
-        spare: [p.row.label_count for p in text(long, reserved_positions=spare).iter_rows(16)] for spare in (0, 3)
-    }
+    counts = {spare: [p.row.label_count for p in text(long, reserved=spare).iter_rows(16)] for spare in (0, 3)}
     assert counts[0] != counts[3]
 
 
 def test_a_prompt_by_hand() -> None:
-    found = text([[BOS, 5, 6, 7, 8, 9, 10, 11]], virtual_tokens=VIRTUAL[:2], bos=BOS)
+    found = text([[BOS, 5, 6, 7, 8, 9, 10, 11]], before=VIRTUAL[:2], special=(BOS,))
     rows = [(p.row.inputs["input_ids"].tolist(), p.row.labels.tolist()) for p in found.iter_rows(8)]
     x = IGNORED
     assert rows == [
@@ -99,18 +108,21 @@ def test_a_prompt_by_hand() -> None:
 
 def test_a_prompt_stands_behind_a_bos_and_before_anything_else() -> None:
     ids = np.array([BOS, 5, 6])
-    assert insert_after_bos(ids, VIRTUAL, BOS).tolist() == [BOS, *VIRTUAL, 5, 6]
-    assert insert_after_bos(ids[1:], VIRTUAL, BOS).tolist() == [*VIRTUAL, 5, 6]
-    assert insert_after_bos(ids, VIRTUAL, None).tolist() == [*VIRTUAL, BOS, 5, 6]
-    assert insert_after_bos(ids, (), BOS).tolist() == ids.tolist()
-    assert insert_after_bos(ids[:0], VIRTUAL, BOS).tolist() == list(VIRTUAL)
+    behind = TextPrefix((), (BOS,), VIRTUAL)
+    assert behind.insert(ids).tolist() == [BOS, *VIRTUAL, 5, 6]
+    assert behind.insert(ids[1:]).tolist() == [*VIRTUAL, 5, 6]
+    assert TextPrefix((), (), VIRTUAL).insert(ids).tolist() == [*VIRTUAL, BOS, 5, 6]
+    assert TextPrefix((), (BOS,)).insert(ids).tolist() == ids.tolist()
+    assert behind.insert(ids[:0]).tolist() == list(VIRTUAL)
+    assert TextPrefix((), (BOS, 5), VIRTUAL).insert(ids).tolist() == [BOS, 5, *VIRTUAL, 6]
+    assert TextPrefix(VIRTUAL[:1], (BOS,), VIRTUAL[1:]).insert(ids).tolist() == [VIRTUAL[0], BOS, *VIRTUAL[1:], 5, 6]
 
 
 def test_scores_are_kept_by_all_that_decides_them() -> None:
     plain = text([[2, 3, 4], [5, 6]])
     others = [
         plain,
-        replace(plain, virtual_tokens=VIRTUAL),
+        replace(plain, prefix=TextPrefix((), (), VIRTUAL)),
         replace(plain, reserved_positions=3),
         plain.take_tokens(3),
         replace(plain, fingerprint="g"),
@@ -188,8 +200,10 @@ def test_windows_that_leave_a_token_out_would_be_met(monkeypatch: pytest.MonkeyP
     """The mutant: windows that begin to score one token late."""
     real = held_out.windows
 
-    def late(length: int, context: int, document: int = 0) -> object:
-        return (replace(w, scored_from=min(w.scored_from + 1, w.end - 1)) for w in real(length, context, document))
+    def late(length: int, context: int, document: int = 0, lead: int = 1) -> object:
+        return (
+            replace(w, scored_from=min(w.scored_from + 1, w.end - 1)) for w in real(length, context, document, lead)
+        )
 
     monkeypatch.setattr(held_out, "windows", late)
     assert [label for _, label, _ in scored(text([list(range(2, 40))]), 16)] != list(range(3, 40))

@@ -49,7 +49,7 @@ def test_words_have_the_states_of_their_first_token(
 ) -> None:
     monkeypatch.setattr(features, "_TOKENS_AT_ONCE", at_once)
     rows = rows_of(tags=True)
-    found = layer_features(states, rows, tmp_path / "a" / "f.npy", pooling=None, pad=0, device=CPU)
+    found = layer_features(states, rows, tmp_path / "a" / "f", pooling=None, cache=tmp_path, pad=0, device=CPU)
     wanted = np.concatenate([by_hand(row)[:, row.labels != IGNORED] for row in rows], 1)
     assert isinstance(found, np.memmap) and found.shape == (3, 16, 32)
     np.testing.assert_allclose(found, wanted, atol=1e-5)
@@ -59,7 +59,7 @@ def test_words_have_the_states_of_their_first_token(
 @pytest.mark.parametrize("pooling", ["first", "last", "mean", "max"])
 def test_texts_have_the_states_of_their_tokens_pooled(tmp_path: Path, pooling: Any) -> None:
     rows = rows_of(tags=False)
-    found = layer_features(states, rows, tmp_path / "f.npy", pooling=pooling, pad=0, device=CPU)
+    found = layer_features(states, rows, tmp_path / "f", pooling=pooling, cache=tmp_path, pad=0, device=CPU)
     how = {
         "first": lambda s: s[:, 0],
         "last": lambda s: s[:, -1],
@@ -79,16 +79,16 @@ def test_what_is_there_is_not_computed_again_and_nothing_half_done_stays(tmp_pat
             raise KeyboardInterrupt
         return states(inputs)
 
-    place = tmp_path / "f.npy"
-    first = layer_features(counted, rows, place, pooling="mean", pad=0, device=CPU)
-    again = layer_features(counted, rows, place, pooling="mean", pad=0, device=CPU)
+    place = tmp_path / "f"
+    first = layer_features(counted, rows, place, pooling="mean", cache=tmp_path, pad=0, device=CPU)
+    again = layer_features(counted, rows, place, pooling="mean", cache=tmp_path, pad=0, device=CPU)
     assert calls == [5] and np.array_equal(first, again)
     with pytest.raises(KeyboardInterrupt):
-        layer_features(counted, rows, tmp_path / "other.npy", pooling="mean", pad=0, device=CPU)
-    assert [path.name for path in tmp_path.iterdir()] == ["f.npy"]
+        layer_features(counted, rows, tmp_path / "other", pooling="mean", cache=tmp_path, pad=0, device=CPU)
+    assert [path.name for path in tmp_path.iterdir()] == ["f"]
 
 
 def test_a_disk_without_room_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(features.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 100})())
     with pytest.raises(DiskError, match="features of 5 items take 1,920 bytes, and 100 are free"):
-        layer_features(states, rows_of(tags=False), tmp_path / "f.npy", pooling="mean", pad=0, device=CPU)
+        layer_features(states, rows_of(tags=False), tmp_path / "f", pooling="mean", cache=tmp_path, pad=0, device=CPU)

@@ -23,6 +23,7 @@ from postgrad.evaluation.lm_eval_harness import HarnessResults, run_harness
 from postgrad.models.model import wrap_model
 from postgrad.models.prefix_lm_attention import mark_prefix_lm
 from postgrad.models.task import Task
+from postgrad.plan.model_inputs import get_tokenizer_frame
 from postgrad.tuning.attach import attach
 from tests.conftest import make_llama, make_tokenizer
 from tests.tiny_stages import make_t5, t5_tokenizer
@@ -106,14 +107,20 @@ def plain_loop(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, items
 def test_five_shot_log_likelihoods_are_those_of_a_plain_loop(sort: str) -> None:
     pretrained, tokenizer, task = sorts()[sort]
     items = few_shot(40)
-    encoded = encode_items(tokenizer, items, separate=sort != "decoder")
+    encoded = encode_items(tokenizer, get_tokenizer_frame(tokenizer), items, empty=0, separate=sort != "decoder")
     found = score_choices(wrap_model(pretrained, task), encoded, context=ROOM, pad=0)  # type: ignore[arg-type]
     wanted = plain_loop(pretrained, tokenizer, items)
     assert np.array(found.log_likelihoods) == pytest.approx(np.array(wanted), abs=1e-4)
     assert found.best_choices().tolist() == np.argmax(wanted, 1).tolist()
     assert len(set(found.best_choices().tolist())) > 1
     # The mutant: without its demonstrations a question has other answers.
-    bare = encode_items(tokenizer, [(c.rsplit("\n\n", 1)[1], o) for c, o in items], separate=sort != "decoder")
+    bare = encode_items(
+        tokenizer,
+        get_tokenizer_frame(tokenizer),
+        [(c.rsplit("\n\n", 1)[1], o) for c, o in items],
+        empty=0,
+        separate=sort != "decoder",
+    )
     alone = score_choices(wrap_model(pretrained, task), bare, context=ROOM, pad=0)  # type: ignore[arg-type]
     assert np.array(alone.log_likelihoods) != pytest.approx(np.array(wanted), abs=1e-2)
 
@@ -129,7 +136,7 @@ def test_five_shot_log_likelihoods_are_those_of_lm_eval(sort: str, lm_eval: Any)
     theirs = lm.loglikelihood(
         [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)], disable_tqdm=True
     )
-    encoded = encode_items(tokenizer, items, separate=sort != "decoder")
+    encoded = encode_items(tokenizer, get_tokenizer_frame(tokenizer), items, empty=0, separate=sort != "decoder")
     found = score_choices(wrap_model(pretrained, task), encoded, context=ROOM, pad=0)  # type: ignore[arg-type]
     assert np.concatenate(found.log_likelihoods) == pytest.approx(np.array([log_p for log_p, _ in theirs]), abs=1e-4)
     assert np.concatenate(found.greedy).tolist() == [greedy for _, greedy in theirs]

@@ -24,6 +24,7 @@ from postgrad.distributed import peers
 from postgrad.distributed.world import World
 from postgrad.errors import DistributedError, PostgradError
 from postgrad.plan.plan import make_plan
+from postgrad.run.events import RunStarted
 from postgrad.run.run import run_stage
 from tests.conftest import StageOf
 from tests.run.test_run import plan_of
@@ -104,6 +105,19 @@ def test_ranks_with_other_views_of_the_run_folder_are_refused(
     assert not (tmp_path / "second").exists()
 
 
+def test_ranks_resume_at_the_same_step_of_a_run_with_a_harmless_change(
+    begun: Path, stage_of: StageOf, cache: Path, tmp_path: Path
+) -> None:
+    compute = {**stage_of()["compute"], "collective_timeout_seconds": 60}
+
+    def begin(rank: int) -> list[int]:
+        events = train_on(small(stage_of, begun, compute=compute), cache)
+        return [event.step for event in events if isinstance(event, RunStarted)]
+
+    newest = max(int(path.name.removeprefix("step-")) for path in (begun / "checkpoints").iterdir())
+    assert on_ranks(tmp_path, begin) == [[newest], [newest]]
+
+
 def without_checkpoint(folder: Path) -> None:
     shutil.rmtree(sorted((folder / "checkpoints").iterdir())[-1])
 
@@ -141,12 +155,13 @@ def test_ranks_with_other_text_are_refused(
     data = {"sequence_length": 32, "sources": [{"name": "new", "path": "new.jsonl"}]}
     stage = parse_stage(small(stage_of, tmp_path / "run", data=data), "test")
 
-    def train(rank: int) -> None:
+    def train(rank: int) -> str:
         list(run_stage(make_plan(stage, tmp_path / f"view-{rank}", cache), command="test", cache=cache))
+        return "trained"
 
     if not is_compared:  # the mutant: each rank trains on its own text
         monkeypatch.setattr(World, "require_same", lambda self, work: None)
-        assert on_ranks(tmp_path, train) == [None, None]
+        assert on_ranks(tmp_path, train) == ["trained", "trained"]
         return
     for error in on_ranks(tmp_path, train):
         assert isinstance(error, DistributedError) and error.where == "new.jsonl"

@@ -21,7 +21,7 @@ import yaml
 
 from postgrad.data.loading.batch import Batch
 from postgrad.errors import NonFiniteError
-from postgrad.lineage.metrics import read_steps
+from postgrad.lineage.metrics import read_metrics
 from postgrad.lineage.record import read_record
 from postgrad.models.model import Output
 from postgrad.objectives import objective
@@ -169,7 +169,7 @@ def test_skipped_steps_are_recorded_and_shown(skipping: Path, stage_of: StageOf,
     names = [source.name for source in record.plan.sources]
     assert [(names.index(row.source), row.row) for row in first.rows] == expected
     assert (first.step, second.step, first.loss, len(second.rows)) == (4, 12, None, 1)
-    trained = read_steps(skipping / "metrics.jsonl")
+    trained = read_metrics(skipping / "metrics.jsonl").steps
     assert [row.step for row in trained] == [s for s in range(1, record.plan.steps + 1) if s not in (4, 12)]
     assert record.totals.tokens == sum(row.tokens for row in trained) and record.totals.steps == record.plan.steps
     for text in ((skipping / "report.html").read_text(), (skipping.parent / "summary.txt").read_text()):

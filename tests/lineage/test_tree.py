@@ -97,6 +97,23 @@ def test_a_parent_that_was_replaced_is_refused(tmp_path: Path) -> None:
         read_lineage(last)
 
 
+def test_a_parent_with_another_model_is_refused(tmp_path: Path) -> None:
+    last = three(tmp_path)
+    for place, model in (("one", "m1"), ("two", "m2")):
+        record = read_record(tmp_path / place)
+        record.fingerprints.model = model
+        write_record(tmp_path / place, record)
+    child = read_record(last)
+    write_record(
+        last, child.model_copy(update={"parents": [child.parents[0].model_copy(update={"fingerprint": "m2"})]})
+    )
+    assert len(read_lineage(last)) == 3
+    record.fingerprints.model = "another"
+    write_record(tmp_path / "two", record)
+    with pytest.raises(StageError, match=r"two is no longer the one that three started from[\s\S]*m2, not another"):
+        read_lineage(last)
+
+
 def test_a_circle_is_refused(tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     run(one, {})
@@ -112,7 +129,7 @@ def test_what_is_no_run_is_told_with_one_that_is(tmp_path: Path) -> None:
     with pytest.raises(StageError, match=r"not a run folder[\s\S]*such as .*one"):
         read_lineage(tmp_path / "model")
     (tmp_path / "one" / "record.json").write_text("{")
-    with pytest.raises(StageError, match=r"record\.json: not JSON"):
+    with pytest.raises(StageError, match=r"record\.json: broken JSON"):
         read_lineage(tmp_path / "one")
     (tmp_path / "one" / "record.json").write_text(json.dumps({"format": 99}))
     with pytest.raises(StageError, match=r"record format 99[\s\S]*expected: 2[\s\S]*upgrade postgrad"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from postgrad.errors import ModelError
+from postgrad.models import grow_embeddings as grow_module
 from postgrad.models import model_sizes, pretrained
 from postgrad.models.auto_classes import load_config, make_model
 from postgrad.models.grow_embeddings import grow_embeddings
@@ -148,7 +150,8 @@ def test_a_head_of_its_own_is_kept_where_the_configuration_says_tied(tmp_path: P
 def test_without_the_correction_the_head_would_be_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mutant: growing notices."""
     save_with_two_tables(tmp_path / "m")
-    monkeypatch.setattr(pretrained, "match_ties_to_weights", lambda model: None)
+    monkeypatch.setattr(pretrained, "record_separate_output", lambda model: None)
+    monkeypatch.setattr(grow_module, "separate_output", lambda model: nullcontext())
     with pytest.raises(ModelError, match="would replace its output embedding"):
         grow_embeddings(load_model(ModelLocation("m", tmp_path / "m")), {VOCABULARY: [1, 2]})
 

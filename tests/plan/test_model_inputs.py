@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from transformers import AutoModelForMaskedLM, PreTrainedTokenizerFast
+from transformers import AutoModelForMaskedLM, PreTrainedConfig, PreTrainedTokenizerFast
 
 from postgrad.config.tunings import (
     AnyTuning,
@@ -23,6 +23,7 @@ from postgrad.data.render.frame import Frame
 from postgrad.errors import ModelError, StageError
 from postgrad.models.location import locate_model
 from postgrad.models.task import Task
+from postgrad.models.task_head_model import decoder_start_token
 from postgrad.plan.model_inputs import (
     ModelInputs,
     count_virtual_tokens,
@@ -66,7 +67,7 @@ def read_as(shelf: Workspace, family: str, tuning: AnyTuning | None = None, task
     tokenizer = FRAMES[family][0]()
     start = locate_model(str(shelf.folder / MODEL_OF[family]), shelf.folder)
     encoder = make_encoder(tokenizer, 400)
-    return make_model_inputs(task or TASK_OF[family], start, tokenizer, encoder, length=48, seed=0, tuning=tuning)
+    return make_model_inputs(Task(task or TASK_OF[family]), start, tokenizer, encoder, length=48, seed=0, tuning=tuning)
 
 
 def prompt(length: int) -> PromptTuningConfig:
@@ -104,7 +105,7 @@ def test_a_stored_document_begins_with_what_the_frame_replaces(shelf: Workspace,
     reading = read_as(shelf, family)
     begins = FRAMES[family][1].prefix_ids
     assert reading.lead == len(begins)
-    assert ((reading.encoder.bos,) if reading.lead else ()) == begins
+    assert reading.encoder.prefix_ids == begins
 
 
 # -- a tuning's places ---------------------------------------------------------------------------------------------------
@@ -241,20 +242,20 @@ def test_sentinels_count_up_without_a_gap(shelf: Workspace) -> None:
 
 
 def test_what_a_decoder_begins_with(shelf: Workspace) -> None:
-    reading = read_as(shelf, "t5")
     for names, expected in (
         ({"decoder_start_token_id": 7, "bos_token_id": 8, "pad_token_id": 9}, 7),
         ({"decoder_start_token_id": None, "bos_token_id": 8, "pad_token_id": 9}, 8),
         ({"pad_token_id": 9}, 9),
     ):
-        assert replace(reading, config=_Config(**names)).decoder_start == expected
+        assert decoder_start_token(_Config(**names)) == decoder_start_token(_Config(), _Config(**names)) == expected
     with pytest.raises(ModelError, match="decoder_start_token_id"):
-        _ = replace(reading, config=_Config()).decoder_start
+        decoder_start_token(_Config())
+    assert read_as(shelf, "t5").decoder_prefix == (0,) and read_as(shelf, "llama").decoder_prefix == ()
 
 
-class _Config:
+class _Config(PreTrainedConfig):
     def __init__(self, **names: Any) -> None:
-        self.__dict__.update(names)
+        self.__dict__.update(dict.fromkeys(("decoder_start_token_id", "bos_token_id", "pad_token_id")) | names)
 
 
 def test_what_short_rows_are_filled_up_with(shelf: Workspace) -> None:

@@ -21,10 +21,10 @@ from tests.test_foreign_text import is_harmless
 from tests.tiny_stages import Workspace, make_workspace
 
 HOSTILE: list[Any] = [
-    None, True, -1, 0, 1, 7, 1e9, 10**30, -(10**30), 0.5, 1e-300, 1e300, float("nan"), float("inf"), "", " ", "x", "none",
-    "auto",    "\0", "..", "a/b", "~", "*", "[x", "{x", "{1000000000} {x}", "\x1b[31mred", "é" * 300, "5%", "1e400%", "200%", "9" * 4000,
-    "1e9",    "3 steps", "0 tokens", [], {}, [[]], [None], {"kind": "x"}, {"kind": None}, {"x": {"y": [1]}}, [1, "a", None], ["new"],
-    {"new": 1},    datetime.date(2024, 1, 1),
+    *(None, True, -1, 0, 1, 7, 1e9, 10**30, -(10**30), 0.5, 1e-300, 1e300, float("nan"), float("inf"),),
+    *("", " ", "x", "none", "auto", "\0", "..", "a/b", "~", "*", "[x", "{x", "{1000000000} {x}", "\x1b[31mred", "é" * 300),
+    *("5%", "1e400%", "200%", "9" * 4000, "1e9", "3 steps", "0 tokens", [], {}, [[]], [None], {"kind": "x"}, {"kind": None}),
+    *(datetime.date(2024, 1, 1), {"x": {"y": [1]}}, [1, "a", None], ["new"], {"new": 1}),
 ]  # fmt: skip
 
 

@@ -506,9 +506,34 @@ def test_what_was_said_of_other_rows_is_refused_and_both_are_named(shelf: Worksp
     with pytest.raises(DataError, match="no teacher prediction for row 999"):
         told.lookup(999, row)
     description = json.loads((told.folder / "teacher_cache.json").read_text())
+    description.pop("checksum")
     (told.folder / "teacher_cache.json").write_text(json.dumps({**description, "temperature": 3.0}))
     with pytest.raises(DataError, match=r"have the key \w+, and these rows have \w+: temperature"):
         find_cache_jobs(plan)
+
+
+def test_damaged_predictions_are_asked_for_again(
+    shelf: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = cached(shelf, "damaged", "sampled")
+    plan, _ = asked(shelf, raw, tmp_path)
+    (told,) = [item.teacher_cache for item in find_cache_jobs(plan)]
+    files = sorted(path for path in told.folder.rglob("*") if path.is_file())
+    before = {path: path.read_bytes() for path in files}
+    assert len(files) == 9
+    for path in files:
+        content = bytearray(before[path])
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+        _, said = asked(shelf, raw, tmp_path)
+        assert len(said) == (path.name != "teacher_cache.json")
+        if path.parent != told.folder:
+            assert {path: path.read_bytes() for path in files} == before
+        path.write_bytes(before[path])
+    # The mutant looks for the folder alone, and trains on what is in it.
+    monkeypatch.setattr(told_module, "is_intact", lambda folder, cache: folder.exists())
+    (told.folder / "part-00000" / "ids.npy").write_bytes(b"")
+    assert told.missing_parts() == []
 
 
 @pytest.mark.parametrize("cache", ["sampled", "top-k"])

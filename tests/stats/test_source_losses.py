@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from postgrad.lineage.metrics import read_steps
+from postgrad.lineage.metrics import read_metrics
 from postgrad.reports.sections import curves
 from postgrad.reports.sections.mixture_section import source_losses_table
 from postgrad.run.summary import summary_text
@@ -71,7 +71,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 def test_a_mixed_stage_tells_each_source(shelf: Workspace) -> None:
     done = shelf.run(mixed(shelf, "llama", objectives=[]))
-    steps = read_steps(done.run_folder / "metrics.jsonl")
+    steps = read_metrics(done.run_folder / "metrics.jsonl").steps
     wanted = losses_by_source(row.loss_sums_by_source for row in steps)
     sources = {source.name: source for source in done.record.totals.sources}
     losses = {name: source.loss.as_json() for name, source in sources.items() if source.loss}

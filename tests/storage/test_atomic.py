@@ -268,7 +268,8 @@ class Full:
 
     def wrap(self, call: Callable[..., object]) -> Callable[..., object]:
         def counted(*args: object, **more: object) -> object:
-            if "rb" in (*args, *more.values()):  # reading needs no room
+            is_regular_file = any(isinstance(arg, int) and arg & os.O_NONBLOCK for arg in args)
+            if is_regular_file or "rb" in (*args, *more.values()):  # reading needs no room
                 return call(*args, **more)
             self.count += 1
             if self.count == self.fail_at:

@@ -290,10 +290,17 @@ def paths(value: Any, path: tuple[str | int, ...] = ()) -> list[tuple[str | int,
     return [path, *(inner for key, item in list(items)[:20] for inner in paths(item, (*path, key)))]
 
 
+def is_json(content: bytes) -> bool:
+    try:
+        return json.loads(content) is not None
+    except (ValueError, RecursionError):
+        return False
+
+
 def mutate(data: st.DataObject, file: Path) -> None:
     """One change of a file: a value of a JSON file, or bytes."""
     content = file.read_bytes()
-    if file.suffix == ".json" and data.draw(st.integers(0, 9)):
+    if file.suffix == ".json" and is_json(content) and data.draw(st.integers(0, 9)):
         found = paths(json.loads(content))
         path = data.draw(st.sampled_from(found))
         to = data.draw(st.sampled_from([KeyError]) | _VALUES) if path else data.draw(_VALUES)
@@ -325,7 +332,7 @@ def check_mutation(data: st.DataObject, shelf: Path, tmp_path_factory: pytest.Te
 _SETTINGS = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
 
 
-@settings(max_examples=60, **_SETTINGS)
+@settings(max_examples=50, **_SETTINGS)
 @given(data=st.data())
 def test_any_change_ends_in_success_or_an_error_of_ours(
     data: st.DataObject, shelf: Path, tmp_path_factory: pytest.TempPathFactory
@@ -334,6 +341,7 @@ def test_any_change_ends_in_success_or_an_error_of_ours(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(7200)
 @settings(max_examples=2000, **_SETTINGS)
 @given(data=st.data())
 def test_two_thousand_changes(data: st.DataObject, shelf: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

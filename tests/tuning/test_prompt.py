@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from postgrad.errors import TuningError
+from postgrad.tuning import prompt as prompt_module
 from postgrad.tuning.prompt import PromptTuning, from_peft
 from postgrad.tuning.prompt_encoder import LSTMEncoder
 from tests.tuning import checks
@@ -502,34 +504,53 @@ def test_the_backbone_may_move() -> None:
 # --- Merged into the vocabulary ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
-def test_a_merged_model_never_says_its_prompt(family: str, tmp_path: Path) -> None:
-    """Also when the new rows would win: tied ones by their likeness, untied ones (0) where all words are below 0."""
+def likes_its_prompt(family: str) -> PreTrainedModel:
+    """A merged model whose last hidden state is most like the vectors of its prompt."""
     model = build_model(family, "lm")
     own = prompt(model)
-    ids = torch.tensor([[20, 21, 22], [23, 24, 25]])
-    said = {"decoder_input_ids": torch.tensor([[PAD], [PAD]])} if family == "t5" else {}
+    target = {"decoder_input_ids": torch.tensor([[PAD], [PAD]])} if family == "t5" else {}
     with torch.no_grad():
-        hidden = model(input_ids=ids, **said, output_hidden_states=True)
+        hidden = model(input_ids=PROMPTS, **target, output_hidden_states=True)
         last = (hidden.decoder_hidden_states if family == "t5" else hidden.hidden_states)[-1][0, -1]
         own.soft_prompt.vectors.copy_(100 * last.expand(4, -1))
-        head = model.get_output_embeddings()
-        if head.weight is not model.get_input_embeddings().weight:
-            head.weight.copy_(-last.sign() - head.weight.abs() * last.sign())
     own.merge()
+    return model
+
+
+PROMPTS = torch.tensor([[20, 21, 22], [23, 24, 25]])
+
+
+def generated(model: PreTrainedModel) -> torch.Tensor:
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": PAD}
+    return model.generate(PROMPTS, attention_mask=torch.ones_like(PROMPTS), **options)[:, -6:]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+def test_a_merged_model_never_says_its_prompt(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by its configuration alone: the new tokens have no logit of their own, but that of the least likely one."""
+    model = likes_its_prompt(family)
     model.save_pretrained(tmp_path)
     plain = type(model).from_pretrained(tmp_path).eval()
-    generate = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": PAD}
-    mask = torch.ones_like(ids)
-    assert plain.generate(ids, attention_mask=mask, **generate)[:, -6:].max() < VOCABULARY
+    assert generated(plain).max() < VOCABULARY
     plain.generation_config.suppress_tokens = None
-    assert plain.generate(ids, attention_mask=mask, **generate)[:, -6:].max() >= VOCABULARY
+    assert generated(plain).max() < VOCABULARY
+    if family == "llama":
+        return
+    # The mutant: a head that stays tied says the prompt wherever nothing forbids it.
+    monkeypatch.setattr(prompt_module, "output_is_tied", lambda _model: False)
+    monkeypatch.setattr(prompt_module, "separate_output", lambda _model: nullcontext())
+    tied = likes_its_prompt(family)
+    assert generated(tied).max() < VOCABULARY
+    tied.generation_config.suppress_tokens = None
+    assert generated(tied).max() >= VOCABULARY
 
 
-def test_an_output_layer_of_its_own_says_nothing_of_the_new_rows() -> None:
+def test_new_rows_take_the_probability_of_the_least_likely_token() -> None:
     model = build_model("llama", "lm")
     prompt(model).merge()
-    assert logits(model, batch("llama", "lm"))[..., VOCABULARY:].eq(0).all()
+    found = logits(model, batch("llama", "lm"))
+    likeness = (found[..., :VOCABULARY] == found[..., VOCABULARY:].amax(-1, keepdim=True)).all(1).all(0)
+    assert likeness.any() and found[..., VOCABULARY:].std(-1).max() == 0
     assert model.generation_config.suppress_tokens == [120, 121, 122, 123]
 
 

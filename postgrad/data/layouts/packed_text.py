@@ -2,10 +2,11 @@
 
 Legend: T positions in a row.
 
-Every document ends with one EOS, which is always a label. Documents do not attend to each other: position ids restart at 0
-with each piece of a document in a row. A row is a window of T + 1 tokens whose last token is only a label, so a document
-that crosses a row border loses no label, and beside the ledger of all layouts `rows T = placed + padding` holds. (A final
-EOS that would be alone in a row has none: it is the last label of the row before.)
+Every document ends with one EOS, which is always a label; its first token and the special tokens before its text are none.
+Documents do not attend to each other: position ids restart at 0 with each piece of a document in a row. A row is a window of
+T + 1 tokens whose last token is only a label, so a document that crosses a row border loses no label, and beside the ledger
+of all layouts `rows T = placed + padding` holds. (A final EOS that would be alone in a row has none: it is the last label of
+the row before.)
 """
 
 from __future__ import annotations
@@ -27,14 +28,15 @@ class PackedRows:
     document_R: np.ndarray | None = None
 
     def __init__(self, store: DocumentStore, options: RowOptions) -> None:
-        self.store, self.length = store, options.length
+        self.store, self.length, self.lead = store, options.length, max(options.lead, 1)
         selected = options.select_documents(store)
         self.document_ids: np.ndarray = selected.documents
         self.ends: np.ndarray = np.cumsum(selected.sizes)
         placed = int(self.ends[-1]) if len(self.ends) else 0
         self.row_count = -(-(placed - 1) // self.length) if placed else 0
         padding = max(0, self.row_count * self.length - placed)
-        self.ledger = make_ledger(selected, placed=placed, padding=padding, trained=placed - len(self.document_ids))
+        trained = placed - int(np.minimum(selected.sizes, self.lead).sum())
+        self.ledger = make_ledger(selected, placed=placed, padding=padding, trained=trained)
 
     def __len__(self) -> int:
         return self.row_count
@@ -64,8 +66,10 @@ class PackedRows:
             end = begin + len(piece)
             ids[begin:end] = piece
             positions[begin:] = np.arange(length + 1 - begin)
-            labels[begin : end - 1] = piece[1:]
-            label_count += len(piece) - 1
+            # The token at `first` is the first label: every one after the special tokens, and after the piece's own first.
+            first = min(max(start + 1, self.lead), stop) - start
+            labels[begin + first - 1 : end - 1] = piece[first:]
+            label_count += len(piece) - first
             begin = end
         positions[begin:] = np.arange(length + 1 - begin)
         return Row({"input_ids": ids[:length], "position_ids": positions[:length]}, labels, label_count)

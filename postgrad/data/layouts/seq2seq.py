@@ -4,8 +4,8 @@ Legend: N documents, R rows, T tokens of the source, S labels.
 
 The last answer of an example is the target, everything before it the source. Running text becomes a source and its
 continuation, split anew at each position of the mixture (the prefix language model of Raffel et al. 2020, section 3.2.1, as
-in the adaptation of Lester et al. 2021, section 2.2). The encoder input ends with an EOS, and so do the labels, except for a
-truncated target, which must not teach the model to stop in the middle.
+in the adaptation of Lester et al. 2021, section 2.2). Source and labels have the special tokens that the tokenizer adds
+around them; a truncated target has none at its end, since it must not teach the model to stop in the middle.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from postgrad.data.layouts.windows import (
     split_windows,
 )
 from postgrad.data.random_streams import RandomStreams
+from postgrad.data.render.frame import Frame
 
 
 def make_seq2seq_row(input_ids: np.ndarray, labels: np.ndarray, decoder_start: int) -> Row:
@@ -41,7 +42,7 @@ def make_seq2seq_row(input_ids: np.ndarray, labels: np.ndarray, decoder_start: i
 class Seq2SeqRows:
     """Rows of an example or a window each: `input_ids`, `attention_mask`, `decoder_input_ids`, and labels of shape (S,).
 
-    `too_long`, for a source that does not fit `length` with its frame and EOS:
+    `target`: the frame of the labels. `too_long`, for a source that does not fit `length` with its frame:
 
         cut-context   truncate its beginning: the last question of a conversation is at the end
         cut-end       truncate its end, as T5 does
@@ -59,27 +60,27 @@ class Seq2SeqRows:
         options: RowOptions,
         *,
         target_length: int,
-        eos: int,
+        target: Frame,
         decoder_start: int,
         seed: int,
         too_long: TooLongPolicy = "cut-end",
     ) -> None:
-        self.store, self.frame, self.decoder_start = store, options.frame, decoder_start
-        self.eos = np.array([eos], np.int64)
+        self.store, self.frame, self.target, self.decoder_start = store, options.frame, target, decoder_start
         self.random_streams = RandomStreams(seed)
-        frame_tokens = options.frame.size(1) + 1
+        frame_tokens = options.frame.size(1)
         selected = options.select_documents(store)
         texts = locate_texts(store, selected, options.lead)
         if has_marks(store):
             max_tokens = max_text_tokens(options.length, frame_tokens, 1)
-            split = _example_windows(store, texts, max_tokens, target_length, too_long)
+            max_target = max_text_tokens(target_length, len(target.prefix_ids), 1, where="objectives.target_length")
+            split = _example_windows(store, texts, max_tokens, max_target, target, too_long)
             no_answer = len(texts.document_N) - len(split.windows) - split.dropped
             self.skipped = {"no answer": no_answer, "too long": split.dropped}
         else:
             # Two tokens on each side: then windows of equal size have at least two tokens, and each can be split.
             max_source = max_text_tokens(options.length, frame_tokens, 2)
-            max_target = max_text_tokens(target_length, 1, 2, where="objectives.target_length")
-            split = _text_windows(texts, min(max_source, max_target))
+            max_target = max_text_tokens(target_length, target.size(1), 2, where="objectives.target_length")
+            split = _text_windows(texts, min(max_source, max_target), target)
             self.skipped = {"a single token": len(np.setdiff1d(texts.document_N, split.windows.document_R))}
         self.windows, self.borders_R2, self.truncations = split.windows, split.borders_R2, split.truncations
         self.document_R = self.windows.document_R
@@ -101,9 +102,10 @@ class Seq2SeqRows:
         else:
             source_stop, target_start = map(int, self.borders_R2[row])
         source_T = self.frame.wrap(self.store.read(document, start, source_stop))
-        target_S = self.store.read(document, target_start, stop)
-        labels_S = np.concatenate((target_S, self.eos[: int(self.windows.has_eos_R[row])]))
-        return make_seq2seq_row(np.concatenate((source_T, self.eos)), labels_S, self.decoder_start)
+        labels_S = self.target.wrap(self.store.read(document, target_start, stop))
+        if not self.windows.has_eos_R[row]:
+            labels_S = labels_S[: len(labels_S) - len(self.target.suffix_ids)]
+        return make_seq2seq_row(source_T, labels_S, self.decoder_start)
 
 
 @dataclass(frozen=True)
@@ -118,16 +120,27 @@ class _SourceTargetWindows:
     truncations: dict[str, int] = field(default_factory=dict)
 
 
-def _text_windows(texts: TextSpans, max_tokens: int) -> _SourceTargetWindows:
+def _text_windows(texts: TextSpans, max_tokens: int, target: Frame) -> _SourceTargetWindows:
     """Running text in windows so short that both sides fit, wherever a window is split."""
     windows = split_windows(texts, max_tokens + 1)
     windows = windows.select(windows.size_R >= 2)
     # The split is uniform over 1 to size - 1, so on average half of a window is target.
-    return _SourceTargetWindows(windows, None, 0, int(windows.size_R.sum()) // 2 + int(windows.has_eos_R.sum()))
+    target_text = int(windows.size_R.sum()) // 2
+    return _SourceTargetWindows(windows, None, 0, target_text + int(_framing_labels(windows.has_eos_R, target).sum()))
+
+
+def _framing_labels(has_eos_R: np.ndarray, target: Frame) -> np.ndarray:
+    """How many labels of each row are special tokens around the target."""
+    return len(target.prefix_ids) + has_eos_R * len(target.suffix_ids)
 
 
 def _example_windows(
-    store: MarkedStore, texts: TextSpans, max_source_tokens: int, target_length: int, too_long: TooLongPolicy
+    store: MarkedStore,
+    texts: TextSpans,
+    max_source_tokens: int,
+    max_target_tokens: int,
+    target: Frame,
+    too_long: TooLongPolicy,
 ) -> _SourceTargetWindows:
     """Examples by their marks: the last answer, and as much of the source as fits."""
     answer_N2 = np.array([_last_answer(store, *span) for span in texts.spans()], np.int64).reshape(-1, 2)
@@ -139,19 +152,20 @@ def _example_windows(
     lost_R = np.maximum(target_start_R - text_start_R - max_source_tokens, 0)
     start_R = text_start_R + (lost_R if too_long == "cut-context" else 0)
     source_stop_R = target_start_R - (lost_R if too_long == "cut-end" else 0)
-    stop_R = np.minimum(answer_end_R, target_start_R + target_length)
+    stop_R = np.minimum(answer_end_R, target_start_R + max_target_tokens)
     # A truncated answer has no EOS, and one that just fits leaves no room for it.
-    has_eos_R = texts.has_eos_N[is_row_N] & (answer_end_R - target_start_R < target_length)
-    trained_R = stop_R - target_start_R + has_eos_R
-    # A text starts after the BOS, so its start is the number of BOS tokens, which the ledger counts with the text.
-    stored_R = text_start_R + source_stop_R - start_R + trained_R
+    room_R = max_target_tokens - (answer_end_R - target_start_R)
+    has_eos_R = texts.has_eos_N[is_row_N] & (room_R >= len(target.suffix_ids))
+    answer_R = stop_R - target_start_R
+    # A text starts after its prefix, so its start is the length of the prefix, which the ledger counts with the text.
+    stored_R = text_start_R + source_stop_R - start_R + answer_R + has_eos_R
     full_R = texts.stop_N[is_row_N] + texts.has_eos_N[is_row_N]
     side = "beginning" if too_long == "cut-context" else "end"
     return _SourceTargetWindows(
         Windows(texts.document_N[is_row_N], start_R, stop_R, has_eos_R, stored_R),
         np.stack((source_stop_R, target_start_R), 1),
         truncated=int((full_R - stored_R).sum()),
-        trained=int(trained_R.sum()),
+        trained=int((answer_R + _framing_labels(has_eos_R, target)).sum()),
         dropped=int(is_dropped_N.sum()),
         truncations={
             f"the {side} of the source": int((lost_R > 0).sum()),

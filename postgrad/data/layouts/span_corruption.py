@@ -23,6 +23,7 @@ from postgrad.data.layouts.rows import Row, RowOptions
 from postgrad.data.layouts.seq2seq import make_seq2seq_row
 from postgrad.data.layouts.windows import locate_texts, make_ledger, max_text_tokens, split_windows
 from postgrad.data.random_streams import RandomStreams
+from postgrad.data.render.frame import Frame
 from postgrad.data.tokens.held_out_split import DocumentStore
 from postgrad.errors import StageError
 
@@ -62,17 +63,17 @@ class SpanCorruptionRows:
         options: RowOptions,
         *,
         sentinels: Sequence[int],
-        eos: int,
+        target: Frame,
         decoder_start: int,
         seed: int,
         density: float = 0.15,
         mean_span: float = 3.0,
     ) -> None:
-        self.store, self.frame, self.decoder_start = store, options.frame, decoder_start
-        self.eos, self.sentinels = np.array([eos], np.int64), np.array(sentinels, np.int64)
+        self.store, self.frame, self.target, self.decoder_start = store, options.frame, target, decoder_start
+        self.sentinels = np.array(sentinels, np.int64)
         self.random_streams = RandomStreams(seed)
         # Room for windows of three tokens: then windows of equal size have at least two, and each can be corrupted.
-        raw, _ = corrupted_lengths(max_text_tokens(options.length, self.frame.size(1), 4), density, mean_span)
+        raw, _ = corrupted_lengths(max_text_tokens(options.length, self.frame.size(1), 3) + 1, density, mean_span)
         max_spans = int(noise_counts(np.array([raw]), density, mean_span)[1][0])
         if max_spans > len(sentinels):
             raise StageError(
@@ -87,7 +88,7 @@ class SpanCorruptionRows:
         self.document_R = self.windows.document_R
         self.noise_R, self.spans_R = noise_counts(self.windows.size_R, density, mean_span)
         self.skipped = {"a single token": len(windows) - len(self.windows)}
-        placed, trained = int(self.windows.stored_R.sum()), int((self.noise_R + self.spans_R + 1).sum())
+        placed, trained = int(self.windows.stored_R.sum()), int((self.noise_R + self.spans_R + target.size(1)).sum())
         self.ledger = make_ledger(selected, placed=placed, trained=trained)
 
     def __len__(self) -> int:
@@ -110,8 +111,7 @@ class SpanCorruptionRows:
         is_noise_T = np.cumsum(step_T, dtype=np.int8).view(bool)
         inputs = self._replace_spans(is_noise_T, noise_start_K, text_T)
         targets = self._replace_spans(~is_noise_T, text_start_K, text_T)
-        input_ids = np.concatenate((self.frame.wrap(inputs), self.eos))
-        return make_seq2seq_row(input_ids, np.concatenate((targets, self.eos)), self.decoder_start)
+        return make_seq2seq_row(self.frame.wrap(inputs), self.target.wrap(targets), self.decoder_start)
 
     def _replace_spans(self, removed_T: np.ndarray, starts_K: np.ndarray, text_T: np.ndarray) -> np.ndarray:
         """Replace each removed span by one sentinel."""

@@ -1,9 +1,9 @@
-"""Windows of documents: the text of a stored document without BOS and EOS, and long texts split into windows.
+"""Windows of documents: the text of a stored document without its prefix and EOS, and long texts split into windows.
 
 Legend: N documents, R rows.
 
-A stored document is `[bos] + text + [eos]`. Layouts with a frame of their own read the text alone. The ledger counts the
-stored BOS and EOS with the text: in a row the frame, or the row's own EOS, takes their place.
+A stored document is `prefix + text + [eos]`. Layouts with a frame of their own read the text alone. The ledger counts the
+stored prefix and EOS with the text: in a row the frame, or the row's own EOS, takes their place.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class TextSpans:
 
 
 def locate_texts(store: DocumentStore, selected: SelectedDocuments, lead: int) -> TextSpans:
-    """The texts of the selected documents, without their first `lead` tokens (a BOS) and without the EOS."""
+    """The texts of the selected documents, without their first `lead` tokens (a prefix) and without the EOS."""
     tokens = np.asarray(store.documents)["tokens"][selected.documents].astype(np.int64)
     has_eos = selected.sizes == tokens  # a truncated document has lost its EOS
     stop = selected.sizes - has_eos
@@ -75,7 +75,7 @@ class Windows:
     """Pieces of texts, one for each row: tokens `start_R` to `stop_R` of a document.
 
     `has_eos_R`: the document's EOS follows the window. `stored_R`: stored tokens that the window accounts for: its own, the
-    BOS in a document's first window, and the EOS in its last.
+    prefix in a document's first window, and the EOS in its last.
     """
 
     document_R: np.ndarray

@@ -27,8 +27,10 @@ import numpy as np
 from postgrad.data.layouts.rows import Row
 from postgrad.data.tokens.store import token_dtype
 from postgrad.errors import DataError
-from postgrad.storage.atomic import publish_folder, write_atomically
+from postgrad.storage.atomic import publish_folder, remove_folder
+from postgrad.storage.checked_files import read_cached_json, write_checked_json
 from postgrad.storage.fingerprint import differences, fingerprint
+from postgrad.storage.verification import is_intact
 
 DESCRIPTION = "teacher_cache.json"
 _FORMAT = 2
@@ -49,20 +51,19 @@ class TeacherCache:
     """The cached predictions for some rows. `keys` are the rows (by number or by position), in ascending order."""
 
     def __init__(self, folder: Path, description: Mapping[str, Any], keys: np.ndarray, labels_per_row: float) -> None:
-        """Raises `DataError` when the folder holds predictions for other rows or options."""
+        """Raises `DataError` when the folder holds predictions for other rows or options; a broken description is ignored."""
         self.folder, self.keys = folder, keys
         self.description: dict[str, Any] = json.loads(json.dumps({**description, "keys": fingerprint(keys.tolist())}))
         self.rows_per_part = max(1, round(_LABELS_PER_PART / max(labels_per_row, 1.0)))
-        if (folder / DESCRIPTION).exists():
-            stored = json.loads((folder / DESCRIPTION).read_text())
-            if stored != self.description:
-                raise DataError(
-                    f"the teacher predictions have the key {fingerprint(stored)}, and these rows have "
-                    f"{fingerprint(self.description)}: {'; '.join(differences(stored, self.description)[:3])}",
-                    where=str(folder),
-                    expected="predictions of this teacher for these rows",
-                    hint=_REBUILD_HINT,
-                )
+        stored = read_cached_json(folder / DESCRIPTION, dict[str, Any], folder.name)
+        if stored not in (None, self.description):
+            raise DataError(
+                f"the teacher predictions have the key {fingerprint(stored)}, and these rows have "
+                f"{fingerprint(self.description)}: {'; '.join(differences(stored, self.description)[:3])}",
+                where=str(folder),
+                expected="predictions of this teacher for these rows",
+                hint=_REBUILD_HINT,
+            )
 
     @classmethod
     def open_in(
@@ -77,8 +78,8 @@ class TeacherCache:
         return -(-len(self.keys) // self.rows_per_part)
 
     def missing_parts(self) -> list[int]:
-        """The parts that are not published yet."""
-        return [i for i in range(self.part_count) if not self._part_folder(i).exists()]
+        """The parts that are not published yet, or damaged."""
+        return [i for i in range(self.part_count) if not is_intact(self._part_folder(i), self.folder.parents[1])]
 
     def part_keys(self, part: int) -> np.ndarray:
         """The keys of a part's rows."""
@@ -88,8 +89,8 @@ class TeacherCache:
         self, part: int, distributions: Sequence[SparseDistribution], digests: Sequence[int], *, vocabulary: int
     ) -> None:
         """Publish the predictions for a part's rows."""
-        if not (self.folder / DESCRIPTION).exists():
-            write_atomically(self.folder / DESCRIPTION, json.dumps(self.description, indent=1))
+        if read_cached_json(self.folder / DESCRIPTION, dict[str, Any], self.folder.name) is None:
+            write_checked_json(self.folder / DESCRIPTION, self.description, self.folder.name)
         counts_N = np.concatenate([each.counts_N for each in distributions])
         arrays = {
             "digests": np.array(digests, np.uint64),
@@ -105,6 +106,8 @@ class TeacherCache:
             for name, array in arrays.items():
                 np.save(folder / f"{name}.npy", array, allow_pickle=False)
 
+        if self._part_folder(part).exists():  # damaged
+            remove_folder(self._part_folder(part))
         publish_folder(self._part_folder(part), save)
         self._load_part.cache_clear()
 

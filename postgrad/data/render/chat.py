@@ -49,9 +49,9 @@ PLAIN_TEMPLATE = """\
 """`### User:`, such a line for each role, and the EOS after each answer."""
 
 
-def plain_template(add_bos: bool) -> str:
-    """The plain template to save with a tokenizer; `add_bos`: start with the BOS, as chat templates are expected to."""
-    return "{{- bos_token }}" * add_bos + PLAIN_TEMPLATE
+def plain_template(prefix: str) -> str:
+    """The plain template to save with a tokenizer, after the special tokens that the tokenizer adds before a text."""
+    return (f"{{{{- {json.dumps(prefix, ensure_ascii=False)} }}}}" if prefix else "") + PLAIN_TEMPLATE
 
 
 ChatTemplates = str | Mapping[str, str]
@@ -60,7 +60,8 @@ ChatTemplates = str | Mapping[str, str]
 
 def custom_template(chat_template: ChatTemplates | None) -> ChatTemplates | None:
     """A tokenizer's own chat template or templates; None for the plain template, or for none."""
-    return None if chat_template in (plain_template(False), plain_template(True), {}) else chat_template
+    is_plain = isinstance(chat_template, str) and chat_template.endswith(PLAIN_TEMPLATE)
+    return None if is_plain or chat_template == {} else chat_template
 
 
 _ANSWER_BEGIN, _ANSWER_END = "\ufdd0", "\ufdd1"

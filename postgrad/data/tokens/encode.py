@@ -1,4 +1,4 @@
-"""Encoding of documents: `[bos] + ids + [eos]` with exactly one EOS, and a mark for each token of an example.
+"""Encoding of documents: `prefix + ids + [eos]` with one prefix and one EOS, and a mark for each token of an example.
 
 Threads are enough: the `tokenizers` package releases the GIL while it encodes, and one tokenizer with its cache of words
 serves all threads (as fast as its own threads, and faster than worker processes).
@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 
 from postgrad.data.read.examples import Example
 from postgrad.data.read.row_kinds import RUNNING_TEXT_KINDS, RowKind
+from postgrad.data.render.frame import count_repeated
 from postgrad.data.render.renderer import RenderedExample, Renderer
 from postgrad.data.tokens.batches import EncodingBatch
 from postgrad.data.tokens.encoder import Encoder
@@ -89,23 +90,18 @@ def encode_batch(batch: EncodingBatch, tokenizer: Tokenizer, encoder: Encoder) -
     sizes: list[int] = []
     digests: list[int] = []
     locations: list[str] = []
-    eos, bos = encoder.eos, encoder.bos if batch.is_first else None
+    eos, prefix = encoder.eos, encoder.prefix_ids if batch.is_first else ()
     for document, (ids, size, content_hash) in zip(batch.documents, _tokenize_batch(batch, tokenizer), strict=True):
         if batch.is_last and ids and ids[-1] == eos:
             end = len(ids)
             while end and ids[end - 1] == eos:
                 end -= 1
             del ids[end:]
-        if bos is not None and ids and ids[0] == bos:
-            start = 0
-            while start < len(ids) and ids[start] == bos:
-                start += 1
-            del ids[:start]
+        del ids[: count_repeated(ids, prefix)]
         if not ids and batch.is_first and batch.is_last:  # only BOS and EOS, or removed by normalisation
             continue
         before = len(flat)
-        if bos is not None:
-            flat.append(bos)
+        flat.extend(prefix)
         flat.fromlist(ids)
         if batch.is_last:
             flat.append(eos)
@@ -162,7 +158,7 @@ def _tokenizer_error(error: Exception, batch: EncodingBatch) -> DataError:
 
 
 def encode_examples(batch: EncodingBatch, tokenizer: Tokenizer, encoder: Encoder, renderer: Renderer) -> EncodedBatch:
-    """Render and encode examples: `[bos] + ids + [eos]`, and a mark for each token."""
+    """Render and encode examples: `prefix + ids + [eos]`, and a mark for each token."""
     rendered = [render_example(document.example, document.location, renderer) for document in batch.documents]
     texts = [text for each in rendered for text in _tokenized_texts(each)]
     encodings = iter(_tokenize_with_offsets(texts, tokenizer, batch))
@@ -177,18 +173,16 @@ def encode_examples(batch: EncodingBatch, tokenizer: Tokenizer, encoder: Encoder
             for pieces, offsets in zip(spans, own_offsets, strict=True)
         ]
         ids_T, marks_T = np.concatenate(own_ids), np.concatenate(own_marks)
-        # A BOS at the start and an EOS at the end are the document's own.
+        # A prefix at the start and an EOS at the end are the document's own.
         others = np.flatnonzero(ids_T != encoder.eos)
         stop = int(others[-1]) + 1 if len(others) else 0
-        start = 0
-        while encoder.bos is not None and start < stop and ids_T[start] == encoder.bos:
-            start += 1
+        prefix = encoder.prefix_ids
+        start = count_repeated(ids_T[:stop], prefix)
         if start == stop:
             continue
-        bos = [] if encoder.bos is None else [encoder.bos]
         eos_mark = 0 if each.mark_first_token else each.pieces[-1][1]
-        ids.append(np.concatenate([bos, ids_T[start:stop], [encoder.eos]]))
-        marks.append(np.concatenate([[0] * len(bos), marks_T[start:stop], [eos_mark]]))
+        ids.append(np.concatenate([np.array(prefix, np.int64), ids_T[start:stop], [encoder.eos]]))
+        marks.append(np.concatenate([[0] * len(prefix), marks_T[start:stop], [eos_mark]]))
         indices.append(index)
     return EncodedBatch(
         np.concatenate(ids).astype(np.int64) if ids else np.zeros(0, np.int64),

@@ -16,23 +16,29 @@ from postgrad.errors import ModelError
 class Encoder:
     """A tokenizer: the text of its `tokenizer.json`, the ids around a document, and the size of the vocabulary.
 
-    `vocabulary` is the number of rows of the model's embedding: every id is below it. Raises `ModelError` for a `bos` or
-    `eos` that is not, and for text that is not a tokenizer.
+    `prefix_ids` are all special tokens that the tokenizer adds before a text, such as a BOS. `vocabulary` is the number of
+    rows of the model's embedding: every id is below it. Raises `ModelError` for an id that is not, and for text that is not
+    a tokenizer.
     """
 
     tokenizer: str
-    bos: int | None
+    prefix_ids: tuple[int, ...]
     eos: int
     vocabulary: int
 
     def __post_init__(self) -> None:
-        for name, token in (("bos", self.bos), ("eos", self.eos)):
-            if token is not None and not 0 <= token < self.vocabulary:
+        for name, token in (*(("prefix", token) for token in self.prefix_ids), ("eos", self.eos)):
+            if not 0 <= token < self.vocabulary:
                 raise ModelError(
                     f"the {name} id is {token:,}",
                     where="model",
                     expected=f"an id below the vocabulary size, {self.vocabulary:,}",
                 )
+
+    @property
+    def stored_prefix(self) -> int | list[int] | None:
+        """The prefix as existing stores have it: a BOS as a number, none as null."""
+        return self.prefix_ids[0] if len(self.prefix_ids) == 1 else list(self.prefix_ids) or None
 
     @cached_property
     def fingerprint(self) -> str:
@@ -44,7 +50,7 @@ class Encoder:
         except (ValueError, AttributeError) as error:
             raise _invalid_tokenizer_error(error) from None
         # Not sorted: the vocabulary is long, and all writers keep its order.
-        written = json.dumps([parts, self.bos, self.eos, self.vocabulary])
+        written = json.dumps([parts, self.stored_prefix, self.eos, self.vocabulary])
         return hashlib.sha256(written.encode()).hexdigest()
 
     def load(self) -> Tokenizer:

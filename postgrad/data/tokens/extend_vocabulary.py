@@ -9,8 +9,9 @@ before the merges.
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -42,10 +43,12 @@ def extend_vocabulary(tokenizer_json: str, texts: Iterable[str], limit: int) -> 
             expected="a BPE tokenizer, as in Llama, GPT-2, Qwen, Mistral or RoBERTa",
         )
     old = Tokenizer.from_str(tokenizer_json)
-    words = _count_words(old, texts)
-    vocabulary: dict[str, int] = dict(config["model"]["vocab"])
+    words = _count_words(old, _split_added_tokens(texts, [token["content"] for token in config["added_tokens"]]))
+    # `tokenizers` numbers added tokens from the end of the vocabulary, unless the vocabulary has them.
+    added = {token["content"]: token["id"] for token in config["added_tokens"]}
+    vocabulary: dict[str, int] = {**added, **config["model"]["vocab"]}
     merges: list[Any] = [list(m) if not isinstance(m, str) else m.split(" ") for m in config["model"]["merges"]]
-    first_new = max([*vocabulary.values(), *(token["id"] for token in config["added_tokens"])]) + 1
+    first_new = max(vocabulary.values()) + 1
     old_ids: dict[str, list[int]] = {}
 
     def add(token: str, ids: list[int]) -> None:
@@ -71,6 +74,13 @@ def extend_vocabulary(tokenizer_json: str, texts: Iterable[str], limit: int) -> 
         pair_counts.merge(pair, token)
     config["model"]["vocab"], config["model"]["merges"] = vocabulary, merges
     return ExtendedTokenizer(json.dumps(config, ensure_ascii=False), old_ids)
+
+
+def _split_added_tokens(texts: Iterable[str], added: Sequence[str]) -> Iterator[str]:
+    """The texts between added tokens, which are found before anything else and are never merged."""
+    pattern = re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))) or r"(?!)")
+    for text in texts:
+        yield from filter(None, pattern.split(text))
 
 
 def _count_words(tokenizer: Tokenizer, texts: Iterable[str]) -> Counter[str]:

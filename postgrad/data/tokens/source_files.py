@@ -9,19 +9,19 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from postgrad.data.problem_type import ProblemType
 from postgrad.data.read.documents import READING, read_labels
 from postgrad.data.read.files import HubDataset, RawSource
 from postgrad.data.read.labels import Labels, merge_labels
 from postgrad.data.tokens.store import FORMAT
 from postgrad.errors import DataError, DiskError, MissingExtra
-from postgrad.storage.atomic import sha256, write_atomically
+from postgrad.storage.atomic import sha256
+from postgrad.storage.checked_files import read_cached_json, write_checked_json
 
 _CLOCK_GRAIN_NS = 2e9
 """A file this young may change again without a new modification time, so its hash is not memoised."""
@@ -48,19 +48,16 @@ class SourceFiles:
                 return cls(hash_json([hub.name, hub.subset, hub.split, _hub_revision(hub, source.where)]), 0)
             files = sorted(file for file in folder.rglob("*") if file.is_file())
         memo_file = cache / "hashes.json"
-        try:
-            memo = json.loads(memo_file.read_bytes())
-        except (OSError, ValueError):
-            memo = {}
+        memo = read_cached_json(memo_file, dict[str, tuple[int, int, str]]) or {}
         stats: list[tuple[Path, int, int]] = []
         hashes: list[list[str]] = []
         new_keys: list[str] = []
         try:
             for file in files:
                 stat = file.stat()
-                key, state = str(file.absolute()), [stat.st_size, stat.st_mtime_ns]
-                if memo.get(key, [None])[:2] != state:
-                    memo[key] = [*state, sha256(file)]
+                key, state = str(file.absolute()), (stat.st_size, stat.st_mtime_ns)
+                if memo.get(key, (0, 0))[:2] != state:
+                    memo[key] = (*state, sha256(file))
                     new_keys.append(key)
                 stats.append((file, stat.st_size, stat.st_mtime_ns))
                 hashes.append([*file.suffixes[-2:], memo[key][2]])
@@ -107,12 +104,10 @@ def _cached_labels(source: RawSource, cache: Path) -> Labels:
     fingerprint, columns = source_fingerprint(source, cache), dict(source.columns)
     key = [FORMAT, READING, fingerprint, columns, source.kind, sorted_filter(source), source.no_label]
     memo_file = cache / "labels" / f"{hash_json(key)}.json"
-    try:
-        memo = json.loads(memo_file.read_bytes())
-        return Labels(ProblemType(memo["problem"]), tuple(memo["names"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        labels = read_labels(source)
-    _write_memo(memo_file, {"problem": labels.problem, "names": labels.names})
+    if labels := read_cached_json(memo_file, Labels, hash_json(key)):
+        return labels
+    labels = read_labels(source)
+    _write_memo(memo_file, asdict(labels), hash_json(key))
     return labels
 
 
@@ -126,9 +121,9 @@ def hash_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
 
-def _write_memo(file: Path, memo: dict[str, Any]) -> None:
+def _write_memo(file: Path, memo: Mapping[str, Any], key: str = "") -> None:
     with suppress(DiskError):  # it can be computed again
-        write_atomically(file, json.dumps(memo))
+        write_checked_json(file, memo, key)
 
 
 def _hub_revision(hub: HubDataset, where: str) -> str:

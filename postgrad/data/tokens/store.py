@@ -32,8 +32,20 @@ from typing import Any
 import numpy as np
 
 from postgrad.data.problem_type import ProblemType
-from postgrad.errors import DataError
-from postgrad.storage.atomic import MANIFEST, disk_errors, publish_folder, sha256, verify, write_all, write_atomically
+from postgrad.errors import CheckpointError, DataError, PostgradError
+from postgrad.storage.atomic import (
+    MANIFEST,
+    disk_errors,
+    publish_folder,
+    read_manifest,
+    remove_folder,
+    sha256,
+    verify,
+    write_all,
+)
+from postgrad.storage.checked_files import read_checked_json, write_checked_json
+from postgrad.storage.read_json import read_json
+from postgrad.storage.verification import verify_files
 
 FORMAT = 1
 MARKED_FORMAT = 2
@@ -92,8 +104,8 @@ class TokenStore:
     @classmethod
     def open(cls, path: Path) -> TokenStore:
         """Open the store at `path`. Raises `DataError` when it is none, or a file is missing or truncated."""
+        header = read_checked_json(path / "store.json", dict[str, Any], path.name, error=DataError, hint=_REBUILD_HINT)
         try:
-            header = json.loads((path / "store.json").read_text("utf-8"))
             version = header["format"]
             if version not in (FORMAT, MARKED_FORMAT):
                 raise DataError(
@@ -194,16 +206,12 @@ class TokenStore:
         stop = length if stop is None else min(stop, length)
         return arrays[shards[document]][first + min(start, length) : first + max(stop, 0)]
 
-    def verify(self) -> None:
-        """Check the hash of every file. Raises `DataError` with the name of a file that has changed."""
-        for name, entry in self.header["files"].items():
-            if sha256(self.path / name) != entry["sha256"]:
-                raise DataError(
-                    f"{name} has changed since it was written",
-                    where=str(self.path),
-                    expected=f"sha256 {entry['sha256']}",
-                    hint=_REBUILD_HINT,
-                )
+    def verify(self, cache: Path | None = None) -> None:
+        """Verify the files: whole once, then sampled blocks; without `cache` whole. Raises `DataError` for a changed one."""
+        try:
+            verify_files(self.path, self.header["files"], cache)
+        except CheckpointError as error:
+            raise DataError(error.problem, where=error.where, expected=error.expected, hint=_REBUILD_HINT) from error
 
 
 def _reopen(path: Path, indices: np.ndarray, fingerprint: str) -> TokenStore:
@@ -334,17 +342,26 @@ def publish_shard(
         counts = (dict(each) for each in (writer.skipped, writer.unused, writer.omitted))
         shard = Shard(number, writer.documents, empty, writer.tokens, writer.bytes, *counts)
         shards.append(shard)
-        (folder / "shard.json").write_bytes(_to_json(asdict(shard)))
+        (folder / "shard.json").write_text(json.dumps(asdict(shard), indent=1))
 
     publish_folder(building / shard_name(number), fill)
     return shards[0]
 
 
 def finished_shards(building: Path) -> list[Shard]:
-    """The shards published by an earlier process, up to the first gap."""
+    """The shards published by an earlier process, up to the first gap or damaged one; those after it are removed."""
     shards: list[Shard] = []
-    while (folder := building / shard_name(len(shards))).is_dir():
-        shards.append(Shard(**json.loads((folder / "shard.json").read_text("utf-8"))))
+    folders = sorted(building.glob("shard-*"))
+    for folder in folders:
+        try:
+            if folder.name != shard_name(len(shards)):
+                break
+            verify(folder)
+            shards.append(read_json(folder / "shard.json", Shard))
+        except PostgradError:
+            break
+    for folder in folders[len(shards) :]:
+        remove_folder(folder)
     return shards
 
 
@@ -361,8 +378,8 @@ def publish_store(
     with disk_errors(final):
         for shard in shards:
             folder = building / shard_name(shard.number)
-            listing = verify(folder)
-            files |= {f"{folder.name}/{stream}": listing[stream] for stream in streams}
+            manifest = read_manifest(folder)
+            files |= {f"{folder.name}/{stream}": manifest[stream] for stream in streams}
         files["documents.npy"] = _concatenate_shards(
             building, shards, "documents", _npy_header(DOCUMENT_DTYPE, (documents,))
         )
@@ -384,7 +401,7 @@ def publish_store(
             "bytes": sum(shard.bytes for shard in shards),
             "files": files,
         }
-        write_atomically(building / "store.json", _to_json(full_header))
+        write_checked_json(building / "store.json", full_header, final.name)
         try:
             os.rename(building, final)
         except OSError:
@@ -433,7 +450,3 @@ def _npy_header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
         head, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     )
     return head.getvalue()
-
-
-def _to_json(value: dict[str, Any]) -> bytes:
-    return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()

@@ -68,11 +68,11 @@ def build_store(
     source_files = SourceFiles.from_source(source, cache)
     fingerprint = _store_fingerprint(source, encoder, renderer, source_files)
     final = cache / "stores" / fingerprint
-    if store := _open_published(final):
+    if store := _open_published(final, cache):
         return store
     with file_lock(cache / "locks" / f"{fingerprint}.lock") as is_locked:
         building = cache / "building" / (fingerprint if is_locked else f"{fingerprint}-{os.getpid()}")
-        return _open_published(final) or _build(
+        return _open_published(final, cache) or _build(
             source, encoder, renderer, source_files, building, final, progress, workers or _available_cores()
         )
 
@@ -103,12 +103,15 @@ def _store_fingerprint(
     )
 
 
-def _open_published(final: Path) -> TokenStore | None:
+def _open_published(final: Path, cache: Path) -> TokenStore | None:
+    """The store if it is there and undamaged; a damaged one is removed."""
     if not final.is_dir():
         return None
     try:
-        return remove_leftovers(TokenStore.open(final))
-    except DataError:  # truncated or changed: it is only a cache
+        store = remove_leftovers(TokenStore.open(final))
+        store.verify(cache)
+        return store
+    except DataError:
         shutil.rmtree(final, ignore_errors=True)
         return None
 
@@ -177,7 +180,7 @@ def _build(
         )
     header = {
         "vocabulary": encoder.vocabulary,
-        "bos": encoder.bos,
+        "bos": encoder.stored_prefix,
         "eos": encoder.eos,
         "kind": kind,
         "fingerprint": final.name,

@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -22,7 +23,7 @@ from postgrad.data.tokens.held_out_split import held_out_mask
 from postgrad.data.tokens.source_files import source_fingerprint
 from postgrad.data.tokens.store import digest
 from postgrad.errors import DataError
-from postgrad.storage.atomic import write_atomically
+from postgrad.storage.checked_files import read_cached_json, write_checked_json
 
 _FORMAT = 1
 MAX_BYTES = 128 * 2**20
@@ -65,9 +66,11 @@ def train_vocabulary(
     source_keys = [[_source_key(p.source, cache), p.held_out_share(1), p.held_out_share(10**6)] for p in sources]
     held_out_keys = [_source_key(source, cache) for source in held_out_sources]
     key = [_FORMAT, size, list(special_tokens), max_bytes, source_keys, shares_key, held_out_keys]
-    path = cache / "vocabularies" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()}.json"
-    if path.exists():
-        return path.read_text("utf-8")
+    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()
+    path = cache / "vocabularies" / f"{name}.json"
+    if found := read_cached_json(path, dict[str, Any], name):
+        # An earlier version wrote the tokenizer.json itself.
+        return found["tokenizer"] if "tokenizer" in found else path.read_text("utf-8")
     copies = np.unique(
         np.concatenate([np.empty(0, np.uint64), *(_digests_and_sizes(source)[0] for source in held_out_sources)])
     )
@@ -92,7 +95,7 @@ def train_vocabulary(
     total = sum(int(sizes @ n) for (_, sizes, _), n in zip(measured, times, strict=True))
     tokenizer.train_from_iterator(_repeat_texts(sources, times, total, progress), trainer)
     tokenizer_json = tokenizer.to_str(pretty=False)
-    write_atomically(path, tokenizer_json)
+    write_checked_json(path, {"tokenizer": tokenizer_json}, name)
     return tokenizer_json
 
 

@@ -2,9 +2,10 @@
 
 Legend: B rows, S tokens of the longest context, T tokens of the longest answer.
 
-A batch takes two forward passes. The first encodes its contexts and gives the decoder its start token, which scores the first
-token of every answer. The second decodes the answers but their last tokens, a row for each answer, with the cross-attention
-keys and values that the first pass computed from the contexts. Whether an architecture supports that is tested; for one that
+A batch takes two forward passes. The first encodes its contexts and gives the decoder its prefix (the start token, and what
+follows it in every answer: BART's BOS, a language code), which scores the first token of every answer. The second decodes the
+answers but their last tokens, a row for each answer, with the cross-attention keys and values that the first pass computed
+from the contexts. Whether an architecture supports that is tested; for one that
 does not, every answer is a row of its own, with its context.
 """
 
@@ -24,7 +25,6 @@ from postgrad.errors import ModelError
 from postgrad.evaluation.choices.decoder import TokenScores, pad_rows, score_rows
 from postgrad.evaluation.choices.token_tree import Branch, TreeRow, build_tree
 from postgrad.models.model import HeadedModel
-from postgrad.models.task_head_model import decoder_start_token
 
 _KEYS_AT_ONCE = 4
 """Cross-attention keys and values of the answers' rows, in multiples of the tokens of a batch."""
@@ -39,7 +39,7 @@ class ChoiceRequest(NamedTuple):
 
 
 class _ContextChoices(NamedTuple):
-    """A context with some of its choices: the row of the start token, and the rows of the answers."""
+    """A context with some of its choices: the row of the decoder's prefix, and the rows of the answers."""
 
     context: np.ndarray
     first_row: TreeRow
@@ -49,9 +49,16 @@ class _ContextChoices(NamedTuple):
 class EncoderDecoderScorer:
     """An encoder-decoder and its batches of questions."""
 
-    def __init__(self, model: HeadedModel, requests: Sequence[ChoiceRequest], pad: int, batch_tokens: int) -> None:
+    def __init__(
+        self,
+        model: HeadedModel,
+        requests: Sequence[ChoiceRequest],
+        pad: int,
+        batch_tokens: int,
+        decoder_prefix: Sequence[int],
+    ) -> None:
         self.model, self.pad = model, pad
-        self.start_token = decoder_start_token(model.pretrained.config)
+        self.prefix = np.array(decoder_prefix, np.int64)
         questions = list(self._group_by_context(requests, batch_tokens))
         longest = max(questions, key=lambda question: len(question.context), default=None)
         self.shares_encoding = longest is not None and self._sharing_agrees(longest)
@@ -59,7 +66,7 @@ class EncoderDecoderScorer:
         self.has_later_rows = any(question.later_rows for question in questions)
         decoded = sum(len(row.ids) for question in questions for row in question.later_rows)
         if self.shares_encoding:
-            self.tokens_read = decoded + sum(len(question.context) + 1 for question in questions)
+            self.tokens_read = decoded + sum(len(question.context) + len(self.prefix) for question in questions)
         else:
             encoded = [len(question.context) * max(1, len(question.later_rows)) for question in questions]
             self.tokens_read = decoded + sum(encoded)
@@ -87,7 +94,7 @@ class EncoderDecoderScorer:
             count = max(1, _KEYS_AT_ONCE * batch_tokens // len(group[0].context))
             for begin in range(0, len(group), count):
                 part = group[begin : begin + count]
-                begins = [Branch(np.array([self.start_token]), 1, a.choice[:1], a.slot) for a in part]
+                begins = [Branch(self.prefix, len(self.prefix), a.choice[:1], a.slot) for a in part]
                 longer: dict[tuple[int, ...], list[Branch]] = {}
                 for a in part:
                     if len(a.choice) > 1:
@@ -125,10 +132,10 @@ class EncoderDecoderScorer:
     def _score_shared(self, questions: Sequence[_ContextChoices]) -> TokenScores:
         contexts_BS, mask_BS = self._pad_contexts([question.context for question in questions])
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        begin_B1 = torch.full((len(questions), 1), self.start_token, device=contexts_BS.device)
+        prefix_BP = torch.from_numpy(self.prefix).to(contexts_BS.device).expand(len(questions), -1)
         with _record_outputs(self.model.pretrained.get_encoder()) as encoded:
             output = self.model(
-                input_ids=contexts_BS, attention_mask=mask_BS, decoder_input_ids=begin_B1, past_key_values=cache
+                input_ids=contexts_BS, attention_mask=mask_BS, decoder_input_ids=prefix_BP, past_key_values=cache
             )
         first = score_rows(output.hidden, output.head, [question.first_row for question in questions])
         if not self.has_later_rows:
@@ -156,12 +163,13 @@ class EncoderDecoderScorer:
         return score_rows(output.hidden, output.head, rows)
 
     def _full_rows(self, question: _ContextChoices) -> list[TreeRow]:
-        """The rows of the answers after the start token; the first one also scores the answers' first tokens."""
+        """The rows of the answers after the decoder's prefix; the first one also scores the answers' first tokens."""
         rows = []
         for row in question.later_rows:
-            ids = np.append(self.start_token, row.ids)
+            ids = np.append(self.prefix, row.ids)
             size = np.full(len(ids), len(ids))
-            rows.append(TreeRow(ids, np.arange(len(ids)), size, row.source_A + 1, row.target_A, row.slot_A))
+            source_A = row.source_A + len(self.prefix)
+            rows.append(TreeRow(ids, np.arange(len(ids)), size, source_A, row.target_A, row.slot_A))
         if not rows:
             return [question.first_row]
         first, begins = rows[0], question.first_row

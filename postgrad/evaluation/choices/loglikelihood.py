@@ -11,17 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from postgrad.data.render.frame import Frame, count_repeated
 from postgrad.errors import DataError, ModelError
 from postgrad.evaluation.choices.decoder import DecoderScorer, TokenScores
 from postgrad.evaluation.choices.encoder_decoder import ChoiceRequest, EncoderDecoderScorer
 from postgrad.evaluation.choices.token_tree import Branch
 from postgrad.models.model import CausalModel, HeadedModel, Model
+from postgrad.models.task_head_model import decoder_start_token
 
 _TOKENS_AT_ONCE = 8192
 BatchScores = tuple[int, TokenScores]
@@ -62,20 +64,31 @@ class ChoiceScores:
 
 
 def encode_item(
-    tokenizer: PreTrainedTokenizerBase, context: str, choices: Sequence[str], *, separate: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    frame: Frame,
+    context: str,
+    choices: Sequence[str],
+    *,
+    empty: int,
+    separate: bool = False,
 ) -> ChoiceItem:
     """A question and its possible answers as ids; see `encode_items`."""
-    return encode_items(tokenizer, [(context, choices)], separate=separate)[0]
+    return encode_items(tokenizer, frame, [(context, choices)], empty=empty, separate=separate)[0]
 
 
 def encode_items(
-    tokenizer: PreTrainedTokenizerBase, questions: Sequence[tuple[str, Sequence[str]]], *, separate: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    frame: Frame,
+    questions: Sequence[tuple[str, Sequence[str]]],
+    *,
+    empty: int,
+    separate: bool = False,
 ) -> list[ChoiceItem]:
     """Questions as ids, split between context and answer as lm-eval does it (`TemplateLM._encode_pair`).
 
     Spaces at the end of the context belong to the answer. Both are tokenised as one text, and the answer begins after as many
-    tokens as the context alone has; with `separate` (encoder-decoders) each is tokenised by itself, and the answer gets no
-    special tokens. An empty context is a BOS, or an EOS where there is none.
+    tokens as the context alone has; with `separate` (encoder-decoders) each is tokenised by itself. The context gets the
+    special tokens of `frame`, the answer none. An empty context without special tokens is the token `empty`, a BOS or EOS.
 
     Raises `DataError` for a choice that has no token of its own.
     """
@@ -87,16 +100,16 @@ def encode_items(
         answers += own
         texts += [bare, *([] if separate or not bare else [bare + each for each in own])]
     ids = iter(_tokenize(tokenizer, texts))
-    alone = iter(_tokenize(tokenizer, answers, add_special_tokens=False))
+    alone = iter(_tokenize(tokenizer, answers))
     items = []
     for context, choices in questions:
-        before = tuple(next(ids))
+        own_ids = next(ids)
         tails = [tuple(next(alone)) for _ in choices]
         if not separate and context.rstrip():
-            tails = [tuple(next(ids))[len(before) :] for _ in choices]
-        if not before or not context:
-            before = (_empty_context_token(tokenizer),)
-            tails = [tail[1:] if tail[:1] == before else tail for tail in tails]
+            tails = [tuple(next(ids))[len(own_ids) :] for _ in choices]
+        before = frame.wrap_once(own_ids) or (empty,)
+        if not separate and not own_ids:
+            tails = [tail[count_repeated(tail, before) :] for tail in tails]
         for choice, tail in zip(choices, tails, strict=True):
             if not tail:
                 raise DataError(
@@ -107,24 +120,9 @@ def encode_items(
     return items
 
 
-def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str], **options: Any) -> list[list[int]]:
-    """Texts as ids; a text that begins with a BOS gets no second one."""
-    if not texts:
-        return []
-    lead = str(tokenizer.decode([_empty_context_token(tokenizer)]))
-    out = tokenizer(texts, verbose=False, **options)["input_ids"]
-    for i, text in enumerate(texts):
-        if text.startswith(lead):
-            out[i] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return out
-
-
-def _empty_context_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token of an empty context."""
-    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if isinstance(token, int):
-            return token
-    raise ModelError("the tokenizer has neither BOS nor EOS for an empty context", where="model")
+def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Texts as ids, without special tokens."""
+    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
 
 
 class ChoiceScorer(Protocol):
@@ -161,18 +159,24 @@ def score_choices(
     gather: GatherScores | None = None,
     rank: int = 0,
     ranks: int = 1,
+    decoder_prefix: Sequence[int] = (),
 ) -> ChoiceScores:
     """Score every choice of every item, with a decoder or an encoder-decoder.
 
     `context`: the most tokens of an input; an item with a choice that needs more is listed in `too_long` and not scored. (The
-    last token of a choice is no input.) `batch_tokens`: tokens of a batch. Each of several ranks scores a part of the batches,
+    last token of a choice is no input.) `decoder_prefix`: the ids before each choice in an encoder-decoder; default: the start
+    token of its configuration. `batch_tokens`: tokens of a batch. Each of several ranks scores a part of the batches,
     and `gather` collects the parts of all; every rank calls the model equally often, as sharded models need.
 
     Raises `ModelError` for a model that does not generate, `DataError` for an item without context or with an empty choice.
     """
     _check_items(items)
     is_encoder_decoder = isinstance(model, HeadedModel) and model.pretrained.config.is_encoder_decoder
-    needs = [_encoder_decoder_length(item) if is_encoder_decoder else _decoder_length(item) for item in items]
+    if is_encoder_decoder:
+        decoder_prefix = decoder_prefix or (decoder_start_token(model.pretrained.config),)
+        needs = [_encoder_decoder_length(item, len(decoder_prefix)) for item in items]
+    else:
+        needs = [_decoder_length(item) for item in items]
     too_long = tuple(i for i, need in enumerate(needs) if need > context)
     tokens = [np.array([len(choice) for choice in item.choices], np.int64) for item in items]
     starts = np.cumsum([0, *(int(counts.sum()) for counts in tokens)]).tolist()
@@ -181,7 +185,7 @@ def score_choices(
     model.eval()
     try:
         with torch.compiler.set_stance("force_eager"):
-            scorer = _make_scorer(model, requests, pad, batch_tokens)
+            scorer = _make_scorer(model, requests, pad, batch_tokens, decoder_prefix)
             parts = _score_rank_batches(scorer, rank, ranks)
     finally:
         model.train(was_training)
@@ -216,9 +220,9 @@ def _decoder_length(item: ChoiceItem) -> int:
     return len(item.context) + max(map(len, item.choices)) - 1
 
 
-def _encoder_decoder_length(item: ChoiceItem) -> int:
-    """The longest input of encoder or decoder; the decoder's start token takes the place of an answer's last token."""
-    return max(len(item.context), *map(len, item.choices))
+def _encoder_decoder_length(item: ChoiceItem, prefix_size: int) -> int:
+    """The longest input of encoder or decoder; the last token of an answer is no input."""
+    return max(len(item.context), *(prefix_size + len(choice) - 1 for choice in item.choices))
 
 
 def _make_requests(item: ChoiceItem, slot: int) -> list[ChoiceRequest]:
@@ -230,7 +234,9 @@ def _make_requests(item: ChoiceItem, slot: int) -> list[ChoiceRequest]:
     return out
 
 
-def _make_scorer(model: Model, requests: Sequence[ChoiceRequest], pad: int, batch_tokens: int) -> ChoiceScorer:
+def _make_scorer(
+    model: Model, requests: Sequence[ChoiceRequest], pad: int, batch_tokens: int, decoder_prefix: Sequence[int]
+) -> ChoiceScorer:
     if isinstance(model, CausalModel):
         branches = [
             Branch(np.append(r.context, np.array(r.choice[:-1], np.int64)), len(r.context), r.choice, r.slot)
@@ -238,7 +244,7 @@ def _make_scorer(model: Model, requests: Sequence[ChoiceRequest], pad: int, batc
         ]
         return DecoderScorer(model, branches, pad, batch_tokens)
     if isinstance(model, HeadedModel) and model.pretrained.config.is_encoder_decoder:
-        return EncoderDecoderScorer(model, requests, pad, batch_tokens)
+        return EncoderDecoderScorer(model, requests, pad, batch_tokens, decoder_prefix)
     raise ModelError(
         f"{type(model.pretrained).__name__} is not a generative model, so it has no likelihoods of answers",
         where="model",

@@ -33,17 +33,23 @@ from postgrad.reports.sections.curves import (
     change_series,
     read_curves,
 )
+from postgrad.reports.sections.overview import damage_notice
 from postgrad.reports.sections.task_section import comparison_task_table
 
 _MAX_SAMPLES, _MAX_FORESTS, _MAX_FOREST_ROWS = 6, 5, 40
 
 
 def comparison_page(
-    records: Sequence[Record], metrics: Sequence[Iterable[MetricsRow]], title: str, baseline: str | None
+    records: Sequence[Record],
+    metrics: Sequence[Iterable[MetricsRow]],
+    title: str,
+    baseline: str | None,
+    damage: Sequence[str] = (),
 ) -> str:
     """Several runs from one base side by side; `metrics[i]` are the rows of `records[i]` (may be shorter).
 
-    `baseline` names the arm against which the removed share of forgetting is measured.
+    `baseline` names the arm against which the removed share of forgetting is measured. `damage`: of the metrics
+    files.
     """
     names = arm_names(records)
     curves = [read_curves(metrics[i] if i < len(metrics) else ()) for i in range(len(records))]
@@ -62,7 +68,7 @@ def comparison_page(
         listed = ", ".join(bold_name(n) for n in unfinished[:8])
         notice = f'<div class="notice"><p><b>Not finished:</b> {listed}. Their missing values are empty.</p></div>'
     number = "1 run" if len(records) == 1 else f"{len(records)} runs"
-    title, lead = title or "Comparison", _headline(records, names, baseline)
+    title, lead = title or "Comparison", damage_notice(damage) + _headline(records, names, baseline)
     return render_page(title, f"comparison of {number}", title, f"{lead}{notice}", sections)
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from postgrad.config.stage_file import dump_stage
 from postgrad.errors import StageError
-from postgrad.lineage.metrics import METRICS, MetricsRow, read_metrics
-from postgrad.lineage.record import LOCK, PLAN, RECORD, STAGE, Fingerprints, ModelSummary, Record, read_record
+from postgrad.lineage.metrics import METRICS, MetricsRow, read_metrics, read_run_metrics
+from postgrad.lineage.record import LOCK, PLAN, RECORD, Fingerprints, ModelSummary, Record, read_record, validate_part
 from postgrad.lineage.saved_plan import read_plan
 from postgrad.reports.html import document
 from postgrad.reports.pages import run_page
@@ -16,13 +17,14 @@ from postgrad.storage.file_lock import is_locked
 
 def rewrite_report(run_folder: Path) -> Path:
     """Write `report.html` of a run folder again. Raises `StageError` when `run_folder` is not one."""
-    rows = list(read_metrics(run_folder / METRICS))
     record = read_record(run_folder) if (run_folder / RECORD).exists() else None
-    if record is None or _is_resumed(run_folder, record, rows):
+    metrics = read_run_metrics(run_folder, record) if record else None
+    if record is None or metrics is None or _is_resumed(run_folder, record, metrics.rows):
         if not (run_folder / PLAN).exists():
             raise StageError(f"{run_folder} is not a run folder", expected="the output folder of `postgrad train`")
         record = _unfinished_record(run_folder)
-    html = run_page.run_page(record, rows)
+        metrics = read_metrics(run_folder / METRICS, record.id)
+    html = run_page.run_page(record, metrics, metrics.damage)
     return document.write_page(run_folder / "report.html", html)
 
 
@@ -35,16 +37,16 @@ def _is_resumed(run_folder: Path, record: Record, rows: Sequence[MetricsRow]) ->
 def _unfinished_record(run_folder: Path) -> Record:
     """The record of a run that has not written one yet, from its plan."""
     saved = read_plan(run_folder)
-    start = saved.start_model or saved.stage["model"]
+    start = saved.start_model or saved.stage.get("model", "")
     return Record(
         id=saved.id,
-        name=saved.stage["name"],
+        name=str(saved.stage.get("name", run_folder.name)),
         status="running",
         created=saved.created,
         stage=saved.stage,
-        stage_yaml=(run_folder / STAGE).read_text(),
+        stage_yaml=dump_stage(saved.stage),
         model=ModelSummary(start_model=str(start)),
-        fingerprints=Fingerprints.model_validate(saved.fingerprints),
+        fingerprints=validate_part(Fingerprints, saved.fingerprints, str(run_folder / PLAN)),
         execution=saved.execution,
         plan=saved.plan,
         schedule_curve=saved.schedule_curve,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from postgrad.foreign_text import plain_text
 from postgrad.lineage.metrics import MetricsRow
@@ -12,7 +12,7 @@ from postgrad.reports.sections.curves import read_curves
 from postgrad.reports.sections.drift_section import drift_section
 from postgrad.reports.sections.method_section import method_section, reproduce_section
 from postgrad.reports.sections.mixture_section import mixture_section
-from postgrad.reports.sections.overview import headline, notice_boxes, run_facts, verdict_cards
+from postgrad.reports.sections.overview import damage_notice, headline, notice_boxes, run_facts, verdict_cards
 from postgrad.reports.sections.published_step import published_step_section
 from postgrad.reports.sections.relearning_section import relearning_section
 from postgrad.reports.sections.result_section import result_section
@@ -24,8 +24,8 @@ from postgrad.reports.sections.training_section import training_section
 _MAX_SAMPLES = 12
 
 
-def run_page(record: Record, metrics: Iterable[MetricsRow]) -> str:
-    """One run as a page: what was learned and kept, how, and how to reproduce it."""
+def run_page(record: Record, metrics: Iterable[MetricsRow], damage: Sequence[str] = ()) -> str:
+    """One run as a page: what was learned and kept, how, and how to reproduce it. `damage`: of the metrics file."""
     curves = read_curves(metrics)
     name = plain_text(record.name, 120)
     sections = [
@@ -42,7 +42,8 @@ def run_page(record: Record, metrics: Iterable[MetricsRow]) -> str:
         ("method", "Method", "Stage and machine", method_section(record)),
         ("again", "Reproduce", "Provenance and reproduction", reproduce_section(record)),
     ]
-    lead = headline(record, curves) + run_facts(record, curves) + notice_boxes(record, curves) + verdict_cards(record)
+    lead = headline(record, curves) + run_facts(record, curves) + damage_notice(damage)
+    lead += notice_boxes(record, curves) + verdict_cards(record)
     return render_page(name, "report of one stage", name, lead, sections)
 
 

@@ -21,10 +21,11 @@ from postgrad.reports.html.verdicts import tone_of, verdict_of
 from postgrad.reports.sections.curves import Curves
 from postgrad.reports.sections.held_out_tables import loss_unit, main_metric, set_names
 
-_CONTAMINATION_WARNING_SHARE = 0.01
-"""Share of held-out documents that may overlap with the training text before the page warns."""
+_CONTAMINATION_WARNING_PARTS = 100
+"""The page warns when more than one in so many held-out documents overlaps with the training text."""
 _VERBS = {"learnt": "Learned", "kept": "Kept", "forgot": "Forgot"}
 _SETS_PER_ROLE = 3
+_DAMAGE_SHOWN = 3
 
 
 def headline(record: Record, curves: Curves) -> str:
@@ -151,6 +152,15 @@ def notice_boxes(record: Record, curves: Curves) -> str:
     return "".join(f'<div class="notice{f" t-{tone}" if tone else ""}"><p>{text}</p></div>' for tone, text in notices)
 
 
+def damage_notice(damage: Sequence[str]) -> str:
+    """A box with the damage of the files that a page is made from."""
+    if not damage:
+        return ""
+    more = f" {format_count(len(damage) - _DAMAGE_SHOWN)} more." if len(damage) > _DAMAGE_SHOWN else ""
+    shown = ". ".join(escape_html(each, 300) for each in damage[:_DAMAGE_SHOWN])
+    return f'<div class="notice t-bad"><p><b>A file of the run is damaged.</b> {shown}.{more}</p></div>'
+
+
 def skipped_steps_sentence(steps: Sequence[SkippedStep]) -> str:
     """Which steps changed no weight, and on which rows."""
     listed = "; ".join(f"step {format_count(step.step)} ({plain_text(step.list_rows(), 300)})" for step in steps)
@@ -189,7 +199,7 @@ def _gate_notices(record: Record) -> list[tuple[str, str]]:
 def _contamination_notices(record: Record) -> list[tuple[str, str]]:
     notices = []
     for name, overlap in record.contamination.items():
-        if overlap.duplicates or overlap.half_overlap > _CONTAMINATION_WARNING_SHARE * overlap.documents:
+        if overlap.duplicates or overlap.half_overlap * _CONTAMINATION_WARNING_PARTS > overlap.documents:
             text = (
                 f"<b>The training data contains held-out text.</b> {bold_name(name)}: {format_count(overlap.duplicates)} of"
                 f" {format_count(overlap.documents)} documents are duplicates, {format_count(overlap.half_overlap)} share at"
