@@ -116,6 +116,11 @@ class DistributedError(PostgradError):
     exit_code = 1
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of the message of another package's error, or its type."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:500]
+
+
 def suggest_nearest(word: str, known: Iterable[str]) -> str:
     """A hint `did you mean 'x'?` for a mistyped word, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)

@@ -96,8 +96,8 @@ def export_model(
     )
 
 
-def _refuse_difference(found: torch.Tensor, expected: torch.Tensor, folder: Path, tolerance: float = 0.0) -> None:
-    difference = (found - expected).abs().max().item()
+def _refuse_difference(logits: torch.Tensor, expected: torch.Tensor, folder: Path, tolerance: float = 0.0) -> None:
+    difference = (logits - expected).abs().max().item()
     if not difference <= tolerance * max(1.0, expected.abs().max().item()):
         raise ModelError(f"the exported model's logits differ by {difference:.2g}", where=str(folder))
 

@@ -165,7 +165,7 @@ class _Names:
         return out
 
     def earlier_names(self, node: Any, path: str, label: str = "") -> list[_Rename]:
-        """The earlier names in plain data; `shown` is the path of `node` as the file has it."""
+        """The earlier names in plain data; `label` is the path of `node` as the file has it."""
         if isinstance(node, list | tuple):
             return [rename for i, item in enumerate(node) for rename in self.earlier_names(item, path, f"{label}[{i}]")]
         if not isinstance(node, Mapping):

@@ -12,7 +12,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic import (
+    BeforeValidator,
+    Discriminator,
+    Field,
+    SerializerFunctionWrapHandler,
+    Tag,
+    model_serializer,
+    model_validator,
+)
 
 from postgrad.config.document_filters import AnySelection
 from postgrad.config.mixing import AnyMixing, fill_shares
@@ -172,8 +180,8 @@ class OptimizerConfig(ConfigModel):
     max_grad_norm: Annotated[float, Field(gt=0), BeforeValidator(reject_bool)] = 1.0
     """Largest 2-norm of the whole gradient; larger ones are clipped."""
     max_skipped_steps: Annotated[int, Field(ge=0), BeforeValidator(reject_bool)] = 10
-    """How many steps may be skipped because their loss or gradient is not finite; one more ends the run. A skipped step changes
-    no weight and counts no trained token. May be changed on resume."""
+    """How many steps, at most half of all, may be skipped because their loss or gradient is not finite; one more ends the run.
+    A skipped step changes no weight and counts no trained token. May be changed on resume."""
     moments: Literal["reset", "keep", "keep-second"] = "reset"
     """Initial moments: zero, or those of the start checkpoint (both, or only the second)."""
     sparse_update: AnyUpdate | None = None
@@ -194,6 +202,14 @@ class HeldOutFile(TemplatedRowFormat):
     same_format_as: str | None = None
     """A source of this stage with the same row kind, columns and templates. Default: the only source of its role whose kind is
     set."""
+
+    @model_serializer(mode="wrap")
+    def _omit_unset_split(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Fingerprints of stages from before this key stay the same."""
+        dumped = serialize(self)
+        if dumped.get("split") is None:
+            dumped.pop("split", None)
+        return dumped
 
 
 def expand_held_out_file(value: Any) -> Any:

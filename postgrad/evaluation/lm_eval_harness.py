@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from postgrad.errors import DataError, MissingExtra, ModelError, PostgradError, StageError, suggest_nearest
+from postgrad.errors import DataError, MissingExtra, ModelError, PostgradError, StageError, first_line, suggest_nearest
 from postgrad.evaluation.choices.loglikelihood import ChoiceItem, score_choices
 from postgrad.models.model import Model
 from postgrad.models.prefix_lm_attention import is_prefix_lm
@@ -94,8 +94,7 @@ def run_harness(
             raise
         except Exception as error:
             raise DataError(
-                f"lm-eval could not run {', '.join(tasks)}: {(str(error).strip().splitlines() or [''])[0]} "
-                f"({type(error).__name__})",
+                f"lm-eval could not run {', '.join(tasks)}: {first_line(error)} ({type(error).__name__})",
                 where="--harness",
                 expected="tasks whose data is there: local files, or a connection to the Hub",
             ) from error

@@ -670,7 +670,7 @@ def refuse_other_run(path: Path, run_id: str, other: Path) -> None:
             f"this file is of the run {run_id}, and {other.name} beside it of the run {document['id']}",
             where=str(path),
             expected="files of one run",
-            hint="restore the folder from a backup",
+            hint=f"restore the folder from a backup, or move {RECORD} out of it to complete the run again",
         )
 
 

@@ -27,7 +27,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-from postgrad.errors import ModelError, PostgradError
+from postgrad.errors import ModelError, PostgradError, first_line
 from postgrad.models.config_limits import check_config_numbers
 from postgrad.models.tokenizer_limits import check_tokenizer_file, check_tokenizer_speed
 from postgrad.storage.read_json import read_json
@@ -151,11 +151,6 @@ def _as_model_error(problem: str, where: str, expected: str) -> Iterator[None]:
         raise
     except BaseException as error:  # a panic of the package tokenizers is no Exception
         raise ModelError(f"{problem}: {first_line(error)}", where=where, expected=expected) from error
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type."""
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:500]
 
 
 def _find_file(name_or_path: str, file: str) -> Path | None:

@@ -37,7 +37,7 @@ def check_config_numbers(raw: Mapping[str, Any], name: str, where: str) -> None:
         limit = next(limit for pattern, limit in _LIMITS if pattern.search(leaf))
         if abs(value) > limit or (value < 0 and _COUNTED.search(leaf)):
             raise ModelError(
-                f"the configuration of {name} has {key}: {value:,}" if isinstance(value, int) else f"{key}: {value}",
+                f"the configuration of {name} has {key}: {value:,}",
                 where=where,
                 expected=f"0 to {limit:,}",
                 hint=f"correct `{leaf}` in its config.json",

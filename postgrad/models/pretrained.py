@@ -25,10 +25,9 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from postgrad.errors import ModelError
+from postgrad.errors import ModelError, first_line
 from postgrad.models.auto_classes import (
     ADDED_TOKEN_SETTINGS,
-    first_line,
     load_config,
     load_model_files,
     load_tokenizer_files,

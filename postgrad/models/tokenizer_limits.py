@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
 from transformers import PreTrainedTokenizerBase
 
-from postgrad.errors import ModelError
-from postgrad.storage.regular_file import read_regular_file
+from postgrad.errors import ModelError, first_line
+from postgrad.storage.read_json import read_file, validate_json
 
 _MAX_BYTES = 512 * 2**20
 _MAX_GROWTH = 64
@@ -43,14 +42,8 @@ class _TokenizerSteps:
 
 def check_tokenizer_file(path: Path, where: str) -> None:
     """Raise `ModelError` for a `tokenizer.json` that is no JSON, or whose replacements grow a text without end."""
-    try:
-        steps = TypeAdapter(_TokenizerSteps).validate_json(read_regular_file(path, _MAX_BYTES))
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        raise ModelError(f"{path} is broken: {place} {first['msg']}".replace("  ", " "), where=where) from None
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror}", where=where) from None
+    data = read_file(path, _MAX_BYTES, error=ModelError)
+    steps = validate_json(data, _TokenizerSteps, where=str(path), error=ModelError)
     for name, part in (("normalizer", steps.normalizer), ("decoder", steps.decoder)):
         growth = 1.0
         for step in _iter_steps(part):
@@ -107,5 +100,5 @@ def check_tokenizer_speed(tokenizer: PreTrainedTokenizerBase, name: str, where: 
         )
     if errors:
         raise ModelError(
-            f"the tokenizer of {name} fails on short texts: {(str(errors[0]).splitlines() or ['?'])[0]}", where=where
+            f"the tokenizer of {name} fails on short texts: {first_line(errors[0])}", where=where
         ) from errors[0]

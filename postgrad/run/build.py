@@ -190,7 +190,8 @@ def build_run(plan: Plan, tuned_model: TunedModel, execution: Execution, world: 
         world=world,
         sources=plan.data.source_names,
         max_grad_norm=spec.max_grad_norm,
-        max_skipped_steps=spec.max_skipped_steps,
+        # A stage of which most is skipped has not been trained, however short it is.
+        max_skipped_steps=min(spec.max_skipped_steps, plan.steps // 2),
         seed=stage.seed,
         lr_scale=LossAdaptiveLRScale(spec.loss_adaptive.initial_share, spec.loss_adaptive.smoothing)
         if spec.loss_adaptive

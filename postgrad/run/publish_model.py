@@ -30,9 +30,8 @@ def publish(context: RunContext, session: TrainingSession) -> Phase[list[int]]:
     # Collective: gathers the shards of all ranks.
     state = weights.full_state() if tuned_model.tuning.is_full else weights.state()
     if context.world.is_main:
-        if (
-            context.folder / MODEL
-        ).exists():  # of a process that was killed before the record, and perhaps damaged since
+        # A model is there of a process that was killed before it wrote the record; it may have been damaged since.
+        if (context.folder / MODEL).exists():
             remove_folder(context.folder / MODEL)
         _publish_state(context, tuned_model, state)
     context.world.barrier()

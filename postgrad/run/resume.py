@@ -10,7 +10,6 @@ from typing import Any
 
 from postgrad.config.stage_file import dump_stage
 from postgrad.distributed.world import InputFile, World
-from postgrad.errors import ResumeError
 from postgrad.hardware.execution import Execution
 from postgrad.lineage.record import PLAN, RECORD, STAGE, ExecutionSummary, Record, read_record
 from postgrad.lineage.saved_plan import SavedPlan, read_plan, write_plan
@@ -40,7 +39,7 @@ def claim_run(plan: Plan, world: World, interrupt: Interrupt, *, command: str, c
     saved_plan = world.from_first(lambda: claim_run_folder(plan.output, plan, fingerprints))
     if saved_plan:  # a stage that differs in harmless keys is still the same run
         fingerprints["stage"] = saved_plan.fingerprints["stage"]
-    finished = world.from_first(lambda: _read_finished(plan.output, saved_plan))
+    finished = world.from_first(lambda: _read_finished(plan.output))
     if finished:
         yield RunFinished(finished, plan.output, already_complete=True)
         return None
@@ -86,18 +85,11 @@ def _input_files(plan: Plan, fingerprints: Mapping[str, Any]) -> dict[str, Input
     return {key: InputFile(paths.get(key) or "", fingerprint(value)) for key, value in flat.items()}
 
 
-def _read_finished(run_folder: Path, saved_plan: SavedPlan | None) -> Record | None:
+def _read_finished(run_folder: Path) -> Record | None:
     """The record of a run that is complete, whose page is written again if it is missing; None for any other run."""
     if not (run_folder / RECORD).exists():
         return None
     record = read_record(run_folder)
-    if saved_plan and record.id != saved_plan.id:
-        raise ResumeError(
-            f"this is the record of another run, {record.name}",
-            where=str(run_folder / RECORD),
-            expected=f"a record of the run with the id {saved_plan.id}, as in {PLAN}",
-            hint="move it out of this folder; the command then completes this run and writes its record",
-        )
     if record.status == "stopped":
         return None
     if not (run_folder / REPORT).exists():

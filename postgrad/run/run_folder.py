@@ -19,7 +19,7 @@ from postgrad.errors import BusyError, ResumeError
 from postgrad.lineage.record import LOCK, PLAN, STAGE
 from postgrad.lineage.saved_plan import SavedPlan, read_plan
 from postgrad.plan.plan import Plan
-from postgrad.storage.atomic import disk_error
+from postgrad.storage.atomic import STAGING, disk_error
 from postgrad.storage.fingerprint import differences
 
 MODEL = "model"
@@ -90,7 +90,7 @@ def claim_run_folder(run_folder: Path, plan: Plan, fingerprints: dict[str, Any])
     """The plan.json of this run, or None for a new folder. Raises `ResumeError` when the folder belongs to another run."""
     if not (run_folder / PLAN).exists():
         foreign = [
-            p.name for p in run_folder.iterdir() if p.name not in (LOCK, STAGE) and not p.name.startswith(".staging-")
+            p.name for p in run_folder.iterdir() if p.name not in (LOCK, STAGE) and not p.name.startswith(STAGING)
         ]
         if foreign:
             raise ResumeError(

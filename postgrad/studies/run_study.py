@@ -21,7 +21,7 @@ import torch
 
 from postgrad.data.read.files import list_files
 from postgrad.distributed.world import World
-from postgrad.errors import PostgradError, StageError
+from postgrad.errors import PostgradError, StageError, first_line
 from postgrad.run.run_folder import lock_run_folder
 from postgrad.storage.atomic import write_without_secrets
 from postgrad.storage.checked_files import read_cached_json, write_checked_json
@@ -294,8 +294,7 @@ def _error_text(error: Exception, folder: StudyFolder, key: str) -> str:
         return str(error)
     place = folder.path / "failed" / f"{key}.txt"
     write_without_secrets(place, "".join(traceback.format_exception(error)))
-    first = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first} (its traceback: {place})"
+    return f"{type(error).__name__}: {first_line(error)} (its traceback: {place})"
 
 
 # -- in one process a device -------------------------------------------------------------------------------------------

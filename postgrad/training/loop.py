@@ -32,8 +32,8 @@ def train_steps(
                 f"and {run.skipped_steps - 1} earlier steps were skipped",
                 where=f"step {row.step}",
                 expected=f"at most {run.max_skipped_steps} steps whose loss or gradient is not finite",
-                hint="raise optimizer.max_skipped_steps and repeat the command: it resumes from the last checkpoint; if most "
-                "steps fail, lower schedule.peak in a stage with another `output`",
+                hint="raise optimizer.max_skipped_steps (half of the steps count at most) and repeat the command: it resumes "
+                "from the last checkpoint; if most steps fail, lower schedule.peak in a stage with another `output`",
             )
         yield row
 

@@ -24,8 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from postgrad.config.renamed_keys import upgrade_tuning_options
-from postgrad.errors import PostgradError, TuningError
-from postgrad.models.auto_classes import first_line
+from postgrad.errors import PostgradError, TuningError, first_line
 from postgrad.storage.read_json import read_json
 from postgrad.tuning.attach import attach
 from postgrad.tuning.tuning import Tuning, TuningExport, load_or_detach

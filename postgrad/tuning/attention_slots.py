@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from postgrad.errors import TuningError
+from postgrad.errors import TuningError, first_line
 from postgrad.models.layers import get_embedding_weight
 from postgrad.models.sublayers import eval_mode
 from postgrad.tuning.prefix_attention import AttentionCall, make_inputs, record_attention, sample_token_ids
@@ -54,9 +54,8 @@ def discover_slots(model: PreTrainedModel) -> list[AttentionSlot]:
             expected = model.base_model(**inputs)[0].float()
             output, calls = record_attention(model, inputs)
     except (ValueError, TypeError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [""])[0]
         raise TuningError(
-            f"{name} cannot use `sdpa` attention: {reason}", where="tuning", hint=ALTERNATIVES_HINT
+            f"{name} cannot use `sdpa` attention: {first_line(error)}", where="tuning", hint=ALTERNATIVES_HINT
         ) from error
     if not calls:
         raise TuningError(

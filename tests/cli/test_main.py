@@ -539,13 +539,13 @@ def test_an_interrupted_export_leaves_nothing(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from postgrad.commands import export
+    from postgrad.models import published_vocabulary
 
     def half(model: Any, tokenizer: Any, folder: Path, **_: Any) -> None:
         (folder / "model.safetensors").write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(export, "save_pretrained", half)
+    monkeypatch.setattr(published_vocabulary, "save_pretrained", half)
     done = postgrad("export", runs.naive, tmp_path / "out")
     assert done.code == 3
     assert list(tmp_path.iterdir()) == []

@@ -209,6 +209,17 @@ def test_too_many_skipped_steps_end_the_run_and_a_higher_limit_resumes_it(
     assert isinstance(bounded(1, "mutant")[-1], RunFinished)
 
 
+def test_a_stage_of_which_most_is_skipped_ends(stage_of: StageOf, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However short it is: otherwise a model that was not trained would be published."""
+    raw = stage_of(tokens=1500)
+    steps = plan_of(raw, cache).steps
+    assert 4 <= steps <= 20  # the limit of the stage alone would let most of them pass
+    poison(monkeypatch, *range(STEP_ROWS, 10_000))  # all but the first step
+    with pytest.raises(NonFiniteError, match=rf"step {steps // 2 + 2}:"):
+        events_of(raw, cache)
+    assert not (Path(raw["output"]) / "model").exists()
+
+
 PROGRAM = """
 import sys
 sys.path.insert(0, {root!r})

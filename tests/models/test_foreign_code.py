@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import dynamic_module_utils
 
 import postgrad
@@ -109,6 +110,7 @@ def test_without_the_guards_the_code_runs(folder: Path, monkeypatch: pytest.Monk
         detect_task(ModelLocation("m", folder))
     assert not (folder.parent / "ran").exists()
     monkeypatch.setattr(auto_classes, "_NO_CODE", {})
+    monkeypatch.setattr(transformers.LlamaConfig, "_auto_class", None)  # which loading by code sets for good
     detect_task(ModelLocation("m", folder))
     assert (folder.parent / "ran").exists()
 
@@ -118,7 +120,6 @@ AUTO = {
     "AutoConfig",
     "AutoTokenizer",
     "AutoProcessor",
-    "GenerationConfig",
     "PeftModel",
     "PeftConfig",
     "AutoPeftModel",
@@ -162,7 +163,7 @@ def test_the_only_place_passes_no_code_everywhere() -> None:
         and isinstance(node.func, ast.Attribute)
         and node.func.attr in OPENING - {"get_config_dict"}
     ]
-    assert len(calls) == 4
+    assert len(calls) == 5
     for call in calls:
         assert any(k.arg is None and isinstance(k.value, ast.Name) and k.value.id == "_NO_CODE" for k in call.keywords)
     assert auto_classes._NO_CODE == {"trust_remote_code": False}

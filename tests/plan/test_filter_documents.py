@@ -172,12 +172,12 @@ def test_a_judgement_goes_on_where_it_was_stopped(
     monkeypatch.setattr(perplexity_filter, "score_held_out", stopping)
     with pytest.raises(KeyboardInterrupt):
         plan_of(raw)
-    assert list((tmp_path / "cache" / "selection").glob("*.part.npy"))
+    assert list((tmp_path / "cache" / "selection").glob("*.part.npz"))
     plan = plan_of(raw)
     assert sum(asked) == len(mixed)  # none was judged twice
     assert kept(plan, mixed) == kept(whole, mixed)
     assert plan.data.sources[0].selection == whole.data.sources[0].selection
-    assert not list((tmp_path / "cache" / "selection").glob("*.part.npy"))
+    assert not list((tmp_path / "cache" / "selection").glob("*.part.npz"))
 
 
 def test_a_selection_is_found_once(

@@ -64,7 +64,7 @@ def test_what_a_published_model_is_asked_with_is_what_it_was_trained_with(
     raw = stage_of(shelf, model, rows)
     done = shelf.run(raw)
     tokenizer = AutoTokenizer.from_pretrained(done.run_folder / "model")
-    assert tokenizer.chat_template == plain_template("<|begin|>" * (model == "bos"))
+    assert tokenizer.chat_template == plain_template("<s>" * (model == "bos"))
     asked = tokenizer.apply_chat_template(
         first_turns(shelf, rows), add_generation_prompt=True, tokenize=True, return_dict=False
     )
@@ -94,7 +94,7 @@ def test_a_later_stage_words_its_rows_alike(shelf: Workspace) -> None:
             shelf.plan(stage_of(shelf, model)),
             shelf.plan(stage_of(shelf, f"runs/{first.run_folder.name}", name="then")),
         )
-        assert two.model.tokenizer.chat_template == plain_template("<|begin|>" * (model == "bos"))
+        assert two.model.tokenizer.chat_template == plain_template("<s>" * (model == "bos"))
         assert [h.fingerprint for h in one.evaluation.sets] == [h.fingerprint for h in two.evaluation.sets]
         assert one.data.sources[0].store.fingerprint == two.data.sources[0].store.fingerprint
         completion = [
@@ -109,11 +109,11 @@ def test_the_template_stays_with_a_tuning_and_what_it_is_exported_to(
     done = shelf.run(stage_of(shelf, "bos", tuning={"kind": "lora", "rank": 2}))
     checkpoint = next((done.run_folder / "checkpoints").iterdir())
     for folder in (done.run_folder, done.run_folder / "model", checkpoint):
-        assert load_tokenizer(locate_model(str(folder), shelf.folder)).chat_template == plain_template("<|begin|>")
+        assert load_tokenizer(locate_model(str(folder), shelf.folder)).chat_template == plain_template("<s>")
     assert AutoTokenizer.from_pretrained(shelf.folder / "bos").chat_template is None
     monkeypatch.chdir(shelf.folder)
     export_model(str(done.run_folder), shelf.folder / "exported", "auto")
-    assert AutoTokenizer.from_pretrained(shelf.folder / "exported").chat_template == plain_template("<|begin|>")
+    assert AutoTokenizer.from_pretrained(shelf.folder / "exported").chat_template == plain_template("<s>")
     # A later tuning without words of its own keeps those below.
     later = shelf.run(
         stage_of(
@@ -124,15 +124,14 @@ def test_the_template_stays_with_a_tuning_and_what_it_is_exported_to(
             name="later",
         )
     )
-    assert load_tokenizer(locate_model(str(later.run_folder), shelf.folder)).chat_template == plain_template(
-        "<|begin|>"
-    )
+    assert load_tokenizer(locate_model(str(later.run_folder), shelf.folder)).chat_template == plain_template("<s>")
 
 
 def test_which_template_is_its_own() -> None:
     assert custom_template(None) is None
-    assert custom_template(plain_template("<|begin|>")) is custom_template(plain_template("")) is None
-    assert custom_template("x") == custom_template({"default": "x", "tool_use": "y"}) == "x"
+    assert custom_template(plain_template("<s>")) is custom_template(plain_template("")) is None
+    assert custom_template("x") == "x" and custom_template({}) is None
+    assert custom_template({"default": "x", "tool_use": "y"}) == {"default": "x", "tool_use": "y"}
     assert custom_template(PLAIN_TEMPLATE + " ") == PLAIN_TEMPLATE + " "
 
 

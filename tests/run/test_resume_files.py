@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from postgrad.errors import PostgradError, ResumeError
+from postgrad.errors import PostgradError, ResumeError, StageError
 from postgrad.lineage.record import read_record
 from postgrad.run import training_session
 from postgrad.run.events import RunEvent, RunFinished, RunStarted, StepCompleted, WarningMessage
@@ -126,9 +126,14 @@ def test_a_model_folder_of_a_killed_process_is_published_again(runs: Runs, stopp
 
 def test_the_record_of_another_run_is_refused(runs: Runs, stopped: Path) -> None:
     shutil.copy(runs.other / "record.json", stopped)
-    with pytest.raises(ResumeError, match="record of another run") as caught:
+    with pytest.raises(
+        StageError, match=r"this file is of the run \w+, and record.json beside it of the run"
+    ) as caught:
         runs.resume(stopped)
-    assert caught.value.where == str(stopped / "record.json")
+    assert caught.value.where == str(stopped / "plan.json") and "move record.json out" in caught.value.hint
+    (stopped / "record.json").unlink()
+    runs.resume(stopped)
+    assert trace(stopped) == trace(runs.whole)
 
 
 def test_another_seeds_checkpoint_is_refused(runs: Runs, stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:

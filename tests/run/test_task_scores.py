@@ -157,9 +157,9 @@ def test_ranks_answer_parts_that_make_a_whole(shelf: Workspace, name: str) -> No
     table: dict[int, object] = {}
     for rank in (0, 1):
         with pytest.raises(_Waiting):
-            answer_tasks(model, [quiz], reading, world=_Rank(HERE.device, rank, 3, table))
+            answer_tasks(model, [quiz], reading, world=_Rank(HERE.device, rank, 3, table=table))
     for rank in (2, 0):
-        assert answer_tasks(model, [quiz], reading, world=_Rank(HERE.device, rank, 3, table))[name] == alone
+        assert answer_tasks(model, [quiz], reading, world=_Rank(HERE.device, rank, 3, table=table))[name] == alone
     sizes = [len(part) for part in table.values()]  # type: ignore[arg-type]
     assert max(sizes) - min(sizes) <= 1, "each answers a part"
 

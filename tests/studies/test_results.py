@@ -89,7 +89,7 @@ def test_a_part_begins_where_the_one_before_ended(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(
         found_in,
         "_read_step_record",
-        lambda _, key: SimpleNamespace(plan=SimpleNamespace(tokens=tokens[key.split("-")[0]])),
+        lambda _, key: SimpleNamespace(id="", status="stopped", plan=SimpleNamespace(tokens=tokens[key.split("-")[0]])),
     )
     curve = _loss_curves(prepared, [["one-0", "blend", "two-0"], ["one-1", "blend", "two-1"]])  # type: ignore[arg-type]
     assert curve["switches"] == [0, 100]

@@ -490,7 +490,7 @@ def test_finished_runs_are_taken_as_they_are(done: PreparedStudy) -> None:
     assert [wider.graph.steps[key].slug for key in wider.remaining_steps] == ["more-s0"]
 
 
-@pytest.mark.parametrize("name", ["texts.json", "times.json", "machine.json", "notes/{key}.json"])
+@pytest.mark.parametrize("name", ["times.json", "machine.json", "notes/{key}.json"])
 @pytest.mark.parametrize("text", ["{", "[]"])
 def test_a_broken_file_of_its_own_is_told(done: PreparedStudy, tmp_path: Path, name: str, text: str) -> None:
     home = tmp_path / "home"
@@ -503,6 +503,16 @@ def test_a_broken_file_of_its_own_is_told(done: PreparedStudy, tmp_path: Path, n
         prepared = prepare_study(file, done.folder.cache)
         prepared.folder.machine, total_step_seconds(prepared), load_times(prepared.folder)
     assert str(broken) in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_the_cached_hashes_of_texts_are_made_again(done: PreparedStudy, tmp_path: Path, text: str) -> None:
+    home = tmp_path / "home"
+    shutil.copytree(done.folder.path, home, ignore=shutil.ignore_patterns("runs"))
+    (home / "texts.json").write_text(text)
+    study = yaml.safe_load(done.file.read_text())
+    prepared = prepare_study(written(tmp_path, {**study, "output": str(home)}), done.folder.cache)
+    assert list(prepared.graph.steps) == list(done.graph.steps)
 
 
 @pytest.mark.parametrize("harm", [Path.unlink, lambda place: place.write_bytes(b"PK")])
