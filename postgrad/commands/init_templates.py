@@ -28,7 +28,7 @@ from postgrad.data.read.documents import detect_kind, detect_source_columns, rea
 from postgrad.data.read.files import RawSource
 from postgrad.data.read.row_kinds import RUNNING_TEXT_KINDS
 from postgrad.data.read.train_test_split import split_rows
-from postgrad.errors import DataError, StageError, suggest_nearest
+from postgrad.errors import DataError, StageError, format_names, suggest_nearest
 from postgrad.storage.atomic import write_atomically
 
 Notify = Callable[[str], None]
@@ -248,7 +248,7 @@ def _extra_suffixes(kind: str, request: TemplateRequest) -> list[str]:
 
 
 def _check_answers(kind: str, request: TemplateRequest) -> None:
-    """Raise `StageError` for two files of rows, which only `mixed` takes, and for one alone that it would have to complete."""
+    """Raise `StageError` for a second `--data` of another template than `mixed`, and for `mixed` with one alone."""
     if request.answers is not None and kind != "mixed":
         raise StageError(
             f"{kind} trains on one file of rows", where="--data", expected="a folder or a pattern for several files"
@@ -258,9 +258,7 @@ def _check_answers(kind: str, request: TemplateRequest) -> None:
             "mixed trains on text and on rows with answers, and one --data is given",
             where="--data",
             expected="both, each with an option of its own",
-            hint=shlex.join(
-                ["postgrad", "init", request.name, "--template", kind, "--data", request.data, "--data", "ROWS"]
-            ),
+            hint=_init_command(request, kind, request.data, "ROWS"),
         )
 
 
@@ -278,19 +276,18 @@ class _RowKind(NamedTuple):
 
 def _detect_rows(kind: str, request: TemplateRequest) -> _RowKind | None:
     """The kind of the user's rows with answers or labels. Raises `StageError` for rows that the strategy cannot train on."""
+    accepted = _ROW_KINDS[kind]
+    found = None if request.data is None else _match_row_kind("--data", request.data, accepted, request)
+    if request.answers is not None:
+        found = _match_row_kind("--data", request.answers, ANSWER_KINDS, request)
     if request.replay is not None and kind in ("mlm", "text2text", "few-shot"):
-        _match_row_kind("--replay", request.replay, RUNNING_TEXT_KINDS, request.name)
+        _match_row_kind("--replay", request.replay, RUNNING_TEXT_KINDS, request)
     if request.test is not None:
-        _match_row_kind("--test", request.test, _ROW_KINDS[kind], request.name)
-    if request.data is None:
-        return None
-    found = _match_row_kind("--data", request.data, _ROW_KINDS[kind], request.name)
-    if request.answers is None:
-        return found
-    return _match_row_kind("--data", request.answers, ANSWER_KINDS, request.name)
+        _match_row_kind("--test", request.test, accepted, request)
+    return found
 
 
-def _match_row_kind(option: str, path: str, accepted: Sequence[str], name: str) -> _RowKind:
+def _match_row_kind(option: str, path: str, accepted: Sequence[str], request: TemplateRequest) -> _RowKind:
     """The kind of some rows, one of `accepted`."""
     rows = RawSource("rows", path, root=Path.cwd(), where=option)
     detected = detect_kind(rows)
@@ -304,11 +301,16 @@ def _match_row_kind(option: str, path: str, accepted: Sequence[str], name: str) 
     raise StageError(
         f"{path} has rows of `{detected}`",
         where=option,
-        expected=f"rows of {', '.join(accepted)}",
-        hint=shlex.join(["postgrad", "init", name, "--template", template, "--data", path])
-        if option == "--data"
-        else "",
+        expected=f"rows of {format_names(accepted, limit=8)}",
+        hint=_init_command(request, template, path) if option == "--data" else "",
     )
+
+
+def _init_command(request: TemplateRequest, template: str, *data: str) -> str:
+    """The command that writes a stage of another template or with other rows."""
+    options = [("--data", path) for path in data] + [("--model", request.model), ("--replay", request.replay)]
+    given = [word for option, value in options if value is not None for word in (option, value)]
+    return shlex.join(["postgrad", "init", request.name, "--template", template, *given])
 
 
 def _write_files(

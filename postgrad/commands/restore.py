@@ -31,6 +31,7 @@ from postgrad.plan.plan import Plan, make_plan
 from postgrad.plan.seen_sources import make_replay_source
 from postgrad.run.events import RunEvent, RunFinished
 from postgrad.run.run import run_stage
+from postgrad.stats.forgetting import MIN_LOSS
 from postgrad.storage.cache_folder import cache_folder
 from postgrad.tuning.open_model import open_model, start_fingerprint
 
@@ -326,7 +327,7 @@ def _score_model(plan: Plan, start: ModelLocation, cache: Path) -> before_after.
 
 def _forgetting_limit(target: RestoreTarget, request: RestoreRequest) -> dict[str, Any]:
     """The bound on the rise of the new sets: a fraction of their gain, as a fraction of their loss."""
-    limits = [request.max_cost * (old - new) / new for old, new in target.gains.values() if old > new]
+    limits = [request.max_cost * (old - new) / max(new, MIN_LOSS) for old, new in target.gains.values() if old > new]
     return {"max_forgetting": min(1.0, min(limits))} if limits else {}
 
 

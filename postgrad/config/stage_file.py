@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from postgrad.config.renamed_keys import refuse_earlier_stage_names, upgrade_stage
 from postgrad.config.stage import EvaluationConfig, Stage
 from postgrad.config.tasks import TaskConfig
-from postgrad.errors import PostgradError, StageError, suggest_nearest
+from postgrad.errors import PostgradError, StageError, suggest_nearest, suggest_path
 from postgrad.storage.read_yaml import MAX_BYTES, MAX_DEPTH, read_yaml
 from postgrad.storage.regular_file import read_regular_file
 
@@ -82,7 +82,8 @@ def _read_yaml_file(path: Path, description: str) -> Any:
         if isinstance(error, UnicodeDecodeError):
             raise StageError(f"{description} is not UTF-8", where=str(path)) from error
         reason = error.strerror if isinstance(error, OSError) else error  # a ValueError: a path with a NUL
-        raise StageError(f"{description} cannot be read ({reason})", where=str(path)) from error
+        hint = suggest_path(path) if isinstance(error, FileNotFoundError) else ""
+        raise StageError(f"{description} cannot be read ({reason})", where=str(path), hint=hint) from error
     return _parse_yaml(text, str(path))
 
 

@@ -46,7 +46,7 @@ def resolve_labels(source_specs: Sequence[SourceSpec], cache: Path) -> Labels | 
     names = set().union(*(labels.names for labels in labels_by_source.values()))
     if problem != ProblemType.MULTI_LABEL and len({*map(str, names), *(objective.labels or ())}) < 2:
         raise StageError(
-            f"all rows have the label {next(iter(names))!r}, so there is nothing to tell apart",
+            f"all rows have the label {next(iter(names))!r}" if names else "no row has a label",
             where="data.sources",
             expected="rows of at least two labels",
             hint="list all labels under objectives.labels if others follow in later stages",

@@ -25,7 +25,9 @@ def _gate_remedies(record: Record, folder: Path, max_forgetting: float) -> str:
         f"a model between start and end: {shlex.join(['postgrad', 'blend', *blend])}",
     ]
     if record.model.task == "causal":
-        remedies.append(f"recover old text afterwards: {shlex.join(['postgrad', 'restore', str(folder)])}")
+        has_replay = any(source.role == "replay" for source in record.totals.sources)
+        restore = [str(folder), *([] if has_replay else ["--prompts", "OLD-TEXT"])]
+        remedies.append(f"recover old text afterwards: {shlex.join(['postgrad', 'restore', *restore])}")
     return "\n".join(["what helps:", *(f"  {remedy}" for remedy in remedies)])
 
 

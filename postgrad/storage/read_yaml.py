@@ -18,8 +18,9 @@ class _StrictLoader(yaml.SafeLoader):
     `on` and `off` are words, as they are in YAML 1.2, and a key is never a truth value. Nodes, nesting and aliases are limited.
     """
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, max_nodes: int) -> None:
         super().__init__(text)
+        self._max_nodes = max_nodes
         self._count, self._depth, self._sizes = 0, 0, dict[int, int]()
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
@@ -36,8 +37,8 @@ class _StrictLoader(yaml.SafeLoader):
         else:
             self._count += 1
             self._sizes[id(node)] = self._count - start
-        if self._count > MAX_NODES:
-            raise _limit_error(f"it has more than {MAX_NODES:,} values, aliases written out", event)
+        if self._count > self._max_nodes:
+            raise _limit_error(f"it has more than {self._max_nodes:,} values, aliases written out", event)
         if (
             isinstance(node, yaml.ScalarNode)
             and not node.tag.endswith(":str")
@@ -73,6 +74,6 @@ def _limit_error(problem: str, event: yaml.Event) -> yaml.MarkedYAMLError:
     return yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
 
 
-def read_yaml(text: str) -> Any:
+def read_yaml(text: str, max_nodes: int | None = None) -> Any:
     """The value of a text in YAML. Raises `yaml.YAMLError` and, for what looks like a date and is none, `ValueError`."""
-    return yaml.load(text, _StrictLoader)
+    return _StrictLoader(text, max_nodes or MAX_NODES).get_single_data()

@@ -28,7 +28,8 @@ _SPLIT_WORDS = {
 }
 _SHARD = re.compile(r"data/(\w+(?:\.\w+)*)-\d{5}-of-\d{5}[^/]*\.[^/]*")
 _CARD = "README.md"
-_CARD_BYTES = 2**20
+_CARD_BYTES, _CARD_NODES = 2**20, 200_000
+"""Limits of a card, which may list every label of hundreds of configurations."""
 _METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 """Files of a data set that are no data."""
 
@@ -162,7 +163,7 @@ def _read_card(card: Path) -> list[Any] | None:
     if match is None:
         return None
     try:
-        values = read_yaml(match[1])
+        values = read_yaml(match[1], _CARD_NODES)
     except (yaml.YAMLError, ValueError):
         return None
     configs = values.get("configs") if isinstance(values, dict) else None
