@@ -7,19 +7,24 @@ import datetime
 import resource
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
+from postgrad.config import stage_file
 from postgrad.config.stage_file import load_stage, parse_stage
 from postgrad.errors import PostgradError
 from postgrad.plan.plan import make_plan
+from postgrad.storage.read_yaml import read_yaml
 from tests.test_foreign_text import is_harmless
 from tests.tiny_stages import Workspace, make_workspace
 
+ROOT = Path(__file__).parents[2]
 HOSTILE: list[Any] = [
     *(None, True, -1, 0, 1, 7, 1e9, 10**30, -(10**30), 0.5, 1e-300, 1e300, float("nan"), float("inf"),),
     *("", " ", "x", "none", "auto", "\0", "..", "a/b", "~", "*", "[x", "{x", "{1000000000} {x}", "\x1b[31mred", "é" * 300),
@@ -90,6 +95,31 @@ def stages(shelf: Workspace) -> dict[str, dict[str, Any]]:
     }
 
 
+def mappings(value: Any, name: str = "stage") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every mapping of a stage with the key that it stands under."""
+    if isinstance(value, dict):
+        yield name, value
+    for key, item in value.items() if isinstance(value, dict) else ((name, item) for item in value):
+        if isinstance(item, dict | list):
+            yield from mappings(item, str(key))
+
+
+def example_values() -> list[tuple[str, str, Any]]:
+    """Each value of the examples: the key of the mapping that it stands in, its own key, and itself."""
+    found = [
+        (name, key, value)
+        for file in sorted((ROOT / "examples").rglob("*.yaml"))
+        if isinstance(raw := read_yaml(file.read_text()), dict) and "data" in raw
+        for name, mapping in mappings(raw)
+        for key, value in mapping.items()
+        if key not in ("data", "sources", "evaluation", "model", "path", "tokens")
+    ]
+    return [entry for i, entry in enumerate(found) if entry not in found[:i]]
+
+
+EXAMPLES = example_values()
+
+
 def places(value: Any) -> Iterator[tuple[Any, Any]]:
     """Every container of a stage with each of its keys."""
     for key, item in list(value.items()) if isinstance(value, dict) else list(enumerate(value)):
@@ -99,7 +129,7 @@ def places(value: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def mutate(raw: dict[str, Any], mutations: list[tuple[int, int, str]]) -> dict[str, Any]:
-    """A copy in which a value is replaced, removed, put under an unknown key, or exchanged with another one."""
+    """A copy in which values are replaced, removed, exchanged, put under an unknown key, or those of an example."""
     raw = copy.deepcopy(raw)
     for number, other, kind in mutations:
         known = list(places(raw))
@@ -116,6 +146,10 @@ def mutate(raw: dict[str, Any], mutations: list[tuple[int, int, str]]) -> dict[s
                 container[f"{key}s"] = value
             case "repeat" if isinstance(container, list):
                 container.append(copy.deepcopy(container[key]))
+            case "example":
+                name, key, value = EXAMPLES[other % len(EXAMPLES)]
+                if hosts := [mapping for under, mapping in mappings(raw) if under == name]:
+                    hosts[number % len(hosts)][key] = copy.deepcopy(value)
             case _:
                 second, there = known[other % len(known)]
                 container[key], second[there] = copy.deepcopy(second[there]), copy.deepcopy(container[key])
@@ -126,11 +160,12 @@ MUTATIONS = st.lists(
     st.tuples(
         st.integers(0, 10**6),
         st.integers(0, 10**6),
-        st.sampled_from(["replace", "replace", "replace", "remove", "add", "repeat", "exchange"]),
+        st.sampled_from(["example", "example", "replace", "remove", "add", "repeat", "exchange"]),
     ),
     min_size=1,
     max_size=3,
 )
+SETTINGS = {"derandomize": True, "deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
 KINDS = ["text", "wsd", "chat", "classes", "pairs", "tasks"]
 
 
@@ -151,9 +186,7 @@ def run_mutations(shelf: Workspace, examples: int) -> set[str]:
     unit = 1 if sys.platform == "darwin" else 1024
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
-    @settings(
-        max_examples=examples, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
-    )
+    @settings(max_examples=examples, phases=[Phase.generate], **SETTINGS)
     @given(kind=st.sampled_from(KINDS), mutations=MUTATIONS)
     def check(kind: str, mutations: list[tuple[int, int, str]]) -> None:
         outcomes.add(check_mutated(shelf, kind, mutations))
@@ -166,7 +199,14 @@ def run_mutations(shelf: Workspace, examples: int) -> set[str]:
 def test_mutated_stages_are_planned_or_refused(shelf: Workspace) -> None:
     for kind, raw in stages(shelf).items():
         make_plan(parse_stage(raw, kind), shelf.folder, shelf.cache)  # valid before they are mutated
-    assert {"planned", "StageError", "DataError"} <= run_mutations(shelf, 200)
+    assert {"planned", "StageError"} <= run_mutations(shelf, 200)
+
+
+def test_an_error_that_is_not_ours_is_found(shelf: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mutant: what pydantic raises is passed on."""
+    monkeypatch.setattr(stage_file, "make_stage_error", lambda error, *_: error)
+    with pytest.raises(ValidationError):
+        run_mutations(shelf, 20)
 
 
 @pytest.mark.slow
@@ -180,7 +220,7 @@ def test_mutated_files_are_read_or_refused(shelf: Workspace) -> None:
     text = yaml.safe_dump(stages(shelf)["wsd"])
     file = shelf.folder / "mutated.yaml"
 
-    @settings(max_examples=200, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=200, **SETTINGS)
     @given(
         st.lists(st.tuples(st.integers(0, len(text)), st.text(st.characters(codec="utf-8"), max_size=4)), min_size=1)
     )
