@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shlex
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -12,10 +14,11 @@ import yaml
 
 from postgrad.commands.results import Result
 from postgrad.config.stage_file import parse_recorded_stage
-from postgrad.data.read.documents import read_documents
+from postgrad.data.read.documents import detect_kind, read_documents
 from postgrad.data.read.files import RawSource as Files
+from postgrad.data.read.row_kinds import RUNNING_TEXT_KINDS
 from postgrad.data.tokens.tokenize import build_store
-from postgrad.errors import StageError
+from postgrad.errors import StageError, format_names
 from postgrad.lineage.record import RECORD, read_record
 from postgrad.models.location import ModelLocation, locate_model
 from postgrad.models.model_sizes import load_model_sizes
@@ -27,6 +30,9 @@ from postgrad.storage.cache_folder import cache_folder
 _REPLAY_SHARE = 0.10
 _MIN_DOCUMENTS = 40
 """With fewer documents a held-out part is too small to measure."""
+
+_STRATEGIES = {**dict.fromkeys(RUNNING_TEXT_KINDS, "continue"), "labelled": "classify", "tagged": "classify"}
+"""The strategy for rows of each kind; for the others `instruct`."""
 
 _TEMPLATE = """\
 # {head}
@@ -89,6 +95,8 @@ def write_stage(
     encoder = make_encoder(tokenizer, sizes.vocab_size)
     positions = sizes.positions or 1024
     files = Files("new", data, root=root, where="--data")
+    if (kind := detect_kind(files)) not in RUNNING_TEXT_KINDS:
+        raise row_kind_error("--data", data, kind, RUNNING_TEXT_KINDS, init_command(name, kind, data, model, replay))
     store = build_store(files, encoder, cache)
     unit = ""
     if len(store) < _MIN_DOCUMENTS and store.kind == "text":
@@ -154,6 +162,28 @@ def _suggested_rates(start: ModelLocation, model: str) -> tuple[str, str, str]:
             peak, floor = (f"{rate:.1e}".replace("e-0", "e-") for rate in (max(curve), max(curve) / 10))
             return peak, floor, f"that of {model}; {comment}"
     return "2.0e-5", "2.0e-6", comment
+
+
+def row_kind_error(option: str, path: str, kind: str, accepted: Sequence[str], command: str = "") -> StageError:
+    """The error of rows of a kind that is not accepted; `command` writes a stage for them."""
+    return StageError(
+        f"{path} has rows of `{kind}`",
+        where=option,
+        expected=f"rows of {format_names(accepted, limit=8)}",
+        hint=command,
+    )
+
+
+def init_command(name: str, kind: str, data: str, model: str | None, replay: str | None) -> str:
+    """The command that writes the stage of the strategy that trains on rows of a kind."""
+    return template_command(name, _STRATEGIES.get(kind, "instruct"), (data,), model, replay)
+
+
+def template_command(name: str, template: str, data: Sequence[str], model: str | None, replay: str | None) -> str:
+    """The command that writes the stage of a strategy."""
+    options = [*(("--data", path) for path in data), ("--model", model), ("--replay", replay)]
+    given = [word for option, value in options if value is not None for word in (option, value)]
+    return shlex.join(["postgrad", "init", name, "--template", template, *given])
 
 
 def check_name(stage_path: Path) -> None:

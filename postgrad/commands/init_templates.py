@@ -20,7 +20,7 @@ from typing import NamedTuple
 from postgrad.analysis import domain_shift
 from postgrad.analysis.shift_advice import make_proposals, shift_strength
 from postgrad.commands.builtin_corpus import ROW_GENERATORS, write_rows, write_texts
-from postgrad.commands.init import check_name
+from postgrad.commands.init import check_name, init_command, row_kind_error, template_command
 from postgrad.commands.results import Result
 from postgrad.config.objectives import ANSWER_KINDS
 from postgrad.config.stage_file import load_stage
@@ -28,7 +28,7 @@ from postgrad.data.read.documents import detect_kind, detect_source_columns, rea
 from postgrad.data.read.files import RawSource
 from postgrad.data.read.row_kinds import RUNNING_TEXT_KINDS
 from postgrad.data.read.train_test_split import split_rows
-from postgrad.errors import DataError, StageError, format_names, suggest_nearest
+from postgrad.errors import DataError, StageError, suggest_nearest
 from postgrad.storage.atomic import write_atomically
 
 Notify = Callable[[str], None]
@@ -157,8 +157,6 @@ _ROW_KINDS: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("classify", "probe"), ("labelled", "tagged")),
 }
 """The kinds of rows that each strategy trains on (`mixed` also on rows with answers)."""
-_FITTING_TEMPLATES = {**dict.fromkeys(RUNNING_TEXT_KINDS, "continue"), "labelled": "classify", "tagged": "classify"}
-"""The strategy to suggest for rows of each kind; for the others `instruct`."""
 
 _KINDS_WITH_TEST = ("classify", "probe", "few-shot")
 """The strategies with test rows; for the last two a user's rows are split if `--test` is not given."""
@@ -258,7 +256,7 @@ def _check_answers(kind: str, request: TemplateRequest) -> None:
             "mixed trains on text and on rows with answers, and one --data is given",
             where="--data",
             expected="both, each with an option of its own",
-            hint=_init_command(request, kind, request.data, "ROWS"),
+            hint=template_command(request.name, kind, (request.data, "ROWS"), request.model, request.replay),
         )
 
 
@@ -297,20 +295,8 @@ def _match_row_kind(option: str, path: str, accepted: Sequence[str], request: Te
         with suppress(DataError):
             if detect_source_columns(replace(rows, kind=other)):
                 return _RowKind(other, is_detected=False)
-    template = _FITTING_TEMPLATES.get(detected, "instruct")
-    raise StageError(
-        f"{path} has rows of `{detected}`",
-        where=option,
-        expected=f"rows of {format_names(accepted, limit=8)}",
-        hint=_init_command(request, template, path) if option == "--data" else "",
-    )
-
-
-def _init_command(request: TemplateRequest, template: str, *data: str) -> str:
-    """The command that writes a stage of another template or with other rows."""
-    options = [("--data", path) for path in data] + [("--model", request.model), ("--replay", request.replay)]
-    given = [word for option, value in options if value is not None for word in (option, value)]
-    return shlex.join(["postgrad", "init", request.name, "--template", template, *given])
+    command = init_command(request.name, detected, path, request.model, request.replay)
+    raise row_kind_error(option, path, detected, accepted, command if option == "--data" else "")
 
 
 def _write_files(

@@ -155,7 +155,8 @@ def _restore_stage(request: RestoreRequest, record: Record, root: Path) -> dict[
     )
     prompts = _prompt_sources(request, root, has_sets=bool(old_sets))
     share = 1.0 - (request.self_distill_share if new_sources else 0.0)
-    per_row = share / NEW_TOKENS + (1 - share) / stage["data"]["sequence_length"]
+    prompt_tokens, new_tokens, length = _row_lengths(stage["data"]["sequence_length"], record.model.context_length)
+    per_row = share / new_tokens + (1 - share) / stage["data"]["sequence_length"]
     sequences = stage["batch"]["global_batch_size"]
     name = request.output or f"{request.run.name}-restored"
     return {
@@ -165,7 +166,7 @@ def _restore_stage(request: RestoreRequest, record: Record, root: Path) -> dict[
         "tokens": max(1, round(request.steps * sequences / per_row)),
         "seed": stage["seed"],
         "data": {
-            "sequence_length": max(stage["data"]["sequence_length"], PROMPT_TOKENS + NEW_TOKENS + 32),
+            "sequence_length": length,
             "overlap": "off",
             "on_exhausted": "repeat",
             "sources": [{**source, "share": share / len(prompts)} for source in prompts]
@@ -181,8 +182,8 @@ def _restore_stage(request: RestoreRequest, record: Record, root: Path) -> dict[
             {
                 "kind": "on-policy",
                 "teacher": _teacher_name(request, record),
-                "prompt_tokens": PROMPT_TOKENS,
-                "max_new_tokens": NEW_TOKENS,
+                "prompt_tokens": prompt_tokens,
+                "max_new_tokens": new_tokens,
                 "on": [source["name"] for source in prompts],
             },
             *([{"kind": "distill", "on": [source["name"] for source in new_sources]}] if new_sources else []),
@@ -196,6 +197,13 @@ def _restore_stage(request: RestoreRequest, record: Record, root: Path) -> dict[
         "save": {"every": "25%"},
         "compute": stage["compute"],
     }
+
+
+def _row_lengths(sequence_length: int, context_length: int) -> tuple[int, int, int]:
+    """Tokens of a prompt, of its continuation and of a row: fewer for a model of few positions."""
+    wanted = PROMPT_TOKENS + NEW_TOKENS + 32
+    room = min(wanted, context_length or wanted)
+    return PROMPT_TOKENS * room // wanted, NEW_TOKENS * room // wanted, max(sequence_length, room)
 
 
 def _prompt_sources(request: RestoreRequest, root: Path, *, has_sets: bool) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from postgrad.run.run_folder import MODEL, REPORT
 
 def _gate_remedies(record: Record, folder: Path, max_forgetting: float) -> str:
     """What helps after a failed retention gate, with the commands."""
-    bound = f"{max_forgetting:.3g}"
+    bound = f"{100 * max_forgetting:.3g}%"
     blend = [str(folder), "--max-forgetting", bound, "--out", f"{folder}-blend"]
     remedies = [
         f"more replay or a lower peak, both found by short runs: postgrad advise STAGE --max-forgetting {bound}",

@@ -13,6 +13,7 @@ import yaml
 
 from postgrad.cli.render import template_text
 from postgrad.commands import builtin_corpus
+from postgrad.commands.init import write_stage
 from postgrad.commands.init_templates import TEMPLATE_KINDS, TemplateRequest, WrittenTemplate, write_template
 from postgrad.config.stage_file import load_stage
 from postgrad.data.read.documents import detect_kind
@@ -238,6 +239,14 @@ def test_a_template_reads_rows_of_its_kinds_and_names_another_for_the_rest(
     parse(command)
     (named,) = {*re.findall(r"--template (\S+)", command)}
     assert named in FITTING[rows]
+
+
+def test_rows_with_answers_are_refused_without_a_template(here: Path, base: Path) -> None:
+    write_rows(here / "mine.jsonl", CHATS)
+    with pytest.raises(StageError, match="mine.jsonl has rows of `chat`") as caught:
+        write_stage("try.yaml", data="mine.jsonl", model=str(base / "base"))
+    assert "--template instruct" in caught.value.hint
+    parse(caught.value.hint.removeprefix("postgrad"))
 
 
 def test_mixed_takes_text_and_rows_in_any_order(here: Path) -> None:
