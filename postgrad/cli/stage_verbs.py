@@ -33,7 +33,7 @@ def demo(
     folder: Annotated[Path, typer.Argument(help="Folder of the demo's data, models and runs.")] = Path("postgrad-demo"),
     as_json: Json = False,
 ) -> None:
-    """Watch a small model learn, forget, and retain with replay: offline, in about two minutes."""
+    """Watch a small model learn, forget, and retain with replay: offline, in 3 to 10 minutes on two cores."""
     require_training()
     from postgrad.cli.demo import demo_text, run_demo
 
