@@ -243,7 +243,7 @@ def test_a_template_reads_rows_of_its_kinds_and_names_another_for_the_rest(
 
 def test_rows_with_answers_are_refused_without_a_template(here: Path, base: Path) -> None:
     write_rows(here / "mine.jsonl", CHATS)
-    with pytest.raises(StageError, match="mine.jsonl has rows of `chat`") as caught:
+    with pytest.raises(StageError, match=r"mine\.jsonl has rows of `chat`") as caught:
         write_stage("try.yaml", data="mine.jsonl", model=str(base / "base"))
     assert "--template instruct" in caught.value.hint
     parse(caught.value.hint.removeprefix("postgrad"))
