@@ -303,7 +303,7 @@ def _objective_text(best: LayerView, result: LayerProbe) -> str:
 
 
 def importance_text(result: MeasuredImportance) -> str:
-    """The importance of a model's weights, and the penalty that uses it."""
+    """The importance of a model's weights, and the keys of a stage that use it."""
     from postgrad.penalties.importance_file import KIND_DESCRIPTIONS
 
     metadata = result.metadata
@@ -324,7 +324,11 @@ def importance_text(result: MeasuredImportance) -> str:
     ]
     if metadata.onto:
         lines.append(f"added to {metadata.onto['decay']:g} x the importance measured on {metadata.onto['model']}")
-    stage = f"penalties: [{{kind: anchor, strength: auto, importance: {result.out}}}]"
+    stage = (
+        f"optimizer: {{sparse_update: {{kind: ssu, importance: {result.out}}}}}"
+        if metadata.kind == "activation"
+        else f"penalties: [{{kind: anchor, strength: auto, importance: {result.out}}}]"
+    )
     return "\n".join([*lines, f"wrote {result.out}", f"next, in a stage that starts from {metadata.model}: {stage}"])
 
 
