@@ -40,7 +40,10 @@ def test_a_weight_for_each_block_moves_that_block_alone() -> None:
 def test_what_the_start_does_not_have_stays_the_ends() -> None:
     model, end = make_llama(0), interpolate.copy_weights(make_llama(1))
     start = {name: t for name, t in interpolate.copy_weights(make_llama(2)).items() if "norm" not in name}
-    assert interpolate.refuse_other_shapes(start, end, ("a", "b")) == sorted(name for name in end if "norm" in name)
+    new = interpolate.refuse_other_shapes(start, end, ("a", "b"), has_task_layer=True)
+    assert new == sorted(name for name in end if "norm" in name)
+    with pytest.raises(ModelError, match=r"norm.weight is missing in a and \(32,\) in b"):
+        interpolate.refuse_other_shapes(start, end, ("a", "b"))
     interpolate.interpolate_weights(model, start, end, 0.0)
     assert all(torch.equal(p, end[name] if "norm" in name else start[name]) for name, p in model.named_parameters())
 
@@ -56,5 +59,5 @@ def test_models_of_other_shapes_are_refused_by_name() -> None:
 def test_the_mean_of_states_is_that_of_their_numbers() -> None:
     states = [{"w": torch.full((2,), value, dtype=torch.float32)} for value in (1e8, 1.0, -1e8)]
     assert torch.equal(
-        interpolate.average_weights(states)["w"], torch.full((2,), 1 / 3)
+        interpolate.average_weights(iter(states), [1 / 3] * 3)["w"], torch.full((2,), 1 / 3)
     )  # in float32 the one would be lost
