@@ -370,7 +370,8 @@ def _list_averages(average: AverageOptions | None) -> list[tuple[int | None, str
         )
     if not average.counts or min(average.counts) < 1:
         raise StageError("a mean of no checkpoint", where="--average", expected="numbers from 1 on")
-    return [(count, decay) for count in average.counts for decay in average.decays]
+    # a single checkpoint stands for no decay
+    return [(count, decay) for count in average.counts for decay in average.decays[: 1 if count == 1 else None]]
 
 
 def _check_method(method: str, grid: Sequence[tuple[float, ...]], density: float) -> None:

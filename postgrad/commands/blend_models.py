@@ -217,7 +217,9 @@ def average_checkpoints(run: Path, record: Record, count: int, decay: str, floor
 
     def states() -> Iterator[Weights]:
         for folder in found:
-            yield interpolate.copy_weights(_load_merged(locate_model(str(folder), Path.cwd())).model)
+            model = _load_merged(locate_model(str(folder), Path.cwd())).model
+            yield {name: p.detach() for name, p in model.named_parameters()}
+            del model
 
     return interpolate.average_weights(states(), weights)
 

@@ -90,10 +90,13 @@ def average_weights(states: Iterable[Mapping[str, Tensor]], weights: Sequence[fl
     """The sum of several models' weights times `weights`, in float64; the states are read one after another."""
     total: dict[str, Tensor] = {}
     dtypes: dict[str, torch.dtype] = {}
-    for state, weight in zip(states, weights, strict=True):
+    remaining = list(weights)
+    for state in states:
+        weight = remaining.pop(0)
         for name, tensor in state.items():
             total[name] = total[name].add_(tensor, alpha=weight) if name in total else tensor.double() * weight
             dtypes[name] = tensor.dtype
+        del state, tensor  # before the next one is read
     return {name: tensor.to(dtypes[name]) for name, tensor in total.items()}
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable, Iterator
+
 import pytest
 import torch
 
@@ -61,3 +64,26 @@ def test_the_mean_of_states_is_that_of_their_numbers() -> None:
     assert torch.equal(
         interpolate.average_weights(iter(states), [1 / 3] * 3)["w"], torch.full((2,), 1 / 3)
     )  # in float32 the one would be lost
+
+
+def most_in_memory(average: Callable[[Iterator[dict[str, torch.Tensor]], list[float]], object]) -> int:
+    """How many of five states exist at most at one time."""
+    alive: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+
+    def states() -> Iterator[dict[str, torch.Tensor]]:
+        nonlocal most
+        for value in range(5):
+            tensor = torch.full((3,), float(value))
+            alive.append(weakref.ref(tensor))
+            most = max(most, sum(each() is not None for each in alive))
+            yield {"w": tensor}
+            del tensor
+
+    average(states(), [0.2] * 5)
+    return most
+
+
+def test_states_are_averaged_one_after_another() -> None:
+    assert most_in_memory(interpolate.average_weights) == 1
+    assert most_in_memory(lambda states, weights: interpolate.average_weights(list(states), weights)) == 5
