@@ -236,7 +236,7 @@ def blend(
             )
         sweep.move_to(ends[chosen.end], chosen.weight, chosen.block)
         with torch.no_grad():
-            publish_pretrained(out, models.opened.model, models.tokenizer, dtype=models.dtype)
+            publish_pretrained(out, models.loaded.model, models.tokenizer, dtype=models.dtype)
     return Blend(
         names[0], models.start_location.name, granularity, models.new, max_forgetting,  # type: ignore[bad-argument-type]
         tuple(sorted(set(weights))), ends, tuple(points), chosen, merge, average, (*models.notes, *notes), out,
@@ -256,8 +256,8 @@ class _Sweep:
     ) -> None:
         self.world = World(machine.default_device())
         self.models, self.sets, self.record, self.merge, self.average = models, sets, record, merge, average
-        self.model = models.opened.model
-        self.view: Model = wrap_model(self.model, models.opened.task).to(self.world.device)
+        self.model = models.loaded.model
+        self.view: Model = wrap_model(self.model, models.loaded.task).to(self.world.device)
         self.start = self._on_device(models.start)
         self.blocks = interpolate.block_parameter_names(self.model)
         self._end: tuple[BlendEnd, Weights] | None = None

@@ -44,7 +44,7 @@ class BlendSet:
 class BlendModels:
     """Models of one shape and vocabulary, as plain weights, and the start of all of them."""
 
-    opened: LoadedModel
+    loaded: LoadedModel
     """The run's model, whose parameters every blend is written to."""
     names: tuple[str, ...]
     """The run, then the models that are merged with it."""
@@ -102,8 +102,9 @@ def load_blend_models(
             expected="models whose start has all of their weights",
         )
     tokenizer, source = _choose_tokenizer([*locations, begun])
-    if 0 < source < len(generation):
-        opened.model.generation_config = generation[source]
+    settings = generation[source] if source < len(generation) else None
+    if settings is not None:
+        opened.model.generation_config = settings
     return BlendModels(
         opened, tuple(names), begun, {name: t for name, t in start_weights.items() if name in weights[0]},
         tuple(weights), tuple(new), tokenizer, stored_dtype(begun), tuple(notes),
