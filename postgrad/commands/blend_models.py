@@ -194,8 +194,7 @@ def average_checkpoints(run: Path, record: Record, count: int, decay: str, floor
     `linear` is asked for and the rate between them was not constant.
     """
     folders = Checkpoints(run / "checkpoints").list_folders()
-    progress = {folder: read_progress(folder) for folder in folders}
-    found = [folder for folder in folders if until is None or progress[folder].step <= until][-count:]
+    found = [folder for folder in folders if until is None or int(folder.name.removeprefix("step-")) <= until][-count:]
     if len(found) < count:
         raise StageError(
             f"{run} has {len(found)} checkpoints" + (f" up to step {until}" if until is not None else ""),
@@ -203,6 +202,7 @@ def average_checkpoints(run: Path, record: Record, count: int, decay: str, floor
             expected=f"{count} of them",
             hint="save more often and keep all: save: {every: 5%, keep: all}",
         )
+    progress = {folder: read_progress(folder) for folder in found}
     foreign = next((folder for folder in found if progress[folder].run not in (None, record.id)), None)
     if foreign:
         raise CheckpointError("this checkpoint is of another run", where=str(foreign), expected=f"one of {record.id}")
