@@ -217,12 +217,6 @@ def blend(
         )
     record, plan = plan_run(Path(names[0]), cache)
     sets, notes = collect_sets(names, plan, cache)
-    if not any(each.held_out.role == "retained" for each in sets):
-        raise StageError(
-            f"{names[0]} has no retained set, so the forgetting of a blend cannot be measured",
-            where="blend",
-            hint="name old text under evaluation.retained of its stage, and train it again",
-        )
     models = load_blend_models(names, record, plan, merge.start, merge.is_forced)
     sweep = _Sweep(models, sets, record, merge, average)
     points = list(sweep.points(ends, sorted({float(w) for w in weights}), granularity == "block"))

@@ -226,7 +226,10 @@ def average_checkpoints(run: Path, record: Record, count: int, decay: str, floor
 
 
 def collect_sets(runs: Sequence[str], plan: Plan, cache: Path) -> tuple[list[BlendSet], list[str]]:
-    """The held-out sets of the runs, each text once, and notes on runs whose sets are not there; the first has `plan`."""
+    """The held-out sets of the runs, each text once, and notes on runs whose sets are not there; the first has `plan`.
+
+    Raises `StageError` when none of them is retained.
+    """
     sets = [_blend_set(plan, each, each.name) for each in plan.evaluation.scored_sets]
     notes: list[str] = []
     for name in runs[1:]:
@@ -242,6 +245,12 @@ def collect_sets(runs: Sequence[str], plan: Plan, cache: Path) -> tuple[list[Ble
             if all(each.fingerprint != known.held_out.fingerprint for known in sets):
                 taken = {known.name for known in sets}
                 sets.append(_blend_set(other, each, f"{run.name}/{each.name}" if each.name in taken else each.name))
+    if not any(each.held_out.role == "retained" for each in sets):
+        raise StageError(
+            f"{runs[0]} has no retained set, so the forgetting of a blend cannot be measured",
+            where="blend",
+            hint="name old text under evaluation.retained of its stage, and train it again",
+        )
     return sets, notes
 
 
