@@ -19,11 +19,13 @@ from torch import Tensor
 from postgrad.commands.blend_models import (
     BlendModels,
     BlendSet,
+    Checkpoint,
     Weights,
     average_checkpoints,
     collect_sets,
     load_blend_models,
     plan_run,
+    select_checkpoints,
 )
 from postgrad.commands.results import Result
 from postgrad.commands.weighted_models import parse_weighted_model
@@ -181,6 +183,10 @@ class Blend(Result):
         }
 
 
+_Average = tuple[int | None, str]
+"""How many checkpoints are averaged, and for which decay; None: the run's model."""
+
+
 def blend(
     run: Path | str,
     *,
@@ -217,8 +223,9 @@ def blend(
         )
     record, plan = plan_run(Path(names[0]), cache)
     sets, notes = collect_sets(names, plan, cache)
+    checkpoints = _select_checkpoints(Path(names[0]), record, ends, average)
     models = load_blend_models(names, record, plan, merge.start, merge.is_forced)
-    sweep = _Sweep(models, sets, record, merge, average)
+    sweep = _Sweep(models, sets, merge, checkpoints, average.floor if average else 0.0)
     points = list(sweep.points(ends, sorted({float(w) for w in weights}), granularity == "block"))
     chosen = _choose_point(points, weight, max_forgetting)
     if out:
@@ -244,18 +251,18 @@ class _Sweep:
         self,
         models: BlendModels,
         sets: Sequence[BlendSet],
-        record: Record,
         merge: MergeOptions,
-        average: AverageOptions | None,
+        checkpoints: Mapping[_Average, Sequence[Checkpoint]],
+        floor: float,
     ) -> None:
         self.world = World(machine.default_device())
-        self.models, self.sets, self.record, self.merge, self.average = models, sets, record, merge, average
+        self.models, self.sets, self.merge, self.checkpoints, self.floor = models, sets, merge, checkpoints, floor
         self.model = models.loaded.model
         self.view: Model = wrap_model(self.model, models.loaded.task).to(self.world.device)
         self.start = self._on_device(models.start)
         self.blocks = interpolate.block_parameter_names(self.model)
         self._end: tuple[BlendEnd, Weights] | None = None
-        self._first: tuple[tuple[int | None, str], Weights] = ((None, ""), models.weights[0])
+        self._first: tuple[_Average, Weights] = ((None, ""), models.weights[0])
 
     def points(self, ends: Sequence[BlendEnd], weights: Sequence[float], by_block: bool) -> Iterator[BlendedModel]:
         """The start and every point of every end, scored."""
@@ -285,12 +292,9 @@ class _Sweep:
         interpolate.interpolate_weights(self.model, self.start, self._end[1], factors, on_sphere=on_sphere)
 
     def _make_end(self, end: BlendEnd) -> Weights:
-        if end.average is not None and self._first[0] != (end.average, end.decay):
-            assert self.average is not None
-            key, options = (end.average, end.decay), self.average
-            self._first = (
-                key, average_checkpoints(Path(self.models.names[0]), self.record, *key, options.floor, options.until)
-            )  # fmt: skip
+        average = end.average, end.decay
+        if self._first[0] != average:
+            self._first = average, average_checkpoints(self.checkpoints[average], end.decay, self.floor)
         parts = [self._first[1], *self.models.weights[1:]]
         if len(parts) == 1 and end.method in ("linear", "slerp") and end.model_weights == (1.0,):
             return parts[0]
@@ -366,6 +370,18 @@ def _list_averages(average: AverageOptions | None) -> list[tuple[int | None, str
         raise StageError("a mean of no checkpoint", where="--average", expected="numbers from 1 on")
     # a single checkpoint stands for no decay
     return [(count, decay) for count in average.counts for decay in average.decays[: 1 if count == 1 else None]]
+
+
+def _select_checkpoints(
+    run: Path, record: Record, ends: Sequence[BlendEnd], average: AverageOptions | None
+) -> dict[_Average, Sequence[Checkpoint]]:
+    """The checkpoints of every mean, all of them found before anything is scored."""
+    until = average.until if average else None
+    return {
+        (end.average, end.decay): select_checkpoints(run, record, end.average, end.decay, until)
+        for end in ends
+        if end.average is not None
+    }
 
 
 def _check_method(method: str, grid: Sequence[tuple[float, ...]], density: float) -> None:

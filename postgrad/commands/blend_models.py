@@ -187,11 +187,19 @@ def _choose_tokenizer(locations: Sequence[ModelLocation]) -> tuple[PreTrainedTok
     return chosen, source
 
 
-def average_checkpoints(run: Path, record: Record, count: int, decay: str, floor: float, until: int | None) -> Weights:
-    """The weighted sum of a run's last `count` checkpoints (up to step `until`) that stands for a decay of its rate.
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint of a run."""
 
-    The checkpoints are read one after another. Raises `StageError` where there are too few, or where another decay than
-    `linear` is asked for and the rate between them was not constant.
+    folder: Path
+    step: int
+
+
+def select_checkpoints(run: Path, record: Record, count: int, decay: str, until: int | None) -> list[Checkpoint]:
+    """A run's last `count` checkpoints, up to step `until`.
+
+    Raises `StageError` where there are too few, or where another decay than `linear` is asked for and the rate between them was
+    not constant.
     """
     folders = Checkpoints(run / "checkpoints").list_folders()
     found = [folder for folder in folders if until is None or int(folder.name.removeprefix("step-")) <= until][-count:]
@@ -202,11 +210,13 @@ def average_checkpoints(run: Path, record: Record, count: int, decay: str, floor
             expected=f"{count} of them",
             hint="save more often and keep all: save: {every: 5%, keep: all}",
         )
-    progress = {folder: read_progress(folder) for folder in found}
-    foreign = next((folder for folder in found if progress[folder].run not in (None, record.id)), None)
-    if foreign:
-        raise CheckpointError("this checkpoint is of another run", where=str(foreign), expected=f"one of {record.id}")
-    rates = [progress[folder].rate for folder in found[1:]]
+    progress = [read_progress(folder) for folder in found]
+    for folder, each in zip(found, progress, strict=True):
+        if each.run not in (None, record.id):
+            raise CheckpointError(
+                "this checkpoint is of another run", where=str(folder), expected=f"one of {record.id}"
+            )
+    rates = [each.rate for each in progress[1:]]
     if decay != "linear" and rates and max(rates) - min(rates) > 1e-6 * max(rates):
         raise StageError(
             f"the learning rate of the last {count} checkpoints is not constant: {max(rates):.3g} to {min(rates):.3g}",
@@ -214,15 +224,19 @@ def average_checkpoints(run: Path, record: Record, count: int, decay: str, floor
             expected="checkpoints of a constant phase",
             hint="end before its decay with --until STEP, or take fewer checkpoints",
         )
-    weights = decay_weights([progress[folder].step for folder in found], decay, floor)
+    return [Checkpoint(folder, each.step) for folder, each in zip(found, progress, strict=True)]
+
+
+def average_checkpoints(checkpoints: Sequence[Checkpoint], decay: str, floor: float) -> Weights:
+    """The weighted sum of checkpoints that stands for a decay of the rate; they are read one after another."""
 
     def states() -> Iterator[Weights]:
-        for folder in found:
-            model = _load_merged(locate_model(str(folder), Path.cwd())).model
+        for checkpoint in checkpoints:
+            model = _load_merged(locate_model(str(checkpoint.folder), Path.cwd())).model
             yield {name: p.detach() for name, p in model.named_parameters()}
             del model
 
-    return interpolate.average_weights(states(), weights)
+    return interpolate.average_weights(states(), decay_weights([each.step for each in checkpoints], decay, floor))
 
 
 def collect_sets(runs: Sequence[str], plan: Plan, cache: Path) -> tuple[list[BlendSet], list[str]]:
