@@ -46,6 +46,7 @@ from postgrad.run.losses import make_objectives
 from postgrad.storage.atomic import publish_file
 from postgrad.storage.cache_folder import cache_folder
 from postgrad.tuning.open_model import open_model, start_fingerprint
+from postgrad.tuning.targets import block_layers
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _TOKENS_PER_BATCH = {"cpu": 512, "cuda": 2048}
@@ -253,7 +254,7 @@ def _estimate(
     estimate: ImportanceEstimate | None = None
     batches = _batches(rows.sets, batch_size, rows.model_inputs.pad_id, seed)
     steps = (
-        estimate_activation_importance(model, batches, tokens)
+        estimate_activation_importance(model, block_layers(model.pretrained), batches, tokens)
         if kind == "activation"
         else estimate_importance(model, batches, measures[kind], tokens)
     )

@@ -50,6 +50,7 @@ from postgrad.config.sparse_updates import AnyUpdate, LossAdaptive, MomentumUpda
 from postgrad.config.tasks import TaskConfig
 from postgrad.config.tunings import AnyTuning, FullTuning
 from postgrad.errors import suggest_nearest_or_all
+from postgrad.foreign_text import mask_secrets
 from postgrad.storage.fingerprint import fingerprint
 
 
@@ -137,7 +138,7 @@ class DataConfig(ConfigModel):
     """The token that ends a document. Default: that of the tokenizer."""
     overlap: Literal["report", "refuse", "off"] = "report"
     """Search the training text for 13-grams of held-out documents: report them, refuse to train, or skip the search."""
-    workers: Positive | None = None
+    workers: Annotated[Positive, Field(le=1024)] | None = None
     """Processes or threads for tokenisation. Default: one per core."""
 
     @model_validator(mode="after")
@@ -219,7 +220,7 @@ class HeldOutFile(TemplatedRowFormat):
 def expand_held_out_file(value: Any) -> Any:
     if isinstance(value, str):
         stem = re.sub(r"(\.(txt|md|jsonl|ndjson|json|csv|tsv|parquet|arrow|gz|zst))+$", "", Path(value).name)
-        name = re.sub(r"[^\w.\-]+", "-", stem)[:100]
+        name = re.sub(r"[^\w.\-]+", "-", mask_secrets(stem))[:100]
         return {"name": name if re.search(r"\w", name) else "held-out", "path": value}
     return value
 
@@ -427,7 +428,10 @@ class Stage(ConfigModel):
                     f"data.sources: the shares add up to {given:.4g} and leave nothing for the source without one"
                 )
         elif abs(given - 1) > 1e-6:
-            raise ValueError(f"data.sources: the shares add up to {given:.4g}, not to 1")
+            raise ValueError(
+                f"data.sources: the shares add up to {given:.4g}, not to 1; "
+                "one source may leave out its `share`, and gets the rest"
+            )
         names = [source.name for source in self.data.sources]
         for path, name in (
             *(("objectives", name) for o in self.objectives for name in o.on),

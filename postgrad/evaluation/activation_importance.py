@@ -10,30 +10,26 @@ Legend: B rows, T positions, I inputs and O outputs of a layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from postgrad.data.loading.batch import Batch
 from postgrad.evaluation.fisher import CONVERGENCE_CHECKS, ImportanceEstimate, compare_halves
 from postgrad.models.model import Model
-from postgrad.tuning.targets import base_layer, is_transposed, linear_layers
 
 
 @torch.no_grad()
 def estimate_activation_importance(
-    model: Model, batches: Iterable[Batch], max_labels: int
+    model: Model, layers: Mapping[str, nn.Module], batches: Iterable[Batch], max_labels: int
 ) -> Iterator[int | ImportanceEstimate]:
     """Accumulate batches up to `max_labels` labels; yields the labels so far, and at last the estimate.
 
-    Batches go to two halves in turn; the model's weights do not change.
+    `layers`: linear layers of the model, by the names of their weights. Batches go to two halves in turn; the model's weights
+    do not change.
     """
-    layers = {
-        f"{layer.name}.weight": base_layer(layer.module)
-        for layer in linear_layers(model.pretrained)
-        if layer.is_targetable
-    }
     halves = [{name: _zeros(layer) for name, layer in layers.items()} for _ in range(2)]
     counts, index = [0, 0], 0
 
@@ -72,19 +68,19 @@ def estimate_activation_importance(
 
 def _zeros(layer: nn.Module) -> Tensor:
     weight: Tensor = layer.weight  # type: ignore[assignment]
-    return torch.zeros(weight.shape[0 if is_transposed(layer) else 1], device=weight.device)
+    return torch.zeros(weight.shape[0 if isinstance(layer, Conv1D) else 1], device=weight.device)
 
 
-def _scores(layers: dict[str, nn.Module], squares: dict[str, Tensor], tokens: int) -> dict[str, Tensor]:
+def _scores(layers: Mapping[str, nn.Module], squares: dict[str, Tensor], tokens: int) -> dict[str, Tensor]:
     """`|W| sqrt(mean X^2)`, in the shape of each weight."""
     scores = {}
     for name, layer in layers.items():
         weight: Tensor = layer.weight  # type: ignore[assignment]
         size_I = (squares[name] / max(tokens, 1)).sqrt()
-        scores[name] = weight.detach().float().abs() * (size_I[:, None] if is_transposed(layer) else size_I)
+        scores[name] = weight.detach().float().abs() * (size_I[:, None] if isinstance(layer, Conv1D) else size_I)
     return scores
 
 
-def _agreement(layers: dict[str, nn.Module], halves: list[dict[str, Tensor]], counts: list[int]) -> dict[str, float]:
+def _agreement(layers: Mapping[str, nn.Module], halves: list[dict[str, Tensor]], counts: list[int]) -> dict[str, float]:
     first, second = (list(_scores(layers, half, count).values()) for half, count in zip(halves, counts, strict=True))
     return compare_halves((first, second), (1, 1))

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from postgrad.errors import StageError
+from postgrad.errors import StageError, suggest_path
 from postgrad.lineage.previous_format import PREVIOUS_FORMAT, upgrade_record
 from postgrad.storage.checked_files import read_cached_json, read_checked_json, write_checked_json
 
@@ -44,8 +44,9 @@ class Interval(RecordPart):
     """An estimate with its 95 % bootstrap interval."""
 
     value: float
-    low: float
-    high: float
+    low: float | None = None
+    """Null where there is one unit, such as a single document: it has no interval."""
+    high: float | None = None
 
 
 # --- inputs ---------------------------------------------------------------------------------------------------------------
@@ -346,6 +347,29 @@ class MetricValue(RecordPart):
     """Standard deviation between prompt seeds."""
 
 
+class ClassRecord(RecordPart):
+    """How well a classifier tells one class from the others, as scikit-learn defines it."""
+
+    name: str
+    precision: float
+    recall: float
+    f1: float
+    support: int
+    """Items of this class."""
+    predicted: int
+    """Items that are taken for this class."""
+
+
+class UnknownTokens(RecordPart):
+    """Tokens of text that the vocabulary lacks, which no other figure of a set counts."""
+
+    tokens: int
+    share: float
+    """Of all tokens of the set."""
+    nats: float
+    """Nats per unknown token: how well the model tells that such text is there."""
+
+
 class SetScore(RecordPart):
     """One model's loss on a held-out set."""
 
@@ -359,6 +383,13 @@ class SetScore(RecordPart):
     documents: int | None = None
     metrics: dict[str, MetricValue] = {}
     """Of a classifier."""
+    classes: list[ClassRecord] = []
+    """Of a classifier: class by class."""
+    unknown: UnknownTokens | None = None
+    """Null where there are none."""
+    confusion: list[list[int]] = []
+    """Of a classifier of up to 50 classes: how often each class (row) is taken for each class (column), in the order of
+    `classes`."""
 
 
 class ScoresRecord(RecordPart):
@@ -386,12 +417,17 @@ class SetChange(Difference):
     relative_difference: float | None = None
     """Difference / loss before."""
     relative_high: float | None = None
+    """Without an interval, the relative difference."""
     share_of_range: float | None = None
     """Difference / (uniform loss - loss before)."""
     bits_per_byte_difference: float | None = None
     units: str | None = None
     """What the bootstrap resamples: documents or windows."""
     unit_count: int | None = None
+    metric: str | None = None
+    """Of a classifier: the chance-corrected metric that the verdict is of. Null: the verdict is of the loss."""
+    metric_change: Difference | None = None
+    """The change of that metric."""
 
 
 class BeforeAfter(RecordPart):
@@ -646,15 +682,21 @@ def write_record(run_folder: Path, record: Record) -> None:
     write_checked_json(run_folder / RECORD, record.as_json(), record.id, without_secrets=True)
 
 
+def no_run_error(run_folder: Path) -> StageError:
+    """The error of a folder that is not a run's."""
+    known = sorted(p.parent for p in run_folder.parent.glob(f"*/{RECORD}"))
+    return StageError(
+        f"{run_folder} is not a run folder (it has no {RECORD})",
+        expected="the output folder of `postgrad train`" + (f", such as {known[0]}" if known else ""),
+        hint="" if run_folder.exists() else suggest_path(run_folder),
+    )
+
+
 def read_record(run_folder: Path) -> Record:
     """A run's record. Raises `StageError` when `run_folder` is not a run folder or its record cannot be read."""
     path = run_folder / RECORD
     if not path.exists():
-        known = sorted(p.parent for p in run_folder.parent.glob(f"*/{RECORD}"))[:5]
-        raise StageError(
-            f"{run_folder} is not a run folder (it has no {RECORD})",
-            expected="the output folder of `postgrad train`" + (f", such as {known[0]}" if known else ""),
-        )
+        raise no_run_error(run_folder)
     record = parse_record(
         read_checked_json(path, dict[str, Any], error=StageError, hint=_DAMAGED_RECORD_HINT), str(path)
     )

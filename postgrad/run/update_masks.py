@@ -18,7 +18,7 @@ from postgrad.penalties.importance_file import ImportanceFile, locate_importance
 from postgrad.plan.plan import Plan
 from postgrad.storage.atomic import sha256
 from postgrad.tuning.open_model import start_fingerprint
-from postgrad.tuning.targets import base_layer, is_transposed, linear_layers
+from postgrad.tuning.targets import block_layers, is_transposed
 
 if TYPE_CHECKING:
     from postgrad.run.tuned_model import TunedModel
@@ -75,9 +75,7 @@ def make_ssu(spec: SourceShieldedUpdate, plan: Plan, tuned_model: TunedModel, we
     start = plan.model.start
     file.check_model(start.name, start_fingerprint(start), _SSU_WHERE)
     layers = {
-        id(base_layer(layer.module).weight): int(not is_transposed(layer.module))
-        for layer in linear_layers(tuned_model.model.pretrained)
-        if layer.is_targetable
+        id(layer.weight): int(not is_transposed(layer)) for layer in block_layers(tuned_model.model.pretrained).values()
     }
     columns = []
     for weight in weights.entries:

@@ -18,6 +18,9 @@ Verdict = Literal["learnt", "kept", "forgot", "no evidence"]
 KEPT_MARGIN = 0.01
 """A loss is *kept* when the whole interval of its relative change lies within this share."""
 
+MIN_LOSS = 1e-12
+"""A smaller loss counts as this one in a relative change: a rise from zero is large, and no error."""
+
 MIN_DOCUMENTS = 20
 """With fewer documents than this, the bootstrap resamples windows of text."""
 
@@ -28,11 +31,13 @@ class LossChange:
 
     difference: float
     """After minus before, nats per token; above zero is forgetting."""
-    low: float
-    high: float
+    low: float | None
+    """None of a single unit, which has no interval; so is `high`."""
+    high: float | None
     relative: float
     """The difference as a share of the loss before."""
     relative_high: float
+    """The upper end as a share of the loss before; without an interval, `relative`."""
     share_of_range: float | None
     """The difference as a share of the range from the loss before to that of a uniform guess, ln V; None for a model
     that was worse than such a guess, which has no such range."""
@@ -65,8 +70,8 @@ def paired_change(
         difference=difference,
         low=low,
         high=high,
-        relative=difference / loss_before,
-        relative_high=high / loss_before,
+        relative=difference / max(loss_before, MIN_LOSS),
+        relative_high=(difference if high is None else high) / max(loss_before, MIN_LOSS),
         share_of_range=difference / spare if (spare := math.log(vocabulary) - loss_before) > 0 else None,
         bits_per_byte_difference=difference * total / (math.log(2) * max(total_bytes, 1)),
         units=units,
@@ -75,16 +80,20 @@ def paired_change(
     )
 
 
-def loss_verdict(low: float, high: float, loss_before: float) -> Verdict:
+def loss_verdict(low: float | None, high: float | None, loss_before: float) -> Verdict:
     """The verdict that an interval of a loss change supports."""
-    margin = KEPT_MARGIN * loss_before
-    if -margin <= low and high <= margin:
+    if low is None or high is None:
+        return "no evidence"
+    return score_verdict(-high, -low, loss_before)
+
+
+def score_verdict(low: float | None, high: float | None, scale: float) -> Verdict:
+    """The verdict that an interval of the change of a score supports; higher is better. `scale`: what 1 % is of."""
+    if low is None or high is None:
+        return "no evidence"
+    if -KEPT_MARGIN * scale <= low and high <= KEPT_MARGIN * scale:
         return "kept"
-    if low > 0:
-        return "forgot"
-    if high < 0:
-        return "learnt"
-    return "no evidence"
+    return "learnt" if low > 0 else "forgot" if high < 0 else "no evidence"
 
 
 @dataclass(frozen=True)

@@ -243,7 +243,7 @@ def test_init_goes_on_at_the_rate_of_a_run(postgrad: Command, base: Path, runs: 
     went_on, foreign = (yaml.safe_load((tmp_path / f"{name}.yaml").read_text()) for name in ("run", "foreign"))
     curve = [rate for _, rate in read_record(runs.naive).schedule_curve]
     assert went_on["schedule"]["peak"] == pytest.approx(max(curve), rel=0.05) != foreign["schedule"]["peak"]
-    assert (foreign["schedule"]["peak"], foreign["schedule"]["floor"]) == (2e-5, 2e-6)
+    assert (foreign["schedule"]["peak"], foreign["schedule"]["floor"]) == (1e-3, 1e-4)  # of so small a model
 
 
 def test_a_stage_is_trained_and_the_next_command_parses(
@@ -366,7 +366,11 @@ def test_a_gate_that_fails_has_a_code_of_its_own(postgrad: Command, stage_file: 
     done = postgrad("train", file)
     assert done.code == 4
     assert "retention gate FAILED" in done.out
-    parse(done.next)
+    remedies = re.findall(r"postgrad (?:advise|blend|restore) .*", done.out.partition("what helps:")[2])
+    assert [command.split()[1] for command in remedies] == ["advise", "blend", "restore"]
+    assert "--prompts" in remedies[2]  # nothing was replayed
+    for command in [*remedies, done.next]:
+        parse(command.removeprefix("postgrad"))
     assert postgrad("train", file).code == 4  # a finished run says it again
     assert postgrad("train", file, "--json").json["retention_gate"]["passed"] is False
 

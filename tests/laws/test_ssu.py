@@ -18,6 +18,7 @@ from postgrad.models.model import CausalModel
 from postgrad.optim.ssu import SsuMask
 from postgrad.penalties.importance_file import ImportanceFile
 from postgrad.run.run import run_stage
+from postgrad.tuning.targets import block_layers
 from tests.tiny_stages import Workspace, make_workspace, run_interrupted, run_trace, train_for
 from tests.tuning.families import build_model
 
@@ -49,7 +50,7 @@ def test_the_importance_is_that_of_the_definition(family: str) -> None:
     batches = [
         Batch({"input_ids": row[None]}, row[None], torch.zeros(1).numpy(), torch.tensor([9]).numpy()) for row in ids
     ]
-    *_, estimate = estimate_activation_importance(model, batches, 27)
+    *_, estimate = estimate_activation_importance(model, block_layers(model.pretrained), batches, 27)
     assert isinstance(estimate, ImportanceEstimate) and estimate.labels == 27
     name = next(n for n in estimate.tensors if n.endswith(("up_proj.weight", "c_fc.weight")))
     layer = model.pretrained.get_submodule(name.removesuffix(".weight"))

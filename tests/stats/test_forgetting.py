@@ -9,9 +9,9 @@ import pytest
 from scipy import stats
 from scipy.sparse import csr_array
 
-from postgrad.stats import bootstrap
+from postgrad.stats import bootstrap, forgetting
 from postgrad.stats.bootstrap import percentile_interval, ratio_interval, resample_counts, resample_ratio, resample_sums
-from postgrad.stats.forgetting import TransferSummary, loss_verdict, paired_change, summarize_scores
+from postgrad.stats.forgetting import LossChange, TransferSummary, loss_verdict, paired_change, summarize_scores
 
 
 def documents(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -118,11 +118,12 @@ def test_counts_sums_and_ratios_have_the_same_draws(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_single_unit_has_no_interval() -> None:
-    assert ratio_interval(np.array([6.0]), np.array([4])) == (1.5, 1.5)
-    assert ratio_interval(np.array([]), np.array([])) == (0.0, 0.0)
-    change = paired_change(np.array([6.0]), np.array([7.0]), np.array([4]), total_bytes=10, vocabulary=100)
-    assert change.low == change.difference == change.high == 0.25
-    assert change.count == 1
+    for units in ([6.0], []):
+        assert ratio_interval(np.array(units), np.array(units)) == (None, None)
+    change = paired_change(np.array([6.0]), np.array([4.0]), np.array([4]), total_bytes=10, vocabulary=100)
+    assert (change.low, change.high, change.count, change.verdict) == (None, None, 1, "no evidence")
+    assert change.difference == -0.5 and change.relative_high == change.relative
+    assert loss_verdict(-0.5, -0.5, 1.5) == "learnt"  # the mutant: both ends at the value
 
 
 def test_a_change_is_told_in_every_unit() -> None:
@@ -134,6 +135,17 @@ def test_a_change_is_told_in_every_unit() -> None:
     assert change.share_of_range == pytest.approx(0.2 / (math.log(64) - 3))
     assert change.bits_per_byte_difference == pytest.approx(2 / math.log(2) / 50)
     assert (change.units, change.count) == ("windows", 2)
+
+
+def test_a_start_loss_of_zero_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def change() -> LossChange:
+        return paired_change(np.zeros(3), np.array([0.0, 0.2, 0.1]), np.array([4, 2, 3]), total_bytes=9, vocabulary=9)
+
+    found = change()
+    assert found.verdict in ("forgot", "no evidence") and 1e9 < found.relative < math.inf
+    monkeypatch.setattr(forgetting, "MIN_LOSS", 0)  # the mutant
+    with pytest.raises(ZeroDivisionError):
+        change()
 
 
 @pytest.mark.parametrize(
