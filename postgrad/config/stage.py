@@ -456,7 +456,7 @@ class Stage(ConfigModel):
         return tuple(fill_shares(given, self.data.mixing, examples).values())
 
     def fingerprint(self) -> str:
-        """Of everything that decides the result: not of when checkpoints are written, where, time-outs, trackers, nor of giving up."""
+        """Of everything that decides the result: not of when checkpoints are written, where, time-outs, trackers, giving up."""
         harmless = {
             "save": {"every", "keep"},
             "optimizer": {"max_skipped_steps"},

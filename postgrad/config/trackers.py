@@ -14,6 +14,7 @@ class TrackerConfig(Method):
 
     packages: ClassVar[tuple[str, ...]]
     """The packages to install, the imported one first."""
+    kind: str
 
 
 class TensorBoardConfig(TrackerConfig):

@@ -119,7 +119,8 @@ class Forwarder:
     def _connect(self) -> Tracker:
         if self._tracker is None:
             package = self.config.packages[0]
-            if find_spec(package) is None:
+            spec = find_spec(package)
+            if spec is None or spec.origin is None:  # absent, or a folder of that name
                 raise MissingExtra(
                     f"{package} is not installed", where=f"track: {package}", hint=f"pip install 'postgrad[{package}]'"
                 )
@@ -133,11 +134,10 @@ class Forwarder:
         if tracker is not None:
             with suppress(Exception):
                 tracker.close()
-        kind = getattr(self.config, "kind", "")
         if not isinstance(error, PostgradError):
             text = mask_secrets(plain_text(first_line(error), 300))
-            command = f"postgrad track {self.run.folder} --to {kind}"
-            error = TrackerError(f"{type(error).__name__}: {text}", where=f"track: {kind}", hint=f"repeat: {command}")
+            hint = "check its address, project and key; the same command sends what is missing"
+            error = TrackerError(f"{type(error).__name__}: {text}", where=f"track: {self.config.kind}", hint=hint)
         self.cursor.problem = error.problem
         self._save()
         raise error
@@ -147,10 +147,10 @@ class Forwarder:
 
 
 @contextmanager
-def lock_forwarder(run_folder: Path, config: TrackerConfig) -> Iterator[None]:
-    """Let one process forward a run to a tracker. Raises `BusyError` when another one does."""
+def lock_forwarder(run_folder: Path, config: TrackerConfig, *, wait: bool = False) -> Iterator[None]:
+    """Let one process forward a run to a tracker. Without `wait`, raises `BusyError` when another one does."""
     lock = cursor_path(run_folder, config).with_suffix(".lock")
-    if is_locked(lock):
+    if not wait and is_locked(lock):
         raise BusyError(
             "another process is forwarding this run", where=str(lock), hint="wait for it, or for the run, to end"
         )
@@ -160,9 +160,8 @@ def lock_forwarder(run_folder: Path, config: TrackerConfig) -> Iterator[None]:
 
 def cursor_path(run_folder: Path, config: TrackerConfig) -> Path:
     """The cursor of a run for a tracker, of its own for each address and project."""
-    keys = config.model_dump(mode="json", exclude_defaults=True)
-    kind = str(keys.pop("kind"))
-    return run_folder / TRACKING / (f"{kind}-{fingerprint(keys)[:8]}.json" if keys else f"{kind}.json")
+    keys = config.model_dump(mode="json", exclude_defaults=True, exclude={"kind"})
+    return run_folder / TRACKING / (f"{config.kind}-{fingerprint(keys)[:8]}.json" if keys else f"{config.kind}.json")
 
 
 def read_cursor(path: Path, run_id: str) -> Cursor:
