@@ -12,7 +12,7 @@
     ├── CheckpointError      a checkpoint that is incomplete or was changed
     ├── DiskError            a full disk, or a folder that cannot be written
     ├── OutOfMemoryError     more memory than this machine or accelerator has
-    ├── TrackerError         an experiment tracker that failed; the rest is sent when the command is repeated
+    ├── ServiceError         a tracker or the Hub failed; the same command sends what is missing
     ├── NonFiniteError       too many steps whose loss or gradient is not finite
     └── DistributedError     another process of the run that failed, hangs, was killed or reads other files
 
@@ -105,8 +105,8 @@ class OutOfMemoryError(PostgradError):
     exit_code = 1
 
 
-class TrackerError(PostgradError):
-    """An experiment tracker that failed; what it has not got is sent when the command is repeated."""
+class ServiceError(PostgradError):
+    """An experiment tracker or the Hub failed; the same command sends what is missing."""
 
     exit_code = 1
 

@@ -21,6 +21,7 @@ from postgrad.analysis.shift_advice import make_proposals, shift_strength
 from postgrad.commands.builtin_corpus import ROW_GENERATORS, write_rows, write_texts
 from postgrad.commands.init import check_name
 from postgrad.commands.results import Result
+from postgrad.config.editor_schema import write_stage_file
 from postgrad.config.stage_file import load_stage
 from postgrad.data.read.documents import read_documents
 from postgrad.data.read.files import RawSource
@@ -252,7 +253,7 @@ def _write_files(stage_path: Path, kind: str, request: TemplateRequest, notify: 
     if _make_builtin_data(stage_path.parent / folder, "\n".join(texts.values()), notify):
         notes.insert(0, f"generated {folder}/ from this Python's own documentation and library")
     for path, text in texts.items():
-        write_atomically(path, text)
+        (write_atomically if path.stem.endswith("-tasks") else write_stage_file)(path, text)
     load_stage(stage_path)  # validates the stage
     return _TemplateFiles(list(texts), [*commands, f"postgrad train {stage_path.name}"], notes)
 

@@ -48,7 +48,7 @@ def track_run(
     """Send what each tracker has not got of a run, whether it is going on, was stopped or is finished.
 
     `to`: `tensorboard`, `wandb`, `mlflow`, `trackio`, or configurations of `postgrad.config.trackers`. Default: those of the
-    stage. Raises `MissingExtra`, `TrackerError` (the same call goes on), `BusyError` while the run forwards itself.
+    stage. Raises `MissingExtra`, `ServiceError` (the same call goes on), `BusyError` while the run forwards itself.
     """
     folder = Path(run)
     if not (folder / PLAN).exists():

@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 
 from postgrad.config.trackers import TrackerConfig
-from postgrad.errors import BusyError, MissingExtra, PostgradError, StageError, TrackerError, first_line
+from postgrad.errors import BusyError, MissingExtra, PostgradError, ServiceError, StageError, first_line
 from postgrad.foreign_text import mask_secrets, plain_text
 from postgrad.lineage.record import PLAN, RECORD, Record, RecordPart, read_record, validate_part
 from postgrad.lineage.saved_plan import read_plan
@@ -59,7 +59,7 @@ class Forwarder:
     def forward(self) -> int:
         """Send the points that are new, and the results of a finished run; returns how many were sent.
 
-        Raises `TrackerError`, or `MissingExtra`; the problem is recorded, and the same call goes on.
+        Raises `ServiceError`, or `MissingExtra`; the problem is recorded, and the same call goes on.
         """
         before = self.cursor.points
         try:
@@ -76,7 +76,7 @@ class Forwarder:
         return self.cursor.points - before
 
     def close(self) -> None:
-        """Disconnect. Raises `TrackerError`."""
+        """Disconnect. Raises `ServiceError`."""
         tracker, self._tracker = self._tracker, None
         if tracker is not None:
             try:
@@ -137,7 +137,7 @@ class Forwarder:
         if not isinstance(error, PostgradError):
             text = mask_secrets(plain_text(first_line(error), 300))
             hint = "check its address, project and key; the same command sends what is missing"
-            error = TrackerError(f"{type(error).__name__}: {text}", where=f"track: {self.config.kind}", hint=hint)
+            error = ServiceError(f"{type(error).__name__}: {text}", where=f"track: {self.config.kind}", hint=hint)
         self.cursor.problem = error.problem
         self._save()
         raise error

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from postgrad.config.trackers import TensorBoardConfig
-from postgrad.errors import TrackerError
+from postgrad.errors import ServiceError
 from postgrad.lineage.record import Record
 from postgrad.reports.pages.model_card import card_body
 from postgrad.tracking.points import Point
@@ -28,7 +28,7 @@ class TensorBoardTracker:
         size, known = path.stat().st_size if path.exists() else 0, int(memory.get("bytes", 0))
         if size < known:
             cursor = run.tracking_folder
-            raise TrackerError(
+            raise ServiceError(
                 f"{path.name} has {size:,} bytes, and {known:,} were written",
                 where=str(path),
                 hint=f"delete it and its cursor in {cursor} to write the whole run again",

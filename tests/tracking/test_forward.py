@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from postgrad.config.stage_file import parse_stage
-from postgrad.errors import BusyError, MissingExtra, PostgradError, StageError, TrackerError
+from postgrad.errors import BusyError, MissingExtra, PostgradError, StageError, ServiceError
 from postgrad.lineage.metrics import METRICS
 from postgrad.lineage.record import RECORD, read_record
 from postgrad.plan.plan import make_plan
@@ -133,7 +133,7 @@ def test_a_problem_is_reported_once_and_recorded_and_passes(
     follow_run(run, config, lambda s: bool(pauses.append(s)) or len(pauses) > 3, problems.append)
     assert problems == ["ConnectionError: no route to the host"] and pauses == [10.0, 20.0, 40.0, 80.0]
     assert read_cursor(cursor_path(run, config), read_record(run).id).problem == problems[0]
-    with pytest.raises(TrackerError, match="no route"):
+    with pytest.raises(ServiceError, match="no route"):
         forward(run, config)
     monkeypatch.undo()
     forward(run, config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import yaml
 
 from postgrad.foreign_text import mask_secrets, multiline_text, plain_text
 from postgrad.lineage.record import MetricValue, Record
+from postgrad.lineage.tree import read_ancestors
 from postgrad.reports.html.notation import (
     escape_markdown,
     finite,
@@ -23,13 +25,13 @@ from postgrad.reports.html.notation import (
 from postgrad.reports.html.table import Column, Table, count_cell, share_cell, text_cell, value_cell
 from postgrad.reports.sections.held_out_tables import metrics_table, pseudo_perplexity_table, score_table, set_names
 from postgrad.reports.sections.task_section import task_table
+from postgrad.storage.atomic import write_without_secrets
 
 CARD = "README.md"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _PIPELINES = {
     "causal": "text-generation",
     "text-to-text": "text2text-generation",
-    "mask": "fill-mask",
     "masked": "fill-mask",
     "classify": "text-classification",
     "tag": "token-classification",
@@ -37,12 +39,36 @@ _PIPELINES = {
 _MAX_YAML_CHARACTERS = 20_000
 
 
-def model_card(record: Record, ancestors: Sequence[Record] = (), license_name: str | None = None) -> str:
+@dataclass(frozen=True)
+class CardOptions:
+    """What a card says that the record does not."""
+
+    library: str = "transformers"
+    """What loads the folder: transformers, peft or postgrad."""
+    license: str | None = None
+    """Default: the card names no license."""
+
+
+def write_model_card(folder: Path, run_folder: Path, record: Record, license_name: str | None = None) -> bool:
+    """Write the card of a run's model into its folder; False, and nothing written, where there is a card already."""
+    if (folder / CARD).exists() or not folder.is_dir():
+        return False
+    card = model_card(record, read_ancestors(run_folder, record), card_options(folder, license_name))
+    write_without_secrets(folder / CARD, card)
+    return True
+
+
+def card_options(folder: Path, license_name: str | None) -> CardOptions:
+    """The library that loads a model's folder, and the license."""
+    has_peft, has_config = ((folder / name).exists() for name in ("adapter_config.json", "config.json"))
+    return CardOptions("peft" if has_peft else "transformers" if has_config else "postgrad", license_name)
+
+
+def model_card(record: Record, ancestors: Sequence[Record] = (), options: CardOptions = CardOptions()) -> str:
     """The whole card. `ancestors`: the records of the earlier stages, the first one first."""
-    front = yaml.safe_dump(
-        _front_matter(record, ancestors, license_name), sort_keys=False, allow_unicode=True, width=10**6
-    )
-    return f"---\n{front}---\n\n{card_body(record, ancestors)}"
+    front = _front_matter(record, ancestors, options)
+    text = yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=10**6)
+    return f"---\n{text}---\n\n{card_body(record, ancestors)}"
 
 
 def card_body(record: Record, ancestors: Sequence[Record] = ()) -> str:
@@ -70,12 +96,12 @@ def card_body(record: Record, ancestors: Sequence[Record] = ()) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _front_matter(record: Record, ancestors: Sequence[Record], license_name: str | None) -> dict[str, Any]:
-    first, is_adapter = (*ancestors, record)[0], _tuning(record) != "full"
+def _front_matter(record: Record, ancestors: Sequence[Record], options: CardOptions) -> dict[str, Any]:
+    first, is_adapter = (*ancestors, record)[0], options.library != "transformers"
     front: dict[str, Any] = {}
-    if license_name:
-        front["license"] = license_name
-    front["library_name"] = "transformers"
+    if options.license:
+        front["license"] = plain_text(options.license, 100)
+    front["library_name"] = options.library
     if first.model.new_model is None and _is_hub_name(first):
         front["base_model"] = first.model.start_model
         front["base_model_relation"] = "adapter" if is_adapter else "finetune"
@@ -83,7 +109,11 @@ def _front_matter(record: Record, ancestors: Sequence[Record], license_name: str
         front["datasets"] = data_sets
     if pipeline := _PIPELINES.get(record.model.task):
         front["pipeline_tag"] = pipeline
-    front["tags"] = ["postgrad", "continual-learning", *([plain_text(_tuning(record), 40)] if is_adapter else [])]
+    front["tags"] = [
+        "postgrad",
+        "continual-learning",
+        *([plain_text(_tuning(record), 40)] if _tuning(record) != "full" else []),
+    ]
     results = [result for name in set_names(record) if (result := _set_result(record, name))]
     if results:
         front["model-index"] = [{"name": plain_text(record.name, 120), "results": results}]
