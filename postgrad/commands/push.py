@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.errors import LocalTokenNotFoundError
 
 from postgrad.commands.results import Result
 from postgrad.errors import ModelError, PostgradError, ServiceError, StageError, first_line
@@ -16,6 +18,8 @@ from postgrad.lineage.record import RECORD, Record, read_record
 from postgrad.lineage.tree import read_ancestors
 from postgrad.models.location import ModelLocation, locate_model
 from postgrad.reports.pages.model_card import CARD, card_options, model_card
+
+_REPOSITORY = r"[A-Za-z0-9](?:[\w.-]*[A-Za-z0-9])?/[A-Za-z0-9_](?:[\w.-]{0,94}[A-Za-z0-9_])?"
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,8 @@ def push_model(
     by default what the Hub makes it, which is public unless the owner's settings say otherwise. Raises `StageError` for what
     is refused before anything is sent, and `ServiceError` for what the Hub refuses.
     """
+    if not re.fullmatch(_REPOSITORY, repository, re.ASCII):
+        raise StageError(f"{repository!r} is no name of a repository", where="REPOSITORY", expected="owner/name")
     start = locate_model(str(model), Path.cwd(), where="push")
     folder, record = _require_folder(start), _find_record(start)
     gate_failed = record is not None and record.status == "gate-failed"
@@ -129,7 +135,7 @@ def _hub_errors(repository: str) -> Iterator[None]:
     except (OSError, ValueError, RuntimeError) as error:  # those of huggingface_hub and its HTTP client
         status = getattr(getattr(error, "response", None), "status_code", None)
         hint = "check the connection and HF_ENDPOINT; the same command tries again"
-        if status in (401, 403) or "token" in str(error).lower():
+        if status in (401, 403) or isinstance(error, LocalTokenNotFoundError):
             hint = f"log in with `hf auth login`, with a token that may write to {repository.partition('/')[0]}"
         raise ServiceError(first_line(error), where=repository, hint=hint) from error
     except Exception as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from postgrad.config.stage_file import parse_stage
-from postgrad.errors import BusyError, MissingExtra, PostgradError, StageError, ServiceError
+from postgrad.errors import BusyError, MissingExtra, PostgradError, ServiceError, StageError
 from postgrad.lineage.metrics import METRICS
 from postgrad.lineage.record import RECORD, read_record
 from postgrad.plan.plan import make_plan

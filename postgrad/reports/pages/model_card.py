@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from postgrad.config.stage_file import dump_stage, parse_recorded_stage
+from postgrad.errors import StageError
 from postgrad.foreign_text import mask_secrets, multiline_text, plain_text
 from postgrad.lineage.record import MetricValue, Record
 from postgrad.lineage.tree import read_ancestors
@@ -214,7 +216,7 @@ def _reproduction(record: Record) -> list[str]:
     prints = {"start model": record.fingerprints.start_model, "model": record.fingerprints.model}
     lines = [f"- {key} (sha256): `{value[:16]}`" for key, value in prints.items() if value and value.isalnum()]
     yaml_text = multiline_text(
-        mask_secrets(record.stage_yaml).replace(os.path.expanduser("~"), "~"), _MAX_YAML_CHARACTERS
+        mask_secrets(_stage_text(record)).replace(os.path.expanduser("~"), "~"), _MAX_YAML_CHARACTERS
     )
     fence = "`" * max([3, *(len(run) + 1 for run in re.findall(r"`+", yaml_text))])
     return [
@@ -222,6 +224,15 @@ def _reproduction(record: Record) -> list[str]:
         f"{fence}yaml\n{yaml_text.rstrip()}\n{fence}",
         "\n".join([f"- versions: {escape_markdown(versions, 400)}", *lines]),
     ]
+
+
+def _stage_text(record: Record) -> str:
+    """The stage without defaults and trackers; as it was recorded, where this version does not read it."""
+    try:
+        stage = parse_recorded_stage(record.stage, record.name)
+    except StageError:
+        return record.stage_yaml
+    return dump_stage(stage.model_dump(mode="json", exclude_defaults=True, exclude={"track", "output"}))
 
 
 def _tuning(record: Record) -> str:
