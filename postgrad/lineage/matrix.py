@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from postgrad.lineage.record import RecordPart
+from postgrad.lineage.record import RecordPart, notebook_html
 
 
 class LineageStage(RecordPart):
@@ -42,3 +42,6 @@ class Lineage(RecordPart):
     sets: list[LineageSet]
     R: list[list[float | None]]
     summary: LineageSummary
+
+    def _repr_html_(self) -> str:
+        return notebook_html("lineage_html", self)

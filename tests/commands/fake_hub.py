@@ -33,7 +33,7 @@ class FakeHub:
                     f"{asked['organization']}/{asked['name']}" if asked.get("organization") else f"me/{asked['name']}"
                 )
                 self.repositories.setdefault(name, {".gitattributes": b""})
-                self.private.setdefault(name, bool(asked.get("private")))
+                self.private.setdefault(name, asked.get("visibility") == "private" or bool(asked.get("private")))
                 return 200, {"url": f"{self.endpoint}/{name}"}
             case ("GET", "api", "models", owner, name) if f"{owner}/{name}" in self.repositories:
                 repository = f"{owner}/{name}"

@@ -18,6 +18,8 @@ from postgrad.reports.pages.model_card import CARD
 from tests.commands.fake_hub import FakeHub, serve_hub
 from tests.tiny_lineage import LineageRuns
 
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub's use of httpx
+
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
