@@ -149,7 +149,9 @@ def restore(
         str,
         typer.Option(help="Fraction of the tokens that distil the current model on new text (0% disables it)."),
     ] = "50%",
-    learning_rate: Annotated[float | None, typer.Option(help="Learning rate. Default: the peak of the run.")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Learning rate. Default: a fifth of the run's peak.")
+    ] = None,
     output: Annotated[str | None, typer.Option(help="The new run's folder. Default: RUN-restored.")] = None,
     as_json: Json = False,
 ) -> None:
