@@ -15,6 +15,7 @@ from typing import Any, get_args, get_origin
 
 from postgrad.config import quantities, stage_file
 from postgrad.config import stage as s
+from postgrad.config.editor_schema import STAGE_SCHEMA
 from postgrad.lineage.record import record_schema
 from postgrad.studies import study
 
@@ -34,8 +35,8 @@ How values are written:
 | length | `1%` of the stage's steps, `200 steps` (or `200`), or `2M tokens` |
 | rate | a learning rate above zero, such as `2.0e-5` |
 
-This page is generated from the types in `postgrad/config/` by `docs/make_stage_reference.py`; `docs/stage.schema.json` is the
-same as a JSON Schema.
+This page is generated from the types in `postgrad/config/` by `docs/make_stage_reference.py`. The same as a JSON Schema is
+`postgrad/config/stage.schema.json`; `init` names it in the first line of a stage, for editors with a YAML language server.
 """
 
 NOTES = {
@@ -43,6 +44,10 @@ NOTES = {
     "HeldOutFile": "A path alone, without a mapping, is also accepted; its file name then gives the `name`.",
     "FreshModel": "A name alone, without a mapping, is an existing model.",
     "NewTokenizer": "A name alone, without a mapping, is an existing tokenizer.",
+}
+NOTES |= {
+    f"{kind}Config": "The name alone, without a mapping, is also accepted: `track: [tensorboard, wandb]`."
+    for kind in ("TensorBoard", "Wandb", "Mlflow", "Trackio")
 }
 WORDS = {"TokenCount": "tokens", "TokenCountOrZero": "tokens", "Share": "share", "Length": "length", "Rate": "rate"}
 
@@ -176,6 +181,6 @@ def _default(node: dict[str, Any]) -> str:
 if __name__ == "__main__":
     here = Path(__file__).parent
     (here / "stage.md").write_text(stage_reference())
-    (here / "stage.schema.json").write_text(stage_file.json_schema() + "\n")
+    STAGE_SCHEMA.write_text(stage_file.json_schema() + "\n")
     (here / "record.schema.json").write_text(record_schema() + "\n")
     (here / "study.schema.json").write_text(study.study_schema() + "\n")

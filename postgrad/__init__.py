@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from postgrad.commands.compare import compare_models as compare_models
     from postgrad.commands.compare import compare_runs as compare_runs
     from postgrad.commands.compare import compare_tasks as compare_tasks
+    from postgrad.commands.doctor import MachineReport as MachineReport
+    from postgrad.commands.doctor import check_machine as check_machine
     from postgrad.commands.evaluate import TextEvaluation as TextEvaluation
     from postgrad.commands.evaluate import evaluate as evaluate
     from postgrad.commands.evaluate_harness import HarnessEvaluation as HarnessEvaluation
@@ -48,6 +50,9 @@ if TYPE_CHECKING:
     from postgrad.commands.importance import MeasuredImportance as MeasuredImportance
     from postgrad.commands.importance import measure_importance as measure_importance
     from postgrad.commands.lineage import trace_lineage as trace_lineage
+    from postgrad.commands.list_runs import RunList as RunList
+    from postgrad.commands.list_runs import clean_runs as clean_runs
+    from postgrad.commands.list_runs import list_runs as list_runs
     from postgrad.commands.load_model import Classifier as Classifier
     from postgrad.commands.load_model import TrainedModel as TrainedModel
     from postgrad.commands.load_model import load_classifier as load_classifier
@@ -55,6 +60,8 @@ if TYPE_CHECKING:
     from postgrad.commands.pages import write_page as write_page
     from postgrad.commands.probe import LayerProbe as LayerProbe
     from postgrad.commands.probe import probe_layers as probe_layers
+    from postgrad.commands.push import PushedModel as PushedModel
+    from postgrad.commands.push import push_model as push_model
     from postgrad.commands.restore import RestoredRun as RestoredRun
     from postgrad.commands.restore import restore as restore
     from postgrad.commands.results import finish as finish
@@ -65,6 +72,8 @@ if TYPE_CHECKING:
     from postgrad.commands.synthesize import synthesize as synthesize
     from postgrad.commands.synthesize_chat import Rehearsal as Rehearsal
     from postgrad.commands.synthesize_chat import synthesize_chat as synthesize_chat
+    from postgrad.commands.track import TrackingReport as TrackingReport
+    from postgrad.commands.track import track_run as track_run
     from postgrad.commands.train import load_stage as load_stage
     from postgrad.commands.train import plan_stage as plan_stage
     from postgrad.commands.train import train as train
@@ -95,6 +104,7 @@ _NAMES = {
     "commands.compare": (
         "ModelComparison", "RunComparison", "TaskComparison", "compare_models", "compare_runs", "compare_tasks",
     ),
+    "commands.doctor": ("MachineReport", "check_machine"),
     "commands.evaluate": ("TextEvaluation", "evaluate"),
     "commands.evaluate_harness": ("HarnessEvaluation", "evaluate_harness"),
     "commands.evaluate_tasks": ("TaskEvaluation", "evaluate_tasks"),
@@ -103,14 +113,17 @@ _NAMES = {
     "commands.grow": ("GrownModel", "grow_vocabulary"),
     "commands.importance": ("MeasuredImportance", "measure_importance"),
     "commands.lineage": ("trace_lineage",),
+    "commands.list_runs": ("RunList", "clean_runs", "list_runs"),
     "commands.load_model": ("Classifier", "TrainedModel", "load_classifier", "load_model"),
     "commands.pages": ("write_page",),
     "commands.probe": ("LayerProbe", "probe_layers"),
+    "commands.push": ("PushedModel", "push_model"),
     "commands.restore": ("RestoredRun", "restore"),
     "commands.results": ("finish",),
     "commands.shift": ("MeasuredShift", "measure_shift"),
     "commands.synthesize": ("SynthesisRequest", "SynthesizedText", "synthesize"),
     "commands.synthesize_chat": ("Rehearsal", "synthesize_chat"),
+    "commands.track": ("TrackingReport", "track_run"),
     "commands.train": ("load_stage", "plan_stage", "train"),
     "config.stage": ("Stage",),
     "errors": ("PostgradError",),

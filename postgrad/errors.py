@@ -12,6 +12,7 @@
     ├── CheckpointError      a checkpoint that is incomplete or was changed
     ├── DiskError            a full disk, or a folder that cannot be written
     ├── OutOfMemoryError     more memory than this machine or accelerator has
+    ├── ServiceError         a tracker or the Hub failed; the same command sends what is missing
     ├── NonFiniteError       too many steps whose loss or gradient is not finite
     └── DistributedError     another process of the run that failed, hangs, was killed or reads other files
 
@@ -100,6 +101,12 @@ class DiskError(PostgradError):
 
 class OutOfMemoryError(PostgradError):
     """More memory than this machine or accelerator has."""
+
+    exit_code = 1
+
+
+class ServiceError(PostgradError):
+    """An experiment tracker or the Hub failed; the same command sends what is missing."""
 
     exit_code = 1
 

@@ -9,7 +9,16 @@ from typing import Annotated
 
 import typer
 
-from postgrad.cli.options import Base, Json, ModelArgument, Report, check_report, print_result, require_training
+from postgrad.cli.options import (
+    Base,
+    Json,
+    License,
+    ModelArgument,
+    Report,
+    check_report,
+    print_result,
+    require_training,
+)
 from postgrad.errors import InterruptError, StageError
 
 
@@ -71,6 +80,7 @@ def export(
         float | None,
         typer.Option(help="Fraction of the values that ties, dare and pruning keep."),
     ] = None,
+    license_name: License = None,
     as_json: Json = False,
 ) -> None:
     """Write a plain Hugging Face folder, and verify that plain transformers computes the same logits from it."""
@@ -78,7 +88,7 @@ def export(
     from postgrad.cli.render import export_text
     from postgrad.commands.export import export_model
 
-    result = export_model(model, folder, dtype, base, merge_with or [], weight, method, density)
+    result = export_model(model, folder, dtype, base, merge_with or [], weight, method, density, license_name)
     print_result(result, as_json, export_text(result))
 
 

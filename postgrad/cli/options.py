@@ -32,6 +32,10 @@ StageFile = Annotated[Path, typer.Argument(help="The stage file (YAML).")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Any number of overrides, key.sub=value.")]
 ModelArgument = Annotated[str, typer.Argument(help="A model folder, run, checkpoint or Hub name.")]
 Report = Annotated[Path | None, typer.Option(help="Write an HTML page here.")]
+License = Annotated[
+    str | None,
+    typer.Option("--license", help="License that the model card names, such as apache-2.0. Default: none."),
+]
 Context = Annotated[
     int | None,
     typer.Option(help="Tokens the model reads at once. Default: its own limit, up to 1024."),

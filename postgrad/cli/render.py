@@ -31,10 +31,13 @@ if TYPE_CHECKING:
     from postgrad.commands.importance import MeasuredImportance
     from postgrad.commands.init import WrittenStage
     from postgrad.commands.init_templates import WrittenTemplate
+    from postgrad.commands.list_runs import RunList
     from postgrad.commands.probe import LayerProbe, LayerView
+    from postgrad.commands.push import PushedModel
     from postgrad.commands.restore import RestoredRun
     from postgrad.commands.shift import MeasuredShift
     from postgrad.commands.synthesize import SynthesizedText
+    from postgrad.commands.track import TrackingReport
     from postgrad.lineage.tree import Lineage
     from postgrad.penalties.importance_file import ImportanceMetadata
 
@@ -378,6 +381,36 @@ def export_text(result: ExportedModel) -> str:
         )
     verb = "generate" if result.task.generates else "eval"
     return "\n".join([*lines, next_line(verb, result.folder)])
+
+
+def push_text(result: PushedModel) -> str:
+    """Where a model is now, and who can see it."""
+    seen = {True: "private", False: "public", None: "visibility unknown"}[result.is_private]
+    lines = [f"{result.repository} ({seen}): {len(result.files)} files, {format_bytes(result.bytes)}"]
+    if result.gate_failed:
+        lines.append("warning: its retention gate failed; the model card says so")
+    return "\n".join([*lines, f"commit: {result.url}", next_line("generate", result.repository)])
+
+
+def tracking_text(result: TrackingReport) -> str:
+    """What each tracker got, and how to see it."""
+    lines = []
+    for tracker in result.trackers:
+        state = "" if tracker.is_finished else "; the run is not finished: the same command sends the rest"
+        lines.append(f"{tracker.kind}: sent {tracker.sent:,} points, {tracker.points:,} in all{state}")
+    return "\n".join([*lines, next_line("report", result.run)])
+
+
+def runs_text(result: RunList) -> str:
+    """The runs of a folder in a table."""
+    if not result.runs:
+        return f"{result.folder} has no runs\n{next_line('demo')}"
+    following = (
+        next_line("runs", result.folder, "--clean")
+        if result.removable_bytes
+        else next_line("lineage", result.runs[-1].run)
+    )
+    return f"{result.table().text()}\n{following}"
 
 
 def blend_text(result: Blend, report: Path | None) -> str:

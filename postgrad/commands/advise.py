@@ -285,7 +285,7 @@ _LENGTH_KEYS = ("warmup", "cooldown", "constant_until", "decay", "length")
 
 def pilot_stage(advice_plan: AdvicePlan, pilot: Pilot) -> s.Stage:
     """A pilot as a stage: evaluated only at its end, without samples and tasks."""
-    full = advice_plan.stage.model_dump(mode="json")
+    full = advice_plan.stage.model_dump(mode="json", exclude={"track"})
     evaluation = {
         **full["evaluation"],
         "every": "100%",

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 
 from postgrad.check import check
 from postgrad.check.preview_rows import PreviewSource
 from postgrad.commands.results import Result
 from postgrad.commands.train import StageSource, plan_stage
+from postgrad.foreign_text import multiline_text
 from postgrad.plan.plan import Plan
 from postgrad.storage.cache_folder import cache_folder
 
@@ -37,6 +39,9 @@ class StageCheck(Result):
         """The plan and its costs as plain data."""
         rows = {"shown": [source.as_record() for source in self.rows]} if self.rows else {}
         return {**self.record, **rows}
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(multiline_text(self.text))}</pre>"
 
 
 def check_stage(

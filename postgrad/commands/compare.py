@@ -19,8 +19,11 @@ from postgrad.evaluation.perplexity import Scores
 from postgrad.hardware import machine
 from postgrad.lineage.record import Difference, Record, read_record
 from postgrad.models.location import locate_model
+from postgrad.reports.html.table import Column, Table, difference_cell, text_cell, value_cell
+from postgrad.reports.notebook import tables_html
 from postgrad.reports.result_models import TaskScore
-from postgrad.reports.sections.comparison_table import arm_names
+from postgrad.reports.sections.comparison_table import arm_names, comparison_table
+from postgrad.reports.sections.task_section import comparison_task_table
 from postgrad.run import task_scores
 from postgrad.stats.forgetting import LossChange, paired_change
 from postgrad.storage.cache_folder import cache_folder
@@ -66,6 +69,23 @@ class ModelComparison(Result):
     def as_dict(self) -> dict[str, object]:
         """The result as plain data."""
         return {"context": self.context, "rows": [row.as_dict() for row in self.rows]}
+
+    def _repr_html_(self) -> str:
+        columns = (
+            Column("text", is_text=True), Column("model", is_text=True), Column("nats per token"), Column("bits per byte"),
+            Column(f"change from {self.models[0]} (95 %)", "nats per token"),
+        )  # fmt: skip
+        rows = tuple(
+            (
+                text_cell(row.set),
+                text_cell(row.model),
+                value_cell(row.score.nats, 4),
+                value_cell(row.score.bits_per_byte, 4),
+                difference_cell(row.change if isinstance(row.change, LossChange) else None, 4),
+            )
+            for row in self.rows
+        )
+        return tables_html(Table("Models on the same texts", columns, rows))
 
 
 def compare_models(models: Sequence[str], files: Sequence[str], *, cache: Path | None = None) -> ModelComparison:
@@ -179,6 +199,10 @@ class RunComparison(Result):
             "paired": [item.as_dict() for item in self.paired],
             "paired_tasks": [item.as_dict() for item in self.paired_tasks],
         }
+
+    def _repr_html_(self) -> str:
+        records = list(self.records)
+        return tables_html(comparison_table(records, self.names[0]), comparison_task_table(records))
 
 
 def compare_runs(runs: Sequence[Path | str]) -> RunComparison:

@@ -14,9 +14,12 @@ from postgrad.evaluation.perplexity import Scores
 from postgrad.evaluation.pseudo_perplexity import score_masked_tokens
 from postgrad.hardware import machine
 from postgrad.hardware.memory import memory_errors
+from postgrad.lineage.record import Interval
 from postgrad.models.location import ModelLocation, locate_model
 from postgrad.models.task import Task
 from postgrad.plan.held_out_sets import make_masked_held_out_text
+from postgrad.reports.html.table import Column, Table, count_cell, interval_cell, text_cell, value_cell
+from postgrad.reports.notebook import tables_html
 from postgrad.storage.cache_folder import cache_folder
 from postgrad.tuning.open_model import get_task, starts_as_prefix_lm
 
@@ -33,6 +36,24 @@ class TextEvaluation(Result):
     task: Task
     is_prefix_lm: bool
     """Whether a prefix of each text is read in both directions; only the tokens after it are scored."""
+
+    def _repr_html_(self) -> str:
+        columns = (
+            Column("text", is_text=True), Column("loss (95 %)", "nats per token"), Column("perplexity"),
+            Column("bits per byte"), Column("tokens"), Column("documents"),
+        )  # fmt: skip
+        rows = tuple(
+            (
+                text_cell(name),
+                interval_cell(Interval(value=score.nats, low=score.low, high=score.high), 4),
+                value_cell(score.perplexity, 2),
+                value_cell(score.bits_per_byte, 4),
+                count_cell(score.tokens),
+                count_cell(score.documents),
+            )
+            for name, score in self.sets.items()
+        )
+        return tables_html(Table(f"Loss of {self.model}", columns, rows))
 
 
 @memory_errors("eval", "a smaller --context")

@@ -16,7 +16,9 @@ from postgrad.models.location import ModelLocation, locate_model
 from postgrad.models.model import wrap_model
 from postgrad.plan.prompted_task import PromptedTask, add_soft_prompts
 from postgrad.plan.task_prompts import make_prompted_task
+from postgrad.reports.notebook import tables_html
 from postgrad.reports.result_models import TaskScore
+from postgrad.reports.sections.task_section import task_score_table
 from postgrad.run import task_scores
 from postgrad.storage.cache_folder import cache_folder
 from postgrad.tuning.open_model import open_model, start_fingerprint
@@ -34,6 +36,9 @@ class TaskEvaluation(Result):
     def as_dict(self) -> dict[str, object]:
         """The result as plain data."""
         return {"model": self.model, "tasks": [task.as_json() for task in self.tasks]}
+
+    def _repr_html_(self) -> str:
+        return tables_html(task_score_table(self.tasks, f"{self.model} on the tasks of {self.file}"))
 
 
 def evaluate_tasks(

@@ -11,6 +11,7 @@ import torch
 from postgrad.commands.results import Result
 from postgrad.commands.weighted_models import parse_weighted_model
 from postgrad.errors import ModelError, StageError
+from postgrad.lineage.record import RECORD, read_record
 from postgrad.models.layers import get_embedding_weight
 from postgrad.models.location import TUNING_FILE, ModelLocation, locate_model
 from postgrad.models.model import wrap_model
@@ -19,6 +20,7 @@ from postgrad.models.pretrained import load_pretrained, load_tokenizer, stored_d
 from postgrad.models.published_vocabulary import Vocabulary, publish_pretrained
 from postgrad.models.task import Task
 from postgrad.models.task_head import load_task_head_config
+from postgrad.reports.pages.model_card import write_model_card
 from postgrad.tuning.adapter_folder import read_export
 from postgrad.tuning.open_model import LoadedModel, open_model, start_fingerprint
 
@@ -40,6 +42,8 @@ class ExportedModel(Result):
     """Trained to read a prefix in both directions, which plain transformers does not."""
     has_task_head: bool
     """A classifier with a task head that only `postgrad.load_classifier` reads."""
+    has_card: bool
+    """A model card was written, `README.md`: the model is that of a finished run."""
 
 
 def export_model(
@@ -51,12 +55,14 @@ def export_model(
     weight: float = 1.0,
     method: str = "cat",
     density: float | None = None,
+    license_name: str | None = None,
 ) -> ExportedModel:
     """Publish a plain Hugging Face folder and compare its logits, read back, with the source's.
 
     Adapters are merged into the weights; a soft prompt becomes rows of the vocabulary, which every head gives a probability.
     `merge_with` (`RUN` or `RUN=WEIGHT`):
     low-rank adapters of the same base, merged with this one by `method` (cat, svd, linear, ties, dare_ties, ...).
+    The published model of a run gets a model card, in which `license_name` is the license; the start model's is not copied.
 
     Raises `StageError` when `folder` exists, `TuningError` for a tuning that cannot be merged, `ModelError` when the logits
     differ (the folder is kept).
@@ -94,7 +100,16 @@ def export_model(
         merged.softmax(-1)[..., size:].sum(-1).max().item(),
         is_prefix_lm(pretrained.config),
         load_task_head_config(folder) is not None,
+        not merge_with and _write_card(start, folder, license_name),
     )
+
+
+def _write_card(start: ModelLocation, folder: Path, license_name: str | None) -> bool:
+    """Write the model card of a run's published model; a checkpoint has no scores of its own."""
+    run = start.run
+    if run is None or start.folder != run / "model" or not (run / RECORD).exists():
+        return False
+    return write_model_card(folder, run, read_record(run), license_name)
 
 
 def _refuse_difference(logits: torch.Tensor, expected: torch.Tensor, folder: Path, tolerance: float = 0.0) -> None:

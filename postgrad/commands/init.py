@@ -14,6 +14,7 @@ import yaml
 
 from postgrad.analysis.shift_advice import usual_peak_rate
 from postgrad.commands.results import Result
+from postgrad.config.editor_schema import write_stage_file
 from postgrad.config.stage import OptimizerConfig
 from postgrad.config.stage_file import parse_recorded_stage
 from postgrad.data.read.documents import detect_kind, read_documents
@@ -29,7 +30,6 @@ from postgrad.models.model_sizes import load_model_sizes
 from postgrad.models.pretrained import load_tokenizer
 from postgrad.optim.lr_schedules import shortest_warmup
 from postgrad.plan.model_inputs import make_encoder, unknown_notes
-from postgrad.storage.atomic import write_atomically
 from postgrad.storage.cache_folder import cache_folder
 
 _REPLAY_SHARE = 0.10
@@ -151,7 +151,7 @@ def write_stage(
         step_tokens=f"{sequences * length:,}",
         retained="" if replay else "\n  # retained: [old-heldout.jsonl]   # old text, to measure forgetting",
     )
-    write_atomically(stage_path, text)
+    write_stage_file(stage_path, text)
     notes = unknown_notes(tokenizer, encoder, {data: store})
     return WrittenStage(
         stage_path, data, len(store), store.tokens, store.bytes, store.kind, tuple(samples), tuple(notes)

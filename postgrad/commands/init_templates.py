@@ -22,6 +22,7 @@ from postgrad.analysis.shift_advice import LARGE_RATE, make_proposals, shift_str
 from postgrad.commands.builtin_corpus import ROW_GENERATORS, write_rows, write_texts
 from postgrad.commands.init import check_name, init_command, row_kind_error, template_command
 from postgrad.commands.results import Result
+from postgrad.config.editor_schema import write_stage_file
 from postgrad.config.objectives import ANSWER_KINDS
 from postgrad.config.stage_file import load_stage
 from postgrad.data.read.documents import detect_kind, detect_source_columns, read_documents
@@ -332,7 +333,7 @@ def _write_files(
     if _make_builtin_data(stage_path.parent / folder, "\n".join(texts.values()), notify):
         notes.insert(0, f"generated {folder}/ from this Python's own documentation and library")
     for path, text in texts.items():
-        write_atomically(path, text)
+        (write_atomically if path.stem.endswith("-tasks") else write_stage_file)(path, text)
     load_stage(stage_path)  # validates the stage
     return _TemplateFiles(list(texts), [*commands, f"postgrad train {stage_path.name}"], notes)
 

@@ -160,7 +160,7 @@ class ConfigModel(BaseModel):
         return value
 
 
-omit_unset = Field(exclude_if=lambda value: value is None)
+omit_unset = Field(exclude_if=lambda value: value is None or value == [])
 """Annotates a key that came after fingerprints were recorded: unset, it is in no dump, so earlier fingerprints still hold."""
 
 

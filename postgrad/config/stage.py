@@ -48,6 +48,7 @@ from postgrad.config.row_format import TemplatedRowFormat
 from postgrad.config.schedules import AnySchedule
 from postgrad.config.sparse_updates import AnyUpdate, LossAdaptive, MomentumUpdate
 from postgrad.config.tasks import TaskConfig
+from postgrad.config.trackers import AnyTracker
 from postgrad.config.tunings import AnyTuning, FullTuning
 from postgrad.errors import suggest_nearest_or_all
 from postgrad.foreign_text import mask_secrets
@@ -406,6 +407,8 @@ class Stage(ConfigModel):
     """Checkpoints."""
     compute: ComputeConfig = ComputeConfig()
     """How to compute."""
+    track: Annotated[list[AnyTracker], omit_unset] = []
+    """Experiment trackers that get the metrics while the run goes on. Default: none."""
 
     @model_validator(mode="after")
     def _check_consistency(self) -> Stage:
@@ -453,12 +456,13 @@ class Stage(ConfigModel):
         return tuple(fill_shares(given, self.data.mixing, examples).values())
 
     def fingerprint(self) -> str:
-        """Of everything that decides the result: not of when checkpoints are written, where, time-outs, nor of giving up."""
+        """Of everything that decides the result: not of when checkpoints are written, where, time-outs, trackers, giving up."""
         harmless = {
             "save": {"every", "keep"},
             "optimizer": {"max_skipped_steps"},
             "output": True,
             "compute": {"collective_timeout_seconds"},
+            "track": True,
         }
         decisive = self.model_dump(mode="json", exclude=harmless)
         return fingerprint(with_fingerprint_names(decisive))

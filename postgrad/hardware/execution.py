@@ -20,7 +20,7 @@ from postgrad.models.cpu_attention import CAUSAL_BLOCKS, is_supported
 from postgrad.models.layers import get_embedding_weight, get_layers
 from postgrad.models.model import CausalModel, Model
 
-_MIN_BF16_SPEEDUP = 1.3
+MIN_BF16_SPEEDUP = 1.3
 """Minimum speed-up of bf16 products to accept their rounding."""
 _MIN_THREADS_SPEEDUP = 1.15
 _COMPILE_SECONDS = {"cpu": 60.0, "cuda": 300.0}
@@ -188,7 +188,7 @@ def _choose_dtype(
     speeds = [partial(machine.matmul_speed, dtype, product, device) for dtype in (torch.bfloat16, torch.float32)]
     gain = statistics.median(machine.compare_speeds(*speeds))
     reasons["dtype"] = f"bf16 products of this model's size are {gain:.1f} x as fast as fp32 ones"
-    return "bfloat16" if gain >= _MIN_BF16_SPEEDUP else "float32"
+    return "bfloat16" if gain >= MIN_BF16_SPEEDUP else "float32"
 
 
 def _choose_attention(request: ExecutionRequest, model: Model, device: torch.device, reasons: dict[str, str]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from postgrad.lineage.growth import GrowthCost
-from postgrad.lineage.record import RecordPart
+from postgrad.lineage.record import RecordPart, notebook_html
 
 
 class LineageStage(RecordPart):
@@ -45,3 +45,6 @@ class Lineage(RecordPart):
     summary: LineageSummary
     growth: GrowthCost | None = None
     """What it cost to grow the vocabulary of the first start model; null where it was not grown."""
+
+    def _repr_html_(self) -> str:
+        return notebook_html("lineage_html", self)

@@ -164,12 +164,13 @@ class MetricsLine:
     damage: str = ""
 
 
-def scan_metrics(path: Path, run_id: str = "") -> Iterator[MetricsLine]:
-    """The lines of a metrics file, damaged ones too, without an unfinished last one."""
+def scan_metrics(path: Path, run_id: str = "", offset: int = 0) -> Iterator[MetricsLine]:
+    """The lines of a metrics file from a byte on, damaged ones too, without an unfinished last one."""
     if not path.exists():
         return
     try:
         with path.open("rb") as file:
+            file.seek(offset)
             for number, text in enumerate(file, 1):
                 try:
                     yield MetricsLine(text, _parse_line(text, run_id))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -38,6 +39,11 @@ class RecordPart(BaseModel):
     def as_json(self) -> dict[str, Any]:
         """JSON-compatible data without the fields that are None."""
         return self.model_dump(mode="json", exclude_none=True)
+
+
+def notebook_html(function: str, document: RecordPart) -> str:
+    """What a notebook shows of a document; the function is named and not imported, since it belongs to a layer above."""
+    return getattr(import_module("postgrad.reports.notebook"), function)(document)
 
 
 class Interval(RecordPart):
@@ -648,6 +654,9 @@ class Record(RecordPart):
     tasks: list[TaskRecord] = []
     task_clusters: list[ClusterResult] = []
     samples: list[Sample] = []
+
+    def _repr_html_(self) -> str:
+        return notebook_html("record_html", self)
 
     @property
     def is_classifier(self) -> bool:

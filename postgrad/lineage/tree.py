@@ -34,6 +34,14 @@ def read_lineage(run: Path) -> Stages:
     return stages[::-1]
 
 
+def read_ancestors(run: Path, record: Record) -> list[Record]:
+    """The records of the stages before a run, the first one first; empty when one of them is missing or was replaced."""
+    try:
+        return [ancestor for _, ancestor in read_lineage(run)[:-1]] if record.parents else []
+    except StageError:
+        return []
+
+
 def _find_parent(child: Path, parent: Parent) -> Path:
     for folder in (Path(parent.path), child / parent.relative):
         if (folder / RECORD).exists():

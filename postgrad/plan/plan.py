@@ -40,6 +40,7 @@ from postgrad.plan.sources import ProgressCallback, resolve_source_specs, resolv
 from postgrad.plan.start_model import new_model_note, resolve_start_model
 from postgrad.plan.task_prompts import make_prompted_task
 from postgrad.plan.teachers import get_teacher_identity, resolve_teachers
+from postgrad.reports.notebook import plan_html
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,9 @@ class Plan:
                 for source, target_share, count, tokens, rows in columns
             ],
         )
+
+    def _repr_html_(self) -> str:
+        return plan_html(self.stage.name, self.as_record())
 
     def fingerprints(self) -> dict[str, Any]:
         """Of everything that goes into the run except the start model."""

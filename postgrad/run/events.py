@@ -11,6 +11,7 @@ from postgrad.hardware.execution import Execution
 from postgrad.lineage.metrics import EvaluationRow, SkippedStepRow
 from postgrad.lineage.record import Record
 from postgrad.plan.plan import Plan
+from postgrad.reports.notebook import run_html
 from postgrad.run.tuned_model import ParameterCounts
 from postgrad.training.step import StepReport
 
@@ -98,6 +99,9 @@ class RunFinished:
     record: Record
     run_folder: Path
     already_complete: bool = False
+
+    def _repr_html_(self) -> str:
+        return run_html(self.record, self.run_folder)
 
 
 RunEvent = (

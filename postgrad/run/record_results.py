@@ -7,6 +7,7 @@ from postgrad.evaluation.retention_gate import retention_gate
 from postgrad.lineage.metrics import read_run_metrics
 from postgrad.lineage.record import Record, ScoresRecord, read_record, write_record
 from postgrad.reports.pages import run_page
+from postgrad.reports.pages.model_card import write_model_card
 from postgrad.run import task_scores
 from postgrad.run.baseline import Baseline
 from postgrad.run.context import RunContext
@@ -59,6 +60,7 @@ def record_finished(
     )
     record.fingerprints.model = model_fingerprint(context.folder / MODEL)
     _write(context, record)
+    write_model_card(context.folder / MODEL, context.folder, record)
     yield RunFinished(read_record(context.folder), context.folder)
 
 

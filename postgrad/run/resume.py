@@ -16,12 +16,13 @@ from postgrad.lineage.saved_plan import SavedPlan, read_plan, write_plan
 from postgrad.optim.lr_schedules import sample_schedule
 from postgrad.plan.plan import Plan
 from postgrad.plan.seen_sources import make_source_records
+from postgrad.reports.pages.model_card import write_model_card
 from postgrad.reports.pages.rewrite_report import rewrite_report
 from postgrad.run.anchors import penalty_fingerprints
 from postgrad.run.build import choose_execution
 from postgrad.run.context import RunContext, prepare_model
 from postgrad.run.events import Phase, PhaseStarted, RunFinished, WarningMessage
-from postgrad.run.run_folder import REPORT, Interrupt, claim_run_folder
+from postgrad.run.run_folder import MODEL, REPORT, Interrupt, claim_run_folder
 from postgrad.run.tuned_model import TunedModel, make_tuned_model
 from postgrad.run.update_masks import update_fingerprints
 from postgrad.run.write_record import utc_timestamp
@@ -89,7 +90,7 @@ def _input_files(plan: Plan, fingerprints: Mapping[str, Any]) -> dict[str, Input
 
 
 def _read_finished(run_folder: Path) -> Record | None:
-    """The record of a run that is complete, whose page is written again if it is missing; None for any other run."""
+    """The record of a run that is complete, whose missing page or model card is written again; None for any other."""
     if not (run_folder / RECORD).exists():
         return None
     record = read_record(run_folder)
@@ -97,6 +98,7 @@ def _read_finished(run_folder: Path) -> Record | None:
         return None
     if not (run_folder / REPORT).exists():
         rewrite_report(run_folder)
+    write_model_card(run_folder / MODEL, run_folder, record)
     return record
 
 

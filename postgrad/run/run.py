@@ -25,6 +25,7 @@ from postgrad.run.publish_model import publish
 from postgrad.run.record_results import record_finished, record_stopped
 from postgrad.run.resume import claim_run
 from postgrad.run.run_folder import Interrupt, lock_run_folder
+from postgrad.run.run_trackers import RunTrackers
 from postgrad.run.train import train
 from postgrad.run.training_session import prepare_training
 
@@ -40,6 +41,7 @@ def run_stage(plan: Plan, *, command: str, cache: Path) -> Iterator[RunEvent]:
         World.init_process_group(machine.default_device(), timeout) as world,
         lock_run_folder(plan.output, world),
         Interrupt() as interrupt,
+        RunTrackers(plan, world.is_main) as trackers,
     ):
         # A generator of its own: its frame, and the sharded model in it, must be gone before the process group is.
         for event in _run_phases(plan, world, interrupt, command=command, cache=cache):
@@ -48,6 +50,7 @@ def run_stage(plan: Plan, *, command: str, cache: Path) -> Iterator[RunEvent]:
                     world.note(event.message)
                 case StepCompleted():
                     world.note(f"the step after step {event.report.step:,}")
+            yield from trackers.observe(event)
             yield event
 
 

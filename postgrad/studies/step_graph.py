@@ -387,7 +387,9 @@ class _GraphBuilder:
         # The parsed stage decides: `900k` equals 900000, and defaults do not count, so keys that a later version adds
         # leave existing runs valid.
         identity = parsed.model_dump(
-            mode="json", exclude_defaults=True, exclude={"name": True, "output": True, "save": {"every", "keep"}}
+            mode="json",
+            exclude_defaults=True,
+            exclude={"name": True, "output": True, "save": {"every", "keep"}, "track": True},
         )
         key = fingerprint(["train", with_fingerprint_names(identity), sources, judged])[:KEY_LENGTH]
         tokens = parsed.tokens or parsed.new_tokens or 0

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import torch
 import yaml
@@ -590,3 +592,39 @@ def test_no_time_is_foretold_before_anything_is_written(
     progress.show_token_progress([SynthesisProgress(0, 0, 100), SynthesisProgress(1, 50, 100)], as_json=False)
     first, second = capsys.readouterr().err.splitlines()
     assert first == "0 of 100 tokens, 0 a second" and second.endswith(" left")
+
+
+def test_runs_are_listed_and_cleaned_after_a_yes(postgrad: Command, runs: LineageRuns, tmp_path: Path) -> None:
+    shutil.copytree(runs.replay, tmp_path / "home" / "replay")
+    assert postgrad("runs", tmp_path / "home").next.endswith("--clean")
+    refused = postgrad("runs", tmp_path / "home", "--clean")
+    assert refused.code == 2 and "--yes" in refused.err and (tmp_path / "home" / "replay" / "checkpoints").exists()
+    done = postgrad("runs", tmp_path / "home", "--clean", "--yes", "--json")
+    assert done.code == 0 and done.json["bytes"] > 0 and not (tmp_path / "home" / "replay" / "checkpoints").exists()
+    assert postgrad("runs", tmp_path / "home").next.startswith("lineage")
+    assert postgrad("runs", "nowhere").code == 2
+
+
+def test_track_and_push_refuse_with_a_way_on(postgrad: Command, runs: LineageRuns) -> None:
+    unnamed = postgrad("track", runs.replay)
+    assert unnamed.code == 2 and "tensorboard, wandb, mlflow, trackio" in unnamed.err
+    mistyped = postgrad("track", runs.replay, "--to", "tensorbord")
+    assert mistyped.code == 2 and "did you mean 'tensorboard'" in mistyped.err
+    assert postgrad("track", runs.replay, "--to", "tensorboard", "--project", "x").code == 2
+    assert postgrad("push", runs.replay, "no-owner").code == 2
+    offline = postgrad("push", runs.replay, "me/model")
+    assert offline.code == 1 and "offline" in offline.err
+
+
+def test_the_doctor_speaks_json_and_words(postgrad: Command) -> None:
+    assert {"versions", "requirements", "cache"} <= postgrad("doctor", "--json").json.keys()
+    assert postgrad("doctor").next == "demo"
+
+
+def test_written_stages_name_a_schema_that_accepts_them(postgrad: Command, base: Path, tmp_path: Path) -> None:
+    assert postgrad("init", "mine", "--data", base / "new.jsonl", "--model", base / "base").code == 0
+    first, _, text = (tmp_path / "mine.yaml").read_text().partition("\n")
+    uri = first.removeprefix("# yaml-language-server: $schema=")
+    schema = json.loads(Path(uri.removeprefix("file://")).read_text())
+    jsonschema.validate(yaml.safe_load(text), schema)
+    assert "track" in schema["properties"]

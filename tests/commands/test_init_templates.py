@@ -91,7 +91,8 @@ def test_a_template_runs_as_it_is_written(kind: str, made: Path, here: Path, cac
 @pytest.mark.parametrize("kind", TEMPLATE_KINDS)
 def test_every_line_has_room_and_comments_say_the_commands(kind: str, made: Path, here: Path) -> None:
     written(kind, made, here)
-    text = (here / "try.yaml").read_text()
+    schema, _, text = (here / "try.yaml").read_text().partition("\n")
+    assert schema.startswith("# yaml-language-server: $schema=file://")
     assert "postgrad train try.yaml" in text and "$" not in text
     assert len(text.splitlines()) <= 40
     assert all(len(line) <= 160 for line in text.splitlines())

@@ -7,6 +7,7 @@ through a `format_*` function or `escape_html`, so that no other file has to han
 from __future__ import annotations
 
 import html
+import re
 import unicodedata
 from collections.abc import Callable
 from typing import Protocol
@@ -36,6 +37,11 @@ def finite(value: float | None) -> float | None:
 def escape_html(value: object, limit: int = 0) -> str:
     """Plain text with the five characters of HTML escaped: safe between tags and inside quotes."""
     return html.escape(plain_text(value, limit), quote=True)
+
+
+def escape_markdown(value: object, limit: int = 0) -> str:
+    """Plain text as Markdown shows it: no tag, link, emphasis, table cell or mention begins in it."""
+    return re.sub(r"([\\`*_\[\]<>|#~@&!$])|://", lambda m: f"\\{m[1]}" if m[1] else ":\\//", plain_text(value, limit))
 
 
 def format_fixed(value: float | None, decimals: int = 3) -> str:

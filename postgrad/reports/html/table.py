@@ -17,6 +17,7 @@ from postgrad.reports.html.notation import (
     HasEnds,
     display_width,
     escape_html,
+    escape_markdown,
     finite,
     format_count,
     format_fixed,
@@ -173,6 +174,18 @@ class Table:
             else:
                 spans.append((group, [i]))
         return spans
+
+    def markdown(self) -> str:
+        """A table of GitHub's Markdown, its caption in bold above and its notes below."""
+        head = [f"{c.title} ({unit})" if (unit := c.unit or c.group) else c.title for c in self.columns]
+        lines = [head, [":--" if c.is_text else "--:" for c in self.columns]]
+        lines += [[cell.text for cell in row] for row in self.rows]
+        body = [
+            f"| {' | '.join(texts)} |" for texts in ([*map(escape_markdown, line)] for line in lines[:1] + lines[2:])
+        ]
+        body.insert(1, f"| {' | '.join(lines[1])} |")
+        parts = [f"**{escape_markdown(self.caption)}**", "\n".join(body), *map(escape_markdown, self.notes)]
+        return "\n\n".join(parts)
 
     def csv(self) -> str:
         """RFC 4180 text with exact values. Text that a spreadsheet would run as a formula gets a quote."""
