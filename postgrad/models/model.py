@@ -7,9 +7,8 @@ Whether hidden states and head give the logits of an architecture is verified, n
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,27 +16,9 @@ from transformers import PreTrainedModel
 
 from postgrad.errors import ModelError
 from postgrad.models.layers import get_embedding_weight
+from postgrad.models.output_head import ModelRun, OutputHead, find_head_function, make_head, run_body
 from postgrad.models.prefix_lm_attention import attention_window, model_prefix_mask
 from postgrad.models.task import Task
-
-_LOGITS_BIAS = "final_logits_bias"
-"""Its name in transformers."""
-
-
-@dataclass(frozen=True)
-class OutputHead:
-    """Hidden states to logits: `softcap(scale (h W^T + b))`."""
-
-    weight_VD: Tensor
-    bias_V: Tensor | None = None
-    scale: float = 1.0
-    softcap: float | None = None
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits of shape (..., V) for hidden states of shape (..., D)."""
-        bias = None if self.bias_V is None else self.bias_V.to(hidden.dtype)
-        out = nn.functional.linear(hidden, self.weight_VD.to(hidden.dtype), bias) * self.scale
-        return out if self.softcap is None else torch.tanh(out / self.softcap) * self.softcap
 
 
 @dataclass(frozen=True)
@@ -76,16 +57,24 @@ class Model(nn.Module):
         return None
 
 
-class CausalModel(Model):
-    """A causal language model as a body and a head."""
+class LanguageModel(Model):
+    """A language model as its own forward pass up to the output embedding, and a head."""
 
     def __init__(self, pretrained: PreTrainedModel) -> None:
         super().__init__(pretrained)
-        config = pretrained.config.get_text_config()
-        # Granite divides its logits, Cohere multiplies them, Gemma caps them; `verify_model` tests whether this covers a model.
-        scaling = getattr(config, "logits_scaling", None)
-        self.scale: float = 1.0 / scaling if scaling else float(getattr(config, "logit_scale", None) or 1.0)
-        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        self.head_function = find_head_function(pretrained)
+
+    def run(self, **inputs: Any) -> ModelRun:
+        """The input of the output embedding, of shape (B, T, D), and all that the model returns, such as its cache."""
+        return run_body(self.pretrained, **inputs)
+
+    def head(self) -> OutputHead:
+        """The head with the current weights."""
+        return make_head(self.pretrained, self.head_function)
+
+
+class CausalModel(LanguageModel):
+    """A causal language model."""
 
     def forward(self, *, prefix: Tensor | None = None, **inputs: Tensor) -> Output:
         """Hidden states of packed rows, whose documents are separated by position ids that restart.
@@ -95,21 +84,11 @@ class CausalModel(Model):
         """
         if prefix is not None:
             inputs["attention_mask"] = model_prefix_mask(self.pretrained, prefix, inputs["position_ids"])
-        hidden = self.body(**inputs, use_cache=False).last_hidden_state
-        return Output(hidden, self.head())
-
-    def head(self) -> OutputHead:
-        """The head with the current weights."""
-        layer = _output_layer(self.pretrained)
-        return OutputHead(layer.weight, layer.bias, self.scale, self.softcap)
+        return Output(self.run(**inputs, use_cache=False).hidden, self.head())
 
 
-class HeadedModel(Model):
-    """A masked or encoder-decoder language model, whose forward ends in its output embedding.
-
-    The layers before that embedding (a transform, a scaling) differ between architectures, so the model's own forward pass runs
-    with an identity in place of the embedding. The bias that BART and others add afterwards belongs to the head.
-    """
+class HeadedModel(LanguageModel):
+    """A masked or encoder-decoder language model."""
 
     def __init__(self, pretrained: PreTrainedModel) -> None:
         super().__init__(pretrained)
@@ -117,15 +96,7 @@ class HeadedModel(Model):
 
     def forward(self, **inputs: Tensor) -> Output:
         """The input of the output embedding, of shape (B, T, D)."""
-        with _identity_output_layer(self.pretrained):
-            hidden = self.pretrained(**inputs, **self.options).logits
-        return Output(hidden, self.head())
-
-    def head(self) -> OutputHead:
-        """The head with the current weights."""
-        layer = _output_layer(self.pretrained)
-        biases = [bias.flatten() for bias in (layer.bias, _get_logits_bias(self.pretrained)) if bias is not None]
-        return OutputHead(layer.weight, sum(biases[1:], biases[0]) if biases else None)
+        return Output(self.run(**inputs, **self.options).hidden, self.head())
 
 
 def wrap_model(pretrained: PreTrainedModel, task: Task) -> Model:
@@ -133,34 +104,6 @@ def wrap_model(pretrained: PreTrainedModel, task: Task) -> Model:
     if task == Task.CAUSAL:
         return CausalModel(pretrained)
     return Model(pretrained) if task.is_classifier else HeadedModel(pretrained)
-
-
-def _output_layer(pretrained: PreTrainedModel) -> nn.Linear:
-    layer = pretrained.get_output_embeddings()
-    if not isinstance(layer, nn.Linear):
-        raise ModelError(f"{type(pretrained).__name__} has no output embedding", where="model")
-    return layer
-
-
-def _get_logits_bias(pretrained: PreTrainedModel) -> Tensor | None:
-    """The bias of shape (1, V) that a model adds after its output embedding: a buffer, which is not trained."""
-    return getattr(pretrained, _LOGITS_BIAS, None)
-
-
-@contextmanager
-def _identity_output_layer(pretrained: PreTrainedModel) -> Iterator[None]:
-    """Inside, the output embedding is the identity, and no bias is added."""
-    layer: nn.Module = _output_layer(pretrained)
-    bias = _get_logits_bias(pretrained)
-    layer.forward = lambda hidden: hidden
-    if bias is not None:
-        setattr(pretrained, _LOGITS_BIAS, bias.new_zeros(()))  # of no dimension, so that no dtype is changed by it
-    try:
-        yield
-    finally:
-        del layer.forward
-        if bias is not None:
-            setattr(pretrained, _LOGITS_BIAS, bias)
 
 
 def verify_model(model: Model, *, length: int = 24, tolerance: float = 1e-4, prefix_tokens: int = 0) -> None:
@@ -270,13 +213,10 @@ def _verify_prefixes(
 
 def _verified_logits(model: Model, inputs: dict[str, Tensor], tolerance: float, **options: bool) -> Tensor:
     """Logits of hidden states and head. Raises `ModelError` unless they equal the model's own."""
-    try:
-        ours = model(**inputs).logits().float()
-    except RuntimeError:  # a layer after the output embedding needs full logits
-        ours = None
+    ours = model(**inputs).logits().float()
     plain = model.pretrained(**inputs, **options).logits.float()
     size = max(1.0, plain.abs().max().item())
-    if ours is None or (ours - plain).abs().max().item() > tolerance * size:
+    if ours.shape != plain.shape or not (ours - plain).abs().max().item() <= tolerance * size:
         raise ModelError(
             f"the logits of this architecture ({model.pretrained.config.model_type}) are not its output embedding applied "
             "to its last hidden states",

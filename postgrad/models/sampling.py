@@ -36,11 +36,11 @@ def sample_continuations(
     ids, positions, cache = prompt_BP, torch.arange(length, device=prompt_BP.device), None
     with eval_mode(model), _cache_capable_attention(model), torch.compiler.set_stance("force_eager"):
         for i in range(uniform_BN.shape[1]):
-            output = model.body(
+            run = model.run(
                 input_ids=ids, position_ids=positions.expand(rows, -1), past_key_values=cache, use_cache=True
             )
-            cache = output.past_key_values
-            logits_BV = model.head().logits(output.last_hidden_state[:, -1]).double() / temperature
+            cache = run.output.past_key_values
+            logits_BV = model.head().logits(run.hidden[:, -1]).double() / temperature
             sums_BV = logits_BV.softmax(-1).cumsum(-1)
             at_B1 = uniform[:, i : i + 1] * sums_BV[:, -1:]
             token_B = torch.searchsorted(sums_BV, at_B1, right=True)[:, 0].clamp(max=sums_BV.shape[1] - 1)
