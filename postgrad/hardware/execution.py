@@ -5,12 +5,14 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from postgrad.errors import StageError
 from postgrad.hardware import machine
@@ -75,17 +77,32 @@ class Execution:
 def get_model_dimensions(model: Model) -> ModelDimensions:
     """A model's sizes, from the configuration keys of its architecture."""
     config = model.pretrained.config.get_text_config()
-    width = int(getattr(config, "hidden_size", 0) or getattr(config, "n_embd", 0) or 1)
-    inner = int(getattr(config, "intermediate_size", 0) or getattr(config, "n_inner", 0) or 4 * width)
+    width = _read_size(config, "hidden_size", "n_embd") or 1
+    inner = _read_size(config, "intermediate_size", "n_inner") or 4 * width
     return ModelDimensions(
         parameters=sum(p.numel() for p in model.parameters()),
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         layers=len(get_layers(model.pretrained)),
         width=width,
         inner=inner,
-        heads=int(getattr(config, "num_attention_heads", 0) or getattr(config, "n_head", 0) or 1),
+        heads=_read_size(config, "num_attention_heads", "n_head") or 1,
         vocabulary=get_embedding_weight(model.pretrained).shape[0],
     )
+
+
+def _read_size(config: PreTrainedConfig, *names: str) -> int:
+    """The first of these keys that is set; the largest where it has a value for each layer."""
+    parts = [config, *(getattr(config, "per_layer_config", None) or ())]
+    for name in names:
+        values: list[int] = []
+        for part in parts:
+            # Reading a key that differs between layers raises an error of transformers' own.
+            with suppress(Exception):
+                value = getattr(part, name)
+                values += value if isinstance(value, list) else [value]
+        if sizes := [int(value) for value in values if value]:
+            return max(sizes)
+    return 0
 
 
 def select_execution(

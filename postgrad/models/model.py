@@ -118,6 +118,7 @@ def verify_model(model: Model, *, length: int = 24, tolerance: float = 1e-4, pre
     model.eval()
     with torch.no_grad():
         if isinstance(model, CausalModel):
+            _verify_causality(model, length, tolerance, device)
             _verify_packing(model, length, tolerance, device)
             if prefix_tokens:
                 _verify_prefixes(model, length, prefix_tokens, tolerance, device)
@@ -128,6 +129,22 @@ def verify_model(model: Model, *, length: int = 24, tolerance: float = 1e-4, pre
                 inputs["decoder_input_ids"] = ids.flip(0)
             _verified_logits(model, inputs, tolerance)
     model.train(was_training)
+
+
+def _verify_causality(model: CausalModel, length: int, tolerance: float, device: torch.device) -> None:
+    """Verify that a token does not attend to later ones: an encoder under a decoder's head reads the answers."""
+    ids = _random_ids(model, (1, length), device)
+    half = length // 2
+    before, after = (model(input_ids=part).logits()[:, :half].float() for part in (ids, ids[:, : half + 1]))
+    if (before - after).abs().max().item() > tolerance * max(1.0, before.abs().max().item()):
+        raise ModelError(
+            f"tokens attend to later ones in this architecture ({model.pretrained.config.model_type}), so it is no causal "
+            "language model",
+            where="model",
+            expected="a decoder",
+            hint="set is_decoder: true in config.json if the model was trained as one; else save it under its masked language "
+            "model, which is trained with masked-lm",
+        )
 
 
 def _verify_packing(model: CausalModel, length: int, tolerance: float, device: torch.device) -> None:

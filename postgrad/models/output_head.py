@@ -103,7 +103,7 @@ def find_head_function(pretrained: PreTrainedModel) -> HeadFunction:
     """
     layer = get_output_layer(pretrained)
     products = torch.tensor(_PRODUCTS, device=layer.weight.device)
-    ids = (torch.arange(len(products), device=layer.weight.device) % layer.out_features)[None]
+    ids = ((5 + torch.arange(len(products), device=layer.weight.device)) % layer.out_features)[None]  # no padding
     calls: list[Tensor] = []
 
     def answer(hidden: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ def find_head_function(pretrained: PreTrainedModel) -> HeadFunction:
             hint="load the folder with transformers and call it on a few ids: the error is the same there",
         ) from error
     if len(calls) != 1 or logits.shape != (1, len(products), layer.out_features):
-        raise _not_understood(pretrained, f"its output embedding is used {len(calls)} times")
+        raise _not_understood(pretrained, f"its output embedding is not used once for each token")
     function = _fit(logits[0, :, 0].double())
     wanted = function(products.double())[:, None]
     if not torch.allclose(logits[0].double(), wanted.expand_as(logits[0]), rtol=_tolerance(logits), atol=1e-30):

@@ -131,6 +131,7 @@ def detect_config_task(config: PreTrainedConfig) -> Task:
     """The task of a configuration, from the architecture that it names."""
     name = (getattr(config, "architectures", None) or [""])[0]
     endings: dict[str, Task] = {
+        "ForCausalLM": Task.CAUSAL,
         "ForMaskedLM": Task.MASKED,
         "ForPreTraining": Task.MASKED,
         "ForSequenceClassification": Task.CLASSIFY,
@@ -172,12 +173,12 @@ def load_pretrained(
             warnings.simplefilter("ignore")
             config = load_config(start.name_or_path)
             folder = start.full_model.folder
+            auto = _auto_class(config, task)
             if folder and state is None:
                 layers = getattr(config.get_text_config(), "num_hidden_layers", None)
-                check_weight_file(folder, layers, lambda: count_parameters(make_meta_model(config)), start.name)
+                check_weight_file(folder, layers, lambda: count_parameters(make_meta_model(config, auto)), start.name)
             own = load_task_head_config(folder)
             form = layer.form if layer else own if task.is_classifier else None
-            auto = _auto_class(config, task)
             where, make = (start.name_or_path, auto) if state is None else (None, auto._model_mapping[type(config)])
             make = make_model_class(config, form) if form else make
             options = {}
