@@ -123,6 +123,9 @@ class DataConfig(ConfigModel):
     """The sources and their shares."""
     sequence_length: Annotated[int, Field(ge=2, le=MAX_ROW), BeforeValidator(reject_bool)] = 1024
     """Tokens in a row."""
+    packing: Literal["auto"] | bool = "auto"
+    """Whether documents share a row in the model. auto: where a probe shows that they do not see each other; false: each
+    document, or what of it is in a row, is a row of its own, and rows of similar length are padded together."""
     mixing: AnyMixing | None = None
     """How several sources without a `share` divide the remainder."""
     curriculum: list[CurriculumPhase] = []
@@ -154,6 +157,14 @@ class DataConfig(ConfigModel):
                         f"`curriculum` names an unknown source {name!r}; {suggest_nearest_or_all(name, names)}"
                     )
         return self
+
+    @model_serializer(mode="wrap")
+    def _omit_unset_packing(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Fingerprints of stages from before this key stay the same."""
+        dumped = serialize(self)
+        if dumped.get("packing") == "auto":
+            dumped.pop("packing")
+        return dumped
 
 
 class BatchConfig(ConfigModel):

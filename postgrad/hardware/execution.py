@@ -6,18 +6,20 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from postgrad.data.loading.documents import drop_positions
 from postgrad.errors import StageError
 from postgrad.hardware import machine
 from postgrad.hardware.memory import ModelDimensions, estimate_memory
 from postgrad.models.cpu_attention import CAUSAL_BLOCKS, is_supported
+from postgrad.models.isolation import find_leak
 from postgrad.models.layers import get_embedding_weight, get_layers
 from postgrad.models.model import CausalModel, Model
 
@@ -48,6 +50,8 @@ class ExecutionRequest:
     """Whether all rows have the same length; compiled code is compiled again for each length."""
     is_causal: bool = True
     """Whether tokens attend to earlier ones only; false for a prefix language model."""
+    packing: Literal["auto"] | bool = "auto"
+    """Whether documents share a row."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,8 @@ class Execution:
     activation_checkpointing: bool
     seconds: float
     """Estimated training time without compilation, from timed micro-batches."""
+    packed: bool = True
+    """Whether the documents of a packed row go through the model together; false: each in a row of its own."""
     reasons: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -129,11 +135,16 @@ def select_execution(
         reasons["micro"] = f"as many rows as fit in memory, about {tokens:,} tokens"
     attention = _choose_attention(request, model, device, reasons)
     model.pretrained.set_attn_implementation(attention)
+    packed = _choose_packing(request, model, reasons)
+    if not packed:
+        request = replace(request, is_fixed_length=False)
+    inputs = make_inputs(micro) if packed else drop_positions(make_inputs(micro))
     steps = (rank_rows // micro) * request.steps
-    seconds = _micro_batch_seconds(model, make_inputs(micro), dtype, device) * steps
+    seconds = _micro_batch_seconds(model, inputs, dtype, device) * steps
     return Execution(
         dtype=dtype,
         compile=_choose_compile(request, seconds, device, reasons),
+        packed=packed,
         attention=attention,
         threads=threads,
         micro=micro,
@@ -217,6 +228,22 @@ def _choose_attention(request: ExecutionRequest, model: Model, device: torch.dev
         return CAUSAL_BLOCKS
     reasons["attention"] = "the default of transformers for this architecture"
     return model.pretrained.config._attn_implementation or "eager"
+
+
+def _choose_packing(request: ExecutionRequest, model: Model, reasons: dict[str, str]) -> bool:
+    """Whether documents share rows: where they do not see each other. Raises `ModelError` if they must, and do."""
+    if not isinstance(model, CausalModel):
+        return True
+    if request.packing is False:
+        reasons["packing"] = "each document is a row of its own, set in the stage"
+        return False
+    leak = find_leak(model.pretrained, model.compute_hidden, request.length)
+    if leak is None:
+        return True
+    if request.packing is True:
+        raise leak.as_error(model.pretrained)
+    reasons["packing"] = f"each document is a row of its own, since {leak.describe()}"
+    return False
 
 
 def _choose_compile(request: ExecutionRequest, seconds: float, device: torch.device, reasons: dict[str, str]) -> bool:

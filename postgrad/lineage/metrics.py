@@ -41,6 +41,10 @@ class StepRow(RecordPart):
     """Without the penalties."""
     updated_weights: int | None = None
     """Weights that a sparse update changed."""
+    positions: int | None = None
+    """Positions of the first rank's unpacked rows."""
+    padding: int | None = None
+    """Those of them that only fill a row."""
     seconds: float = 0.0
 
 

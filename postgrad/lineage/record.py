@@ -192,6 +192,8 @@ class ExecutionSummary(RecordPart):
 
     model_config = ConfigDict(extra="allow")
 
+    packed: bool = True
+    """Whether the documents of a packed row went through the model together."""
     dtype: str = ""
     compile: bool = False
     attention: str = ""
@@ -308,6 +310,8 @@ class TrainingTotals(RecordPart):
     sources: list[TrainedSource] = []
     skipped_steps: list[SkippedStep] = []
     """Counted in `steps`, but not in `tokens`."""
+    padding_share: float | None = None
+    """Padding among the positions of unpacked rows; none for packed ones."""
 
 
 class PublishedCheckpoint(RecordPart):

@@ -115,7 +115,7 @@ def record_load(pretrained: PreTrainedModel) -> Iterator[ExpertLoad]:
     """Inside, the assignments of tokens to experts are counted."""
     load = ExpertLoad()
 
-    def make_hook(name: str, number: int):  # noqa: ANN202
+    def make_hook(name: str, number: int):
         def count(_module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
             indices = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and not a.is_floating_point()]
             if len(indices) != 1:

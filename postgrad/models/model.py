@@ -15,10 +15,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from postgrad.errors import ModelError
-from postgrad.models.layers import get_embedding_weight
+from postgrad.models.isolation import SHORT_DOCUMENT, find_leak, random_ids, verify_right_padding
 from postgrad.models.output_head import ModelRun, OutputHead, find_head_function, make_head, run_body
 from postgrad.models.prefix_lm_attention import attention_window, model_prefix_mask
 from postgrad.models.task import Task
+
+_TOLERANCE = 1e-4
+"""Difference of logits that is rounding."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,10 @@ class CausalModel(LanguageModel):
             inputs["attention_mask"] = model_prefix_mask(self.pretrained, prefix, inputs["position_ids"])
         return Output(self.run(**inputs, use_cache=False).hidden, self.head())
 
+    def compute_hidden(self, **inputs: Tensor) -> Tensor:
+        """The last hidden states (B, T, D)."""
+        return self(**inputs).hidden
+
 
 class HeadedModel(LanguageModel):
     """A masked or encoder-decoder language model."""
@@ -106,80 +113,38 @@ def wrap_model(pretrained: PreTrainedModel, task: Task) -> Model:
     return Model(pretrained) if task.is_classifier else HeadedModel(pretrained)
 
 
-def verify_model(model: Model, *, length: int = 24, tolerance: float = 1e-4, prefix_tokens: int = 0) -> None:
+def verify_model(
+    model: Model, *, packed: bool = True, row_length: int = 2 * SHORT_DOCUMENT, prefix_tokens: int = 0
+) -> None:
     """Verify on random ids that hidden states and head give the model's logits.
 
-    For a causal model also that packed documents do not attend to each other, and, with `prefix_tokens`, that attention over
-    prefixes of rows of that length is bidirectional. Raises `ModelError` for an architecture that fails: recurrent and hybrid
-    models carry state across documents, others ignore the mask or transform the logits.
+    For a causal model also that documents of `packed` rows of `row_length` do not attend to each other, or of unpacked rows
+    that padding changes nothing, and, with `prefix_tokens`, that attention over prefixes of rows of that length is
+    bidirectional. Raises `ModelError` for an architecture that fails: recurrent and hybrid models carry state across
+    documents, others ignore the mask or transform the logits.
     """
-    device = next(model.parameters()).device
+    length = min(SHORT_DOCUMENT, row_length)
     was_training = model.training
     model.eval()
     with torch.no_grad():
         if isinstance(model, CausalModel):
-            _verify_causality(model, length, tolerance, device)
-            _verify_packing(model, length, tolerance, device)
+            _verified_logits(model, {"input_ids": random_ids(model.pretrained, (2, length))}, use_cache=False)
+            if not packed:
+                verify_right_padding(model.pretrained, model.compute_hidden, length)
+            elif leak := find_leak(model.pretrained, model.compute_hidden, row_length):
+                raise leak.as_error(model.pretrained)
             if prefix_tokens:
-                _verify_prefixes(model, length, prefix_tokens, tolerance, device)
+                _verify_prefixes(model, length, prefix_tokens)
         elif isinstance(model, HeadedModel):
-            ids = _random_ids(model, (2, length), device)
+            ids = random_ids(model.pretrained, (2, length))
             inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
             if model.pretrained.config.is_encoder_decoder:
                 inputs["decoder_input_ids"] = ids.flip(0)
-            _verified_logits(model, inputs, tolerance)
+            _verified_logits(model, inputs)
     model.train(was_training)
 
 
-def _verify_causality(model: CausalModel, length: int, tolerance: float, device: torch.device) -> None:
-    """Verify that a token does not attend to later ones: an encoder under a decoder's head reads the answers."""
-    ids = _random_ids(model, (1, length), device)
-    half = length // 2
-    before, after = (model(input_ids=part).logits()[:, :half].float() for part in (ids, ids[:, : half + 1]))
-    if (before - after).abs().max().item() > tolerance * max(1.0, before.abs().max().item()):
-        raise ModelError(
-            f"tokens attend to later ones in this architecture ({model.pretrained.config.model_type}), so it is no causal "
-            "language model",
-            where="model",
-            expected="a decoder",
-            hint="set is_decoder: true in config.json if the model was trained as one; else save it under its masked language "
-            "model, which is trained with masked-lm",
-        )
-
-
-def _verify_packing(model: CausalModel, length: int, tolerance: float, device: torch.device) -> None:
-    ids = _random_ids(model, (1, 2 * length), device)
-    other = ids.clone()
-    other[:, :length] = ids[:, length:].flip(1)
-    positions = torch.arange(length, device=device).repeat(2)[None]
-    ours = _verified_logits(model, {"input_ids": ids, "position_ids": positions}, tolerance, use_cache=False)
-
-    def off(ids: Tensor, positions: Tensor) -> float:
-        second = model(input_ids=ids, position_ids=positions).logits()[:, -length:].float()
-        return (second - ours[:, length:]).abs().max().item()
-
-    leak = max(off(other, positions), off(ids[:, length:], positions[:, length:]))
-    if leak > tolerance * max(1.0, ours.abs().max().item()):
-        raise ModelError(
-            f"packed documents attend to each other in this architecture ({model.pretrained.config.model_type}): logits of the "
-            f"second change by {leak:.2g} with the first, since {_leak_cause(model.pretrained)}",
-            where="model",
-            expected="attention within a document",
-            hint="use a model with attention layers and rotary or learned positions, such as Llama, Qwen or GPT-2",
-        )
-
-
-def _leak_cause(pretrained: PreTrainedModel) -> str:
-    """Why an architecture does not keep packed documents apart."""
-    kinds = getattr(pretrained.config.get_text_config(), "layer_types", None) or ()
-    if pretrained._is_stateful or any("linear" in kind or "mamba" in kind for kind in kinds):
-        return "its recurrent layers carry a state across documents"
-    return "in transformers it takes no notice of position ids that restart with each document"
-
-
-def _verify_prefixes(
-    model: CausalModel, length: int, prefix_tokens: int, tolerance: float, device: torch.device
-) -> None:
+def _verify_prefixes(model: CausalModel, length: int, prefix_tokens: int) -> None:
     """Verify on two packed documents that attention follows the mask of a prefix language model."""
     config = model.pretrained.config
     window = attention_window(config)
@@ -192,8 +157,8 @@ def _verify_prefixes(
         )
     length = length if window is None else min(length, window)
     half = length // 2
-    ids = _random_ids(model, (1, 2 * length), device)
-    positions = torch.arange(length, device=device).repeat(2)[None]
+    ids = random_ids(model.pretrained, (1, 2 * length))
+    positions = torch.arange(length, device=ids.device).repeat(2)[None]
     other_prefix, other_rest = ids.clone(), ids.clone()
     other_prefix[:, length + 1 : length + half] = ids[:, 1:half]
     other_rest[:, length + half :] = ids[:, half:length]
@@ -204,7 +169,7 @@ def _verify_prefixes(
     try:
         plain = model(input_ids=ids, position_ids=positions).logits().float()
         alone, ours = logits(ids, 1), logits(ids, half)
-        size = tolerance * max(1.0, plain.abs().max().item())
+        size = _TOLERANCE * max(1.0, plain.abs().max().item())
 
         def off(one: Tensor, two: Tensor, begin: int, end: int) -> float:
             return (one - two)[:, begin:end].abs().max().item()
@@ -228,21 +193,15 @@ def _verify_prefixes(
         )
 
 
-def _verified_logits(model: Model, inputs: dict[str, Tensor], tolerance: float, **options: bool) -> Tensor:
-    """Logits of hidden states and head. Raises `ModelError` unless they equal the model's own."""
+def _verified_logits(model: Model, inputs: dict[str, Tensor], **options: bool) -> None:
+    """Verify that hidden states and head give the model's own logits. Raises `ModelError`."""
     ours = model(**inputs).logits().float()
     plain = model.pretrained(**inputs, **options).logits.float()
     size = max(1.0, plain.abs().max().item())
-    if ours.shape != plain.shape or not (ours - plain).abs().max().item() <= tolerance * size:
+    if ours.shape != plain.shape or not (ours - plain).abs().max().item() <= _TOLERANCE * size:
         raise ModelError(
             f"the logits of this architecture ({model.pretrained.config.model_type}) are not its output embedding applied "
             "to its last hidden states",
             where="model",
             expected="a language model with a plain, scaled or soft-capped head",
         )
-    return ours
-
-
-def _random_ids(model: Model, shape: tuple[int, int], device: torch.device) -> Tensor:
-    vocabulary = get_embedding_weight(model.pretrained).shape[0]
-    return torch.randint(0, vocabulary, shape, generator=torch.Generator().manual_seed(0)).to(device)

@@ -124,7 +124,7 @@ def find_head_function(pretrained: PreTrainedModel) -> HeadFunction:
             hint="load the folder with transformers and call it on a few ids: the error is the same there",
         ) from error
     if len(calls) != 1 or logits.shape != (1, len(products), layer.out_features):
-        raise _not_understood(pretrained, f"its output embedding is not used once for each token")
+        raise _not_understood(pretrained, "its output embedding is not used once for each token")
     function = _fit(logits[0, :, 0].double())
     wanted = function(products.double())[:, None]
     if not torch.allclose(logits[0].double(), wanted.expand_as(logits[0]), rtol=_tolerance(logits), atol=1e-30):

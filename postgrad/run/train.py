@@ -147,6 +147,8 @@ def _step_row(report: StepReport | SkippedStepRow, seconds: float) -> StepRow | 
         grad_norm=report.gradient_norm,
         loss_grad_norm=report.loss_gradient_norm,
         updated_weights=report.num_updated,
+        positions=report.positions,
+        padding=report.padding,
         seconds=round(seconds, 4),
     )
 

@@ -62,7 +62,7 @@ class StepReport:
 
     `tokens`: trained tokens of this step; `trained_tokens`: of all steps. `losses_by_source`: sum in nats and token count of
     each source. `loss_gradient_norm`: without the penalties' gradient, if there are penalties. `num_updated`: weights that a
-    sparse update changed.
+    sparse update changed. `positions`, `padding`: of this rank's unpacked rows, and those of them that only fill a row.
     """
 
     step: int
@@ -76,6 +76,8 @@ class StepReport:
     gradient_norm: float
     loss_gradient_norm: float | None = None
     num_updated: int | None = None
+    positions: int | None = None
+    padding: int | None = None
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,14 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepReport | StepWit
         gradient_norm=gradient_norm,
         loss_gradient_norm=loss_gradient_norm,
         num_updated=num_updated,
+        **_count_padding(micro_batches),
     )
+
+
+def _count_padding(micro_batches: Sequence[Batch]) -> dict[str, int]:
+    """Positions and padding of unpacked rows; empty without any."""
+    unpacked = [(batch.labels.numel(), batch.padding) for batch in micro_batches if batch.padding is not None]
+    return {"positions": sum(n for n, _ in unpacked), "padding": sum(p for _, p in unpacked)} if unpacked else {}
 
 
 def _count_tokens(run: Run, micro_batches: Sequence[Batch]) -> torch.Tensor:
@@ -175,7 +184,7 @@ def _positions_not_finite(world: World, losses: Iterable[tuple[Batch, Tensor]]) 
         for batch, rows_B in losses
     ]
     gathered: Any = world.all_gather([position for positions in own for position in positions])
-    return tuple(sorted(position for positions in gathered for position in positions))
+    return tuple(sorted({position for positions in gathered for position in positions}))
 
 
 def _derive_seed(*parts: int) -> int:

@@ -122,7 +122,7 @@ def test_a_composite_model_is_a_decoder_with_the_sizes_of_its_text_part(family: 
     assert opened.task == Task.CAUSAL
     sizes = get_model_sizes(opened.model.config)
     assert (sizes.vocab_size, sizes.positions) == (VOCABULARY, 24)
-    verify_model(CausalModel(opened.model), length=12)
+    verify_model(CausalModel(opened.model), row_length=24)
 
 
 # --- ties -------------------------------------------------------------------------------------------------------------
