@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from postgrad.config.document_filters import AnySelection
+from postgrad.config.experts import ExpertsConfig
 from postgrad.config.mixing import AnyMixing, fill_shares
 from postgrad.config.objectives import AnyObjective
 from postgrad.config.penalties import AnyPenalty
@@ -403,6 +404,8 @@ class Stage(ConfigModel):
     """Penalties that pull the weights to a reference."""
     tuning: AnyTuning = FullTuning(kind="full")
     """Which weights are trained."""
+    experts: ExpertsConfig | None = None
+    """Routers and balancing loss of a mixture of experts. Default: as the model's configuration asks."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """What is evaluated."""
     max_forgetting: Share | None = None
@@ -449,6 +452,14 @@ class Stage(ConfigModel):
         if self.new_tokens is not None and all(s.role == "replay" for s in self.data.sources):
             raise ValueError("`new_tokens` needs a source with role: new")
         return self
+
+    @model_serializer(mode="wrap")
+    def _omit_unset_experts(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Fingerprints of stages from before this key stay the same."""
+        dumped = serialize(self)
+        if dumped.get("experts") is None:
+            dumped.pop("experts", None)
+        return dumped
 
     def resolve_shares(self, examples: Mapping[str, int] = MappingProxyType({})) -> tuple[float, ...]:
         """The share of each source, those that were left out filled in; with `data.mixing` by the `examples` of each."""

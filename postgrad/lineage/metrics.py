@@ -39,6 +39,8 @@ class StepRow(RecordPart):
     """Before clipping."""
     loss_grad_norm: float | None = None
     """Without the penalties."""
+    balancing_loss: float | None = None
+    """Of a mixture of experts, times its coefficient; `loss` does not include it."""
     updated_weights: int | None = None
     """Weights that a sparse update changed."""
     positions: int | None = None

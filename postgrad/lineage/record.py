@@ -430,6 +430,10 @@ class SetDrift(RecordPart):
     """By block."""
     output_cosines: list[float | None] = []
     """By block."""
+    expert_load_before: list[list[float]] = []
+    """Of a mixture of experts: the share of the tokens of each expert, by layer, in the start model."""
+    expert_load_after: list[list[float]] = []
+    """The same in the trained model."""
 
 
 class DriftRecord(RecordPart):

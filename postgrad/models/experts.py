@@ -9,14 +9,16 @@ gives the model's own value, found by trying the model once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from postgrad.models.layers import get_embedding_weight
 from postgrad.models.output_head import run_body
 from postgrad.models.sublayers import eval_mode
 
@@ -57,7 +59,7 @@ def find_balancing(pretrained: PreTrainedModel) -> Balancing | None:
     coefficient = getattr(config, "router_aux_loss_coef", None)
     if coefficient is None or not router_parameters(pretrained):
         return None
-    vocabulary = pretrained.get_output_embeddings().weight
+    vocabulary = get_embedding_weight(pretrained)
     ids = (5 + torch.arange(32, device=vocabulary.device))[None] % len(vocabulary)
     with eval_mode(pretrained):
         output = run_body(pretrained, input_ids=ids, output_router_logits=True).output
@@ -76,7 +78,8 @@ def router_parameters(pretrained: PreTrainedModel) -> list[str]:
     for module in pretrained.modules():
         recorded = (getattr(module, "_can_record_outputs", None) or {}).get(_ROUTER_LOGITS)
         for recorder in recorded if isinstance(recorded, list) else [recorded]:
-            kinds.add(getattr(recorder, "target_class", type(None)))
+            kind = getattr(recorder, "target_class", None)
+            kinds |= {kind} if kind else set()
     routers = [(name, module) for name, module in pretrained.named_modules() if type(module) in kinds]
     return [
         f"{name}.{part}"
@@ -97,7 +100,7 @@ class ExpertLoad:
 
     def shares(self) -> list[list[float]]:
         """The share of the assignments of each expert, layer by layer."""
-        return [(count / count.sum().clamp(min=1)).tolist() for count in self.counts.values()]
+        return [[round(share, 5) for share in (n / n.sum().clamp(min=1)).tolist()] for n in self.counts.values()]
 
 
 def find_experts(pretrained: PreTrainedModel) -> dict[str, nn.Module]:
@@ -115,8 +118,8 @@ def record_load(pretrained: PreTrainedModel) -> Iterator[ExpertLoad]:
     """Inside, the assignments of tokens to experts are counted."""
     load = ExpertLoad()
 
-    def make_hook(name: str, number: int):
-        def count(_module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+    def make_hook(name: str, number: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def count(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             indices = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and not a.is_floating_point()]
             if len(indices) != 1:
                 return
@@ -130,6 +133,7 @@ def record_load(pretrained: PreTrainedModel) -> Iterator[ExpertLoad]:
 
     with ExitStack() as hooks:
         for name, module in find_experts(pretrained).items():
-            handle = module.register_forward_pre_hook(make_hook(name, module.num_experts), with_kwargs=True)
+            hook = make_hook(name, int(module.num_experts))  # type: ignore[bad-argument-type]
+            handle = module.register_forward_pre_hook(hook, with_kwargs=True)
             hooks.callback(handle.remove)
         yield load

@@ -33,6 +33,8 @@ class Output:
 
     hidden: Tensor
     head: OutputHead | None
+    router_logits: tuple[Tensor, ...] = ()
+    """Of each layer of a mixture of experts, where they are recorded."""
 
     def logits(self) -> Tensor:
         """All logits at once; objectives should work in chunks where they can."""
@@ -77,7 +79,9 @@ class LanguageModel(Model):
 
 
 class CausalModel(LanguageModel):
-    """A causal language model."""
+    """A causal language model; `records_routers`: the output has the routers' logits."""
+
+    records_routers = False
 
     def forward(self, *, prefix: Tensor | None = None, **inputs: Tensor) -> Output:
         """Hidden states of packed rows, whose documents are separated by position ids that restart.
@@ -87,7 +91,9 @@ class CausalModel(LanguageModel):
         """
         if prefix is not None:
             inputs["attention_mask"] = model_prefix_mask(self.pretrained, prefix, inputs["position_ids"])
-        return Output(self.run(**inputs, use_cache=False).hidden, self.head())
+        options = {"output_router_logits": True} if self.records_routers else {}
+        run = self.run(**inputs, use_cache=False, **options)
+        return Output(run.hidden, self.head(), run.output.router_logits if self.records_routers else ())
 
     def compute_hidden(self, **inputs: Tensor) -> Tensor:
         """The last hidden states (B, T, D)."""

@@ -184,6 +184,7 @@ def build_run(plan: Plan, tuned_model: TunedModel, execution: Execution, world: 
             tokens=plan.tokens,
         ),
         penalties=penalties,
+        balancing=tuned_model.balancing,
         schedule=plan.schedule,
         world=world,
         sources=plan.data.source_names,

@@ -23,6 +23,7 @@ from postgrad.data.loading.batch import Batch
 from postgrad.distributed.fsdp import synchronise_gradients
 from postgrad.distributed.world import World
 from postgrad.models.model import Model
+from postgrad.objectives.balancing import BalancingLoss
 from postgrad.objectives.objective import Objective, combine_losses
 from postgrad.optim.loss_adaptive_lr import ConstantLRScale, LRScale
 from postgrad.optim.lr_schedules import Schedule
@@ -44,6 +45,8 @@ class Run:
     sources: Sequence[str]
     max_grad_norm: float
     seed: int
+    balancing: BalancingLoss | None = None
+    """Of the routers of a mixture of experts."""
     lr_scale: LRScale = field(default_factory=ConstantLRScale)
     """Factor on the scheduled learning rate, given the step's loss."""
     max_skipped_steps: int = 0
@@ -62,7 +65,7 @@ class StepReport:
 
     `tokens`: trained tokens of this step; `trained_tokens`: of all steps. `losses_by_source`: sum in nats and token count of
     each source. `loss_gradient_norm`: without the penalties' gradient, if there are penalties. `num_updated`: weights that a
-    sparse update changed. `positions`, `padding`: of this rank's unpacked rows, and those of them that only fill a row.
+    sparse update changed. `balancing_loss`: times its coefficient; not part of `loss`. `positions`, `padding`: of this rank's unpacked rows, and those of them that only fill a row.
     """
 
     step: int
@@ -76,6 +79,7 @@ class StepReport:
     gradient_norm: float
     loss_gradient_norm: float | None = None
     num_updated: int | None = None
+    balancing_loss: float | None = None
     positions: int | None = None
     padding: int | None = None
 
@@ -113,6 +117,7 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepReport | StepWit
 
     sums = torch.zeros(len(run.objectives), dtype=torch.float64, device=run.world.device)
     by_source = torch.zeros(len(run.sources), dtype=torch.float64, device=run.world.device)
+    balancing = torch.zeros((), dtype=torch.float64, device=run.world.device)
     row_losses: list[Tensor] = []
     for index, batch in enumerate(micro_batches):
         batch = batch.to(run.world.device)
@@ -120,7 +125,11 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepReport | StepWit
         with run.optimizer.update_mask.observe(batch):
             output = run.model(**batch.inputs)
         combined = combine_losses([run.objectives[i] for i in batch.objectives], output, batch)
-        combined.loss.div(token_count).backward()
+        loss = combined.loss
+        if run.balancing:
+            term = run.balancing(output, batch)
+            loss, balancing = loss + term, balancing + term.detach()
+        loss.div(token_count).backward()
         run.weights.accumulate_gradients()
         sums[list(batch.objectives)] += combined.sums_J
         by_source.index_add_(0, torch.from_numpy(batch.source_B).to(combined.rows_B.device), combined.rows_B)
@@ -128,6 +137,8 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepReport | StepWit
 
     run.world.all_reduce(sums)
     run.world.all_reduce(by_source)
+    if run.balancing:
+        run.world.all_reduce(balancing)
     loss_gradient_norm = float(run.weights.gradient_norm()) if run.penalties else None
     penalties = {penalty.name: float(penalty()) for penalty in run.penalties}
     loss, gradient_norm = float(sums.sum()) / token_count, float(run.weights.gradient_norm())
@@ -158,6 +169,7 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepReport | StepWit
         gradient_norm=gradient_norm,
         loss_gradient_norm=loss_gradient_norm,
         num_updated=num_updated,
+        balancing_loss=float(balancing) / token_count if run.balancing else None,
         **_count_padding(micro_batches),
     )
 
