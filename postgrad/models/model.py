@@ -146,7 +146,7 @@ def verify_model(
             inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
             if model.pretrained.config.is_encoder_decoder:
                 inputs["decoder_input_ids"] = ids.flip(0)
-            _verified_logits(model, inputs)
+            _verified_logits(model, inputs, **model.options)
     model.train(was_training)
 
 

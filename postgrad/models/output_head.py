@@ -139,9 +139,11 @@ def _fit(logits: Tensor) -> HeadFunction:
 
 
 def _round(value: float) -> float:
-    """The number of a configuration that a computation in single precision came from."""
-    short = float(f"{value:.6g}")
-    return short if abs(short - value) <= 4e-7 * abs(value) else value
+    """The number of a configuration, or its inverse, that a computation in single precision came from."""
+    for number in (float(f"{value:.6g}"), 1 / float(f"{1 / value:.6g}") if value else 0.0):
+        if abs(number - value) <= 4e-7 * abs(value):
+            return number
+    return value
 
 
 def _tolerance(logits: Tensor) -> float:
