@@ -6,41 +6,71 @@ with random weights, and goes through the verbs that a user calls; the table say
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import tempfile
 import traceback
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 import postgrad
-from postgrad.errors import PostgradError
-from postgrad.models.pretrained import save_pretrained
+from postgrad.data.loading.batch import Batch
+from postgrad.distributed.world import World
+from postgrad.errors import PostgradError, first_line
+from postgrad.hardware.execution import Execution
+from postgrad.models.pretrained import _CLASSES, save_pretrained
 from postgrad.models.task import Task
+from postgrad.run.build import build_run, make_loader
+from postgrad.run.tuned_model import make_tuned_model
+from postgrad.training.step import StepReport, train_step
 from tests.model_families import make_tiny_model, model_types, tiny_config
 from tests.tiny_models import bert_tokenizer, make_tokenizer, old_text, t5_tokenizer
+
+COLUMNS = {
+    "check": "layout",
+    "loss": "loss",
+    "resume": "resume",
+    "lora": "LoRA",
+    "reload": "reload",
+}
+"""What is tried, in this order, and the heading of its column."""
 
 
 @dataclass
 class Outcome:
-    """What the verbs did with a model type; an empty problem is a success."""
+    """What became of a model type: the layout of its rows, what worked, and the first sentence of what did not."""
 
     model_type: str
     task: Task
     layout: str = ""
+    passed: list[str] = field(default_factory=list)
     problems: dict[str, str] = field(default_factory=dict)
-    """By column; `build`: transformers itself cannot."""
+    """By what was tried; `build`: transformers itself cannot."""
     tracebacks: list[str] = field(default_factory=list)
+
+    @property
+    def status(self) -> str:
+        """One word for the table."""
+        if "build" in self.problems:
+            return "not built"
+        return self.layout if "loss" in self.passed else "refused"
+
+    @property
+    def reason(self) -> str:
+        """The first problem."""
+        return next(iter(self.problems.values()), "")
 
 
 def survey(model_type: str, task: Task, folder: Path) -> Outcome:
-    """Build a model type tiny, and take it through the verbs."""
+    """Build a model type tiny, and take it through what a user does with it."""
     outcome = Outcome(model_type, task)
     try:
         model = make_tiny_model(tiny_config(model_type), task)
@@ -48,19 +78,22 @@ def survey(model_type: str, task: Task, folder: Path) -> Outcome:
         with torch.no_grad():
             model(input_ids=ids, **({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}))
     except Exception as error:
-        outcome.problems["build"] = f"{type(error).__name__}: {error}".splitlines()[0][:160]
+        outcome.problems["build"] = f"{type(error).__name__}: {first_line(error)}"
         return outcome
     write_inputs(model, task, folder)
-    steps = {"check": check, "train": train}
+    steps = {"check": check, "loss": compare_loss, "resume": resume, "lora": train_lora, "reload": reload}
     for name, step in steps.items():
         try:
             step(folder, outcome)
+            outcome.passed.append(name)
         except PostgradError as error:
+            outcome.problems[name] = error.problem
+        except AssertionError as error:
             outcome.problems[name] = str(error)
-            break
         except Exception as error:
-            outcome.problems[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            outcome.problems[name] = f"{type(error).__name__}: {first_line(error)}"
             outcome.tracebacks.append(traceback.format_exc())
+        if name == "check" and outcome.problems:
             break
     return outcome
 
@@ -86,31 +119,115 @@ def stage(folder: Path, name: str, **changes: Any) -> dict[str, Any]:
         },
         "batch": {"global_batch_size": 2, "micro_batch_size": 2},
         "schedule": {"kind": "constant", "peak": 1e-3},
-        "evaluation": {"learned": [str(folder / "held-out.jsonl")], "samples": 1, "every": "50%"},
+        "save": {"every": "2 steps"},
+        "evaluation": {"learned": [str(folder / "held-out.jsonl")], "samples": 0, "every": "100%", "drift_tokens": 0},
         "compute": {"threads": 1, "dtype": "float32", "compile": False},
         **changes,
     }
 
 
+def make_plan(folder: Path, name: str, **changes: Any) -> postgrad.Plan:
+    return postgrad.plan_stage(stage(folder, name, **changes), cache=folder / "cache")
+
+
 def check(folder: Path, outcome: Outcome) -> None:
-    checked = postgrad.check_stage(postgrad.load_stage(stage(folder, "full")), cache=folder / "cache")
-    outcome.layout = ", ".join(dict.fromkeys(rows.layout for rows in checked.plan.data.rows))
+    """The layout that the product chooses, or its refusal."""
+    record = postgrad.check_stage(make_plan(folder, "full"), cache=folder / "cache").record
+    layout = ", ".join(dict.fromkeys(rows.layout for rows in make_plan(folder, "full").data.rows))
+    is_packed: Any = record["execution"]["packed"]  # type: ignore[index]
+    outcome.layout = ("packed" if is_packed else "unpacked") if layout == "packed" else layout
 
 
-def train(folder: Path, outcome: Outcome) -> None:
-    plan = postgrad.plan_stage(stage(folder, "full"), cache=folder / "cache")
-    postgrad.finish(postgrad.train(plan, cache=folder / "cache"), postgrad.RunFinished)
+def compare_loss(folder: Path, outcome: Outcome) -> None:
+    """The loss of the first step is that of the model's own forward pass, document by document: so none sees another."""
+    plan, world = make_plan(folder, "loss"), World(torch.device("cpu"))
+    packed = outcome.layout == "packed"
+    execution = Execution("float32", False, "sdpa", 1, 2, False, 0.0, packed=packed)
+    tuned = make_tuned_model(plan, world, attention=None)
+    run = build_run(plan, tuned, execution, world)
+    loader = make_loader(plan, execution, world)
+    batches = loader(1, last=1)
+    run.model.eval()
+    with torch.no_grad():
+        own = sum(own_loss(tuned.model.pretrained, batch) for batch in batches) / sum(b.label_count for b in batches)
+    run.model.train(False)
+    report = train_step(run, batches)
+    assert abs(report.loss - own) < 1e-4 * max(1.0, own), (
+        f"the loss is {report.loss:.5f}, and the model's own {own:.5f}"
+    )
 
 
-def main(task: Task, names: Sequence[str]) -> None:
-    for name in names or model_types(task):
-        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            found = survey(name, task, Path(folder))
-        print(name, found.layout, found.problems or "ok", flush=True)
-        for text in found.tracebacks:
-            print("   TRACEBACK", *text.splitlines()[-6:], sep="\n      ", flush=True)
+def own_loss(pretrained: PreTrainedModel, batch: Batch) -> float:
+    """The summed loss of a batch from the model's own logits, each document of it alone."""
+    total = 0.0
+    for row in range(len(batch.labels)):
+        inputs = {name: tensor[row : row + 1] for name, tensor in batch.inputs.items()}
+        labels = batch.labels[row]
+        positions = inputs.pop("position_ids", None)
+        cuts = [0, len(labels)] if positions is None else document_borders(positions[0])
+        for begin, end in itertools.pairwise(cuts):
+            part = {name: tensor[:, begin:end] for name, tensor in inputs.items()} if positions is not None else inputs
+            logits = pretrained(**part).logits[0].double()
+            total += float(torch.nn.functional.cross_entropy(logits, labels[begin:end], reduction="sum"))
+    return total
+
+
+def document_borders(positions: torch.Tensor) -> list[int]:
+    starts = [i for i in range(len(positions)) if i == 0 or positions[i] != positions[i - 1] + 1]
+    return [*starts, len(positions)]
+
+
+def resume(folder: Path, outcome: Outcome) -> None:
+    """A run that is interrupted behind a checkpoint ends with the weights of one that is not."""
+    cache = folder / "cache"
+    postgrad.finish(postgrad.train(make_plan(folder, "whole"), cache=cache), postgrad.RunFinished)
+    events = postgrad.train(make_plan(folder, "parts"), cache=cache)
+    for event in events:
+        if isinstance(event, postgrad.CheckpointSaved):
+            break
+    events.close()  # type: ignore[attr-defined]
+    postgrad.finish(postgrad.train(make_plan(folder, "parts"), cache=cache), postgrad.RunFinished)
+    whole, parts = (weights(folder / name / "model") for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[n], parts[n]) for n in whole), "other weights"
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
+
+
+def train_lora(folder: Path, outcome: Outcome) -> None:
+    """One step of a LoRA adapter."""
+    plan, world = make_plan(folder, "lora", tuning={"kind": "lora", "rank": 2}), World(torch.device("cpu"))
+    execution = Execution("float32", False, "sdpa", 1, 2, False, 0.0, packed=outcome.layout == "packed")
+    run = build_run(plan, make_tuned_model(plan, world), execution, world)
+    report = train_step(run, make_loader(plan, execution, world)(1, last=1))
+    assert isinstance(report, StepReport) and report.gradient_norm > 0, "no gradient"
+
+
+def reload(folder: Path, outcome: Outcome) -> None:
+    """Plain transformers reads the published model, and finds every weight."""
+    auto = _CLASSES[outcome.task]
+    _, found = auto.from_pretrained(folder / "whole" / "model", output_loading_info=True)
+    missing = [*found["missing_keys"], *found["unexpected_keys"]]
+    assert not missing, f"{missing[0]} is missing or unexpected"
+
+
+def main(tasks: Sequence[Task], names: Sequence[str], report: Path | None) -> None:
+    outcomes = []
+    for task in tasks:
+        for name in names or model_types(task):
+            with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                found = survey(name, task, Path(folder))
+            outcomes.append(found)
+            print(name, found.status, found.passed, found.problems, flush=True)
+            for text in found.tracebacks:
+                print("   TRACEBACK", *text.splitlines()[-6:], sep="\n      ", flush=True)
+            if report:
+                report.write_text(json.dumps([asdict(each) for each in outcomes], indent=1))
 
 
 if __name__ == "__main__":
-    main(Task(sys.argv[1]), sys.argv[2:])
+    words = sys.argv[1:]
+    report = Path(words.pop(0)) if words and words[0].endswith(".json") else None
+    main([Task(words[0])] if words else [Task.CAUSAL, Task.MASKED, Task.TEXT_TO_TEXT], words[1:], report)

@@ -303,8 +303,13 @@ def save_pretrained(
     *,
     dtype: torch.dtype,
     state: dict[str, Tensor] | None = None,
+    original_names: bool = True,
 ) -> None:
-    """A plain Hugging Face folder: safetensors weights in `dtype`, config, generation config and tokenizer."""
+    """A plain Hugging Face folder: safetensors weights in `dtype`, config, generation config and tokenizer.
+
+    `original_names`: those of published checkpoints, which transformers renames for some families when it loads them (and stacks
+    the weights of experts); False: the names in the model.
+    """
     weights = model.state_dict() if state is None else state
     # Tied weights share one storage: cast once, they stay tied and are written once.
     by_storage: dict[int, Tensor] = {}
@@ -312,7 +317,7 @@ def save_pretrained(
         name: by_storage.setdefault(tensor.data_ptr(), tensor.to(dtype)) if tensor.is_floating_point() else tensor
         for name, tensor in weights.items()
     }
-    model.save_pretrained(folder, state_dict=cast)
+    model.save_pretrained(folder, state_dict=cast, save_original_format=original_names)
     tokenizer.save_pretrained(folder)
     _make_readable(folder / "tokenizer_config.json", tokenizer)
     config = json.loads((folder / "config.json").read_text())
