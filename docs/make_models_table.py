@@ -1,7 +1,7 @@
 """Write docs/models.md: what a stage does with every model type of the installed transformers.
 
-Run it as `python -m docs.make_models_table` in the root of the repository. Each model type is built tiny from its configuration,
-with random weights, and goes through the verbs that a user calls; the table says what they did.
+Run it as `python -m docs.make_models_table` in the root of the repository. Each model type is built tiny from its
+configuration, with random weights, and goes through what a user does with it; the table says what became of it.
 """
 
 from __future__ import annotations

@@ -35,7 +35,8 @@ _SIZES: tuple[tuple[str, int], ...] = tuple(
         r"|(input|output)_embedding_size|backbone_hidden_size|lru_width|entity_emb_size|embedding_dim|kv_channels|d_latents"
         r"|moe_latent_size|(shared_expert|moe|expert|moe_shared_expert|shared|shared_experts)_intermediate_size"
         r"|expert_ffn_hidden_size|intra_bottleneck_size|true_hidden_size|adaptor_dim|out_hidden_size|projection_dim",
-        64: r".*intermediate_size(_mlp)?|.*ffn_dim|n_inner|d_ff|dff|dim_ff|d_inner|ffn_hidden_size|hidden_dim|feed_forward_size",
+        64: r".*intermediate_size(_mlp)?|.*ffn_dim|n_inner|d_ff|dff|dim_ff|d_inner|ffn_hidden_size|hidden_dim"
+        r"|feed_forward_size",
         4: r"num_(encoder_|decoder_|self_|cross_|)(attention_)?heads|n_heads?|(en|de)coder_attention_heads|attention_heads"
         r"|num_local_experts|num_experts|n_routed_experts|moe_num_experts|index_n_heads|swa_num_attention_heads"
         r"|linear_num_value_heads|linear_num_heads|num_mamba_heads|zero_expert_num",

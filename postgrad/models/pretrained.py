@@ -307,7 +307,7 @@ def save_pretrained(
 ) -> None:
     """A plain Hugging Face folder: safetensors weights in `dtype`, config, generation config and tokenizer.
 
-    `original_names`: those of published checkpoints, which transformers renames for some families when it loads them (and stacks
+    `original_names`: those of published checkpoints, which transformers renames for some families as it loads them (and stacks
     the weights of experts); False: the names in the model.
     """
     weights = model.state_dict() if state is None else state

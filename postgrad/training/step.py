@@ -65,7 +65,8 @@ class StepReport:
 
     `tokens`: trained tokens of this step; `trained_tokens`: of all steps. `losses_by_source`: sum in nats and token count of
     each source. `loss_gradient_norm`: without the penalties' gradient, if there are penalties. `num_updated`: weights that a
-    sparse update changed. `balancing_loss`: times its coefficient; not part of `loss`. `positions`, `padding`: of this rank's unpacked rows, and those of them that only fill a row.
+    sparse update changed. `balancing_loss`: of experts, times its coefficient; not part of `loss`. `positions`, `padding`: of
+    this rank's unpacked rows, and those of them that only fill a row.
     """
 
     step: int
@@ -115,9 +116,10 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepReport | StepWit
     counts = _count_tokens(run, micro_batches)
     token_count = int(counts.sum())
 
-    sums = torch.zeros(len(run.objectives), dtype=torch.float64, device=run.world.device)
+    # The last sum is the balancing loss of experts, which is no objective.
+    all_sums = torch.zeros(len(run.objectives) + 1, dtype=torch.float64, device=run.world.device)
+    sums, balancing = all_sums[:-1], all_sums[-1]
     by_source = torch.zeros(len(run.sources), dtype=torch.float64, device=run.world.device)
-    balancing = torch.zeros((), dtype=torch.float64, device=run.world.device)
     row_losses: list[Tensor] = []
     for index, batch in enumerate(micro_batches):
         batch = batch.to(run.world.device)
@@ -125,20 +127,16 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepReport | StepWit
         with run.optimizer.update_mask.observe(batch):
             output = run.model(**batch.inputs)
         combined = combine_losses([run.objectives[i] for i in batch.objectives], output, batch)
-        loss = combined.loss
-        if run.balancing:
-            term = run.balancing(output, batch)
-            loss, balancing = loss + term, balancing + term.detach()
-        loss.div(token_count).backward()
+        term = run.balancing(output, batch) if run.balancing else torch.zeros_like(combined.loss)
+        (combined.loss + term).div(token_count).backward()
+        balancing += term.detach()
         run.weights.accumulate_gradients()
         sums[list(batch.objectives)] += combined.sums_J
         by_source.index_add_(0, torch.from_numpy(batch.source_B).to(combined.rows_B.device), combined.rows_B)
         row_losses.append(combined.rows_B)
 
-    run.world.all_reduce(sums)
+    run.world.all_reduce(all_sums)
     run.world.all_reduce(by_source)
-    if run.balancing:
-        run.world.all_reduce(balancing)
     loss_gradient_norm = float(run.weights.gradient_norm()) if run.penalties else None
     penalties = {penalty.name: float(penalty()) for penalty in run.penalties}
     loss, gradient_norm = float(sums.sum()) / token_count, float(run.weights.gradient_norm())

@@ -1,4 +1,4 @@
-"""The head of every family: losses, scores and choices are those of the model's own logits, with scales, caps, sinks and windows."""
+"""The head of every family: losses, scores and choices are those of the own logits, with scales, caps, sinks and windows."""
 
 from __future__ import annotations
 

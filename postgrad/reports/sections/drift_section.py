@@ -86,8 +86,8 @@ def expert_load_table(record: Record) -> Table | None:
         Column("moved", "tokens"),
     )
     notes = (
-        "Largest share: of the busiest expert, mean over layers. Unused: experts without a token of the set. Moved: share of the"
-        " tokens that other experts would have to give back for the load before.",
+        "Largest share: of the busiest expert, mean over layers. Unused: experts without a token of the set. Moved: half of the"
+        " sum of the changes of the shares.",
     )
     return Table(
         "Load of the experts in the trained model against that in the start model", columns, tuple(body), notes
