@@ -6,9 +6,9 @@ configuration, with random weights, and goes through what a user does with it; t
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
-import sys
 import tempfile
 import traceback
 import warnings
@@ -26,6 +26,8 @@ from postgrad.data.loading.batch import Batch
 from postgrad.distributed.world import World
 from postgrad.errors import PostgradError, first_line
 from postgrad.hardware.execution import Execution
+from postgrad.models.isolation import find_leak
+from postgrad.models.model import CausalModel, verify_model
 from postgrad.models.pretrained import _CLASSES, save_pretrained
 from postgrad.models.task import Task
 from postgrad.run.build import build_run, make_loader
@@ -34,6 +36,7 @@ from postgrad.training.step import StepReport, train_step
 from tests.model_families import make_tiny_model, model_types, tiny_config
 from tests.tiny_models import bert_tokenizer, make_tokenizer, old_text, t5_tokenizer
 
+LENGTH = 48
 COLUMNS = {
     "check": "layout",
     "loss": "loss",
@@ -51,6 +54,8 @@ class Outcome:
     model_type: str
     task: Task
     layout: str = ""
+    cause: str = ""
+    """Why documents are not packed."""
     passed: list[str] = field(default_factory=list)
     problems: dict[str, str] = field(default_factory=dict)
     """By what was tried; `build`: transformers itself cannot."""
@@ -69,8 +74,8 @@ class Outcome:
         return next(iter(self.problems.values()), "")
 
 
-def survey(model_type: str, task: Task, folder: Path) -> Outcome:
-    """Build a model type tiny, and take it through what a user does with it."""
+def survey(model_type: str, task: Task, folder: Path, steps: Sequence[str] = tuple(COLUMNS)) -> Outcome:
+    """Build a model type tiny, and take it through what a user does with it; `steps`: what of it."""
     outcome = Outcome(model_type, task)
     try:
         model = make_tiny_model(tiny_config(model_type), task)
@@ -81,10 +86,10 @@ def survey(model_type: str, task: Task, folder: Path) -> Outcome:
         outcome.problems["build"] = f"{type(error).__name__}: {first_line(error)}"
         return outcome
     write_inputs(model, task, folder)
-    steps = {"check": check, "loss": compare_loss, "resume": resume, "lora": train_lora, "reload": reload}
-    for name, step in steps.items():
+    functions = {"check": check, "loss": compare_loss, "resume": resume, "lora": train_lora, "reload": reload}
+    for name in steps:
         try:
-            step(folder, outcome)
+            functions[name](folder, outcome)
             outcome.passed.append(name)
         except PostgradError as error:
             outcome.problems[name] = error.problem
@@ -111,9 +116,9 @@ def stage(folder: Path, name: str, **changes: Any) -> dict[str, Any]:
         "name": name,
         "model": str(folder / "model"),
         "output": str(folder / name),
-        "tokens": 4 * 2 * 48,
+        "tokens": 4 * 2 * LENGTH,
         "data": {
-            "sequence_length": 48,
+            "sequence_length": LENGTH,
             "overlap": "off",
             "sources": [{"name": "text", "path": str(folder / "text.jsonl"), "max_passes": 100}],
         },
@@ -131,11 +136,17 @@ def make_plan(folder: Path, name: str, **changes: Any) -> postgrad.Plan:
 
 
 def check(folder: Path, outcome: Outcome) -> None:
-    """The layout that the product chooses, or its refusal."""
-    record = postgrad.check_stage(make_plan(folder, "full"), cache=folder / "cache").record
-    layout = ", ".join(dict.fromkeys(rows.layout for rows in make_plan(folder, "full").data.rows))
-    is_packed: Any = record["execution"]["packed"]  # type: ignore[index]
-    outcome.layout = ("packed" if is_packed else "unpacked") if layout == "packed" else layout
+    """The layout that `check` and `train` choose, or their refusal; without their timing of micro-batches."""
+    plan = make_plan(folder, "full")
+    layout = ", ".join(dict.fromkeys(rows.layout for rows in plan.data.rows))
+    model = make_tuned_model(plan, World(torch.device("cpu"))).model
+    leak = None
+    if isinstance(model, CausalModel):
+        leak = find_leak(model.pretrained, model.compute_hidden, LENGTH)
+        layout = "unpacked" if leak else "packed"
+        outcome.cause = leak.describe() if leak else ""
+    verify_model(model, packed=leak is None, row_length=LENGTH)
+    outcome.layout = layout
 
 
 def compare_loss(folder: Path, outcome: Outcome) -> None:
@@ -212,22 +223,25 @@ def reload(folder: Path, outcome: Outcome) -> None:
     assert not missing, f"{missing[0]} is missing or unexpected"
 
 
-def main(tasks: Sequence[Task], names: Sequence[str], report: Path | None) -> None:
-    outcomes = []
+def main(outcomes: Path, tasks: Sequence[Task], names: Sequence[str], steps: Sequence[str]) -> None:
+    """Survey model types, and add what was found to a file of outcomes."""
     for task in tasks:
         for name in names or model_types(task):
             with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                found = survey(name, task, Path(folder))
-            outcomes.append(found)
+                found = survey(name, task, Path(folder), steps)
             print(name, found.status, found.passed, found.problems, flush=True)
             for text in found.tracebacks:
                 print("   TRACEBACK", *text.splitlines()[-6:], sep="\n      ", flush=True)
-            if report:
-                report.write_text(json.dumps([asdict(each) for each in outcomes], indent=1))
+            with outcomes.open("a") as file:
+                file.write(json.dumps(asdict(found)) + "\n")
 
 
 if __name__ == "__main__":
-    words = sys.argv[1:]
-    report = Path(words.pop(0)) if words and words[0].endswith(".json") else None
-    main([Task(words[0])] if words else [Task.CAUSAL, Task.MASKED, Task.TEXT_TO_TEXT], words[1:], report)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("outcomes", type=Path)
+    parser.add_argument("--task", type=Task, action="append")
+    parser.add_argument("--names", nargs="*", default=[])
+    parser.add_argument("--steps", nargs="*", default=list(COLUMNS))
+    words = parser.parse_args()
+    main(words.outcomes, words.task or [Task.CAUSAL, Task.MASKED, Task.TEXT_TO_TEXT], words.names, words.steps)

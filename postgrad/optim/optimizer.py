@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from postgrad.distributed.shards import full_tensor, local_shard, local_shard_like, to_dtensor
+from postgrad.errors import CheckpointError
 from postgrad.models.layers import get_embedding_weight
 from postgrad.models.model import Model
 from postgrad.optim.sparse_update import FullMask, UpdateMask
@@ -264,8 +265,17 @@ class AdamW:
 
 
 def load_full_state(weights: Weights, state: dict[str, Tensor]) -> None:
-    """Copy an unsharded fp32 state dict into the masters; each rank takes its rows."""
+    """Copy an unsharded fp32 state dict into the masters; each rank takes its rows.
+
+    A tied weight has any of its names in the state.
+    """
+    names: dict[int, list[str]] = {}
+    for name, parameter in weights.model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
     with torch.no_grad():
         for w in weights.entries:
-            local_shard(w.master.detach()).copy_(local_shard_like(state[w.name], w.master))
+            stored = next((state[name] for name in (w.name, *names[id(w.parameter)]) if name in state), None)
+            if stored is None:
+                raise CheckpointError(f"it lacks {w.name}", where="checkpoint", expected="every weight of the model")
+            local_shard(w.master.detach()).copy_(local_shard_like(stored, w.master))
     weights.write_back()
