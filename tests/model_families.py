@@ -112,9 +112,11 @@ def _numbers(config_class: type[PreTrainedConfig]) -> Iterator[tuple[str, Any]]:
                 yield field.name, size
 
 
-def make_tiny_model(config: PreTrainedConfig, task: Task, seed: int = 0, scale: float = 4.0) -> PreTrainedModel:
+def make_tiny_model(
+    config: PreTrainedConfig, task: Task, seed: int = 0, scale: float = 4.0, auto_class: Any = None
+) -> PreTrainedModel:
     """A model of a configuration with random weights, large enough that tokens and layers matter."""
-    auto = _CLASSES[task]
+    auto = auto_class or _CLASSES[task]
     if type(config) not in auto._model_mapping:
         auto = AutoModelForImageTextToText
     with warnings.catch_warnings():
@@ -154,6 +156,10 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "luke": {"entity_vocab_size": 16},
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
     "neomme": {"head_dim": 16},
+    **{
+        f"{name}_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
+        for name in ("qwen2_vl", "qwen2_5_vl")
+    },
     "qwen4_exp_text": {
         "indexer_n_heads": 4,
         "indexer_kv_heads": 1,

@@ -259,10 +259,15 @@ def make_random_model(config: PreTrainedConfig, task: Task) -> PreTrainedModel:
 
 
 def _auto_class(config: PreTrainedConfig, task: Task) -> Any:
-    """The Auto class of a task; composite decoders (Mistral 3, Qwen 2.5 VL) have no other class than that with images."""
-    is_composite = type(config) in AutoModelForImageTextToText._model_mapping
-    if task == Task.CAUSAL and is_composite and type(config) not in AutoModelForCausalLM._model_mapping:
-        return AutoModelForImageTextToText
+    """The Auto class of a task; that with images for composite decoders that have no other (Mistral 3), or are saved with them.
+
+    The class of Qwen 3.5 or Llama 4 without images would lose the vision part of the folder.
+    """
+    with_images = AutoModelForImageTextToText._model_mapping
+    if task == Task.CAUSAL and type(config) in with_images:
+        is_saved_whole = with_images[type(config)].__name__ in (config.architectures or ())
+        if is_saved_whole or type(config) not in AutoModelForCausalLM._model_mapping:
+            return AutoModelForImageTextToText
     return _CLASSES[task]
 
 
