@@ -22,7 +22,6 @@ from postgrad.data.loading.documents import (
 from postgrad.data.loading.mixture import Mixture
 from postgrad.data.loading.teacher_cache import SparseDistribution, TeacherCache
 
-
 _MAX_STEPS_MEASURED = 64
 
 
