@@ -31,9 +31,8 @@ from postgrad.evaluation.fisher import (
 )
 from postgrad.hardware import machine
 from postgrad.hardware.memory import memory_errors
-from postgrad.models.isolation import find_leak
 from postgrad.models.location import ModelLocation, locate_model
-from postgrad.models.model import CausalModel, wrap_model
+from postgrad.models.model import CausalModel, find_model_leak, wrap_model
 from postgrad.penalties.importance_file import (
     ImportanceFile,
     ImportanceKind,
@@ -250,9 +249,7 @@ def _estimate(
     batch_tokens = min(_TOKENS_PER_BATCH[device.type], tokens // _MIN_BATCHES) if kind == "fisher" else 1
     batch_size = max(1, batch_tokens // rows.model_inputs.length)
     estimate: ImportanceEstimate | None = None
-    is_packed = not isinstance(model, CausalModel) or not find_leak(
-        model.pretrained, model.compute_hidden, rows.model_inputs.length
-    )
+    is_packed = not isinstance(model, CausalModel) or not find_model_leak(model, rows.model_inputs.length)
     batches = _batches(rows.sets, batch_size, rows.model_inputs.pad_id, seed, packed=is_packed)
     for step in estimate_importance(model, batches, measures[kind], tokens):
         if isinstance(step, ImportanceEstimate):

@@ -17,9 +17,8 @@ from postgrad.errors import StageError
 from postgrad.hardware import machine
 from postgrad.hardware.memory import ModelDimensions, estimate_memory
 from postgrad.models.cpu_attention import CAUSAL_BLOCKS, is_supported
-from postgrad.models.isolation import find_leak
 from postgrad.models.layers import get_embedding_weight, get_layers
-from postgrad.models.model import CausalModel, Model
+from postgrad.models.model import CausalModel, Model, find_model_leak
 
 _MIN_BF16_SPEEDUP = 1.3
 """Minimum speed-up of bf16 products to accept their rounding."""
@@ -220,7 +219,7 @@ def _choose_packing(request: ExecutionRequest, model: Model, reasons: dict[str, 
     if request.packing is False:
         reasons["packing"] = "each document is a row of its own, set in the stage"
         return False
-    leak = find_leak(model.pretrained, model.compute_hidden, request.length)
+    leak = find_model_leak(model, request.length)
     if leak is None:
         return True
     if request.packing is True:

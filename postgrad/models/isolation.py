@@ -69,6 +69,23 @@ def find_leak(pretrained: PreTrainedModel, forward: ForwardFunction, row_length:
         pretrained.train(was_training)
 
 
+def document_arguments(position_BT: Tensor) -> dict[str, Tensor | int]:
+    """Where documents begin in rows that are joined to one, as kernels of recurrent layers and of attention take it.
+
+    `seq_idx`: the number of the document of each token; `cu_seq_lens_*`: the ends of all documents; `max_length_*`.
+    """
+    is_start_T = (position_BT == 0).flatten()
+    ends_N = torch.nn.functional.pad(is_start_T.nonzero().flatten(), (0, 1), value=len(is_start_T)).to(torch.int32)
+    longest = int(ends_N.diff().max())
+    return {
+        "seq_idx": (is_start_T.cumsum(0) - 1)[None].to(torch.int32),
+        "cu_seq_lens_q": ends_N,
+        "cu_seq_lens_k": ends_N,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
 def _find_leak(pretrained: PreTrainedModel, forward: ForwardFunction, length: int) -> Leak | None:
     ids_BT = random_ids(pretrained, (1, 2 * length)).repeat(2, 1)
     ids_BT[1, :length] = ids_BT[1, length:].flip(0)

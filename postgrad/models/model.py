@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from postgrad.errors import ModelError
-from postgrad.models.isolation import SHORT_DOCUMENT, find_leak, random_ids, verify_right_padding
+from postgrad.models.isolation import (
+    SHORT_DOCUMENT,
+    Leak,
+    document_arguments,
+    find_leak,
+    random_ids,
+    verify_right_padding,
+)
 from postgrad.models.prefix_lm_attention import attention_window, model_prefix_mask
 from postgrad.models.task import Task
 
@@ -88,6 +95,8 @@ class CausalModel(Model):
         scaling = getattr(config, "logits_scaling", None)
         self.scale: float = 1.0 / scaling if scaling else float(getattr(config, "logit_scale", None) or 1.0)
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        self.passes_documents = False
+        """Whether the borders of packed documents are arguments of the body; see `find_model_leak`."""
 
     def forward(self, *, prefix: Tensor | None = None, **inputs: Tensor) -> Output:
         """Hidden states of packed rows, whose documents are separated by position ids that restart.
@@ -97,8 +106,20 @@ class CausalModel(Model):
         """
         if prefix is not None:
             inputs["attention_mask"] = model_prefix_mask(self.pretrained, prefix, inputs["position_ids"])
+        elif self.passes_documents and "position_ids" in inputs:
+            return Output(self._read_joined_rows(**inputs), self.head())
         hidden = self.body(**inputs, use_cache=False).last_hidden_state
         return Output(hidden, self.head())
+
+    def _read_joined_rows(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """Hidden states of packed rows, joined to one: kernels take the borders of documents of a single row."""
+        hidden_1TD = self.body(
+            input_ids=input_ids.reshape(1, -1),
+            position_ids=position_ids.reshape(1, -1),
+            use_cache=False,
+            **document_arguments(position_ids),
+        ).last_hidden_state
+        return hidden_1TD.view(*input_ids.shape, -1)
 
     def compute_hidden(self, **inputs: Tensor) -> Tensor:
         """The last hidden states (B, T, D)."""
@@ -187,7 +208,7 @@ def verify_model(
             _verified_logits(model, {"input_ids": random_ids(model.pretrained, (2, length))}, use_cache=False)
             if not packed:
                 verify_right_padding(model.pretrained, model.compute_hidden, length)
-            elif leak := find_leak(model.pretrained, model.compute_hidden, row_length):
+            elif leak := find_model_leak(model, row_length):
                 raise leak.as_error(model.pretrained)
             if prefix_tokens:
                 _verify_prefixes(model, length, prefix_tokens)
@@ -198,6 +219,26 @@ def verify_model(
                 inputs["decoder_input_ids"] = ids.flip(0)
             _verified_logits(model, inputs)
     model.train(was_training)
+
+
+def find_model_leak(model: CausalModel, row_length: int) -> Leak | None:
+    """The leak between packed documents of rows of `row_length`, or None.
+
+    A model that leaks gets the borders of documents as arguments, where its kernels on this machine keep to them.
+    """
+    model.passes_documents = False
+    leak = find_leak(model.pretrained, model.compute_hidden, row_length)
+    if leak is None:
+        return None
+    model.passes_documents = True
+    try:
+        # Transformers refuses these arguments where only its reference implementation is at hand.
+        model.passes_documents = find_leak(model.pretrained, model.compute_hidden, row_length) is None
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, NotImplementedError):
+        model.passes_documents = False
+    return None if model.passes_documents else leak
 
 
 def _verify_prefixes(model: CausalModel, length: int, prefix_tokens: int) -> None:

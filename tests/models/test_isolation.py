@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from postgrad.errors import ModelError
 from postgrad.models import isolation
 from postgrad.models.isolation import Leak, find_leak
-from postgrad.models.model import CausalModel, verify_model
+from postgrad.models.model import CausalModel, find_model_leak, verify_model
 from tests.conftest import make_llama
 from tests.tiny_models import make_unpacked
 
@@ -70,6 +70,53 @@ def test_a_leak_of_long_rows_is_found_at_the_length_of_the_rows() -> None:
     assert leak_of(CausalModel(model), 48) is None
     leak = leak_of(CausalModel(model), 128)
     assert leak is not None and leak.layer == "_FarLayer"
+
+
+class _CarryingLayer(nn.Module):
+    """A layer of a Llama; behind it each token also gets the token before, of its document if it is told the borders."""
+
+    def __init__(self, layer: nn.Module, argument: str) -> None:
+        super().__init__()
+        self.layer, self.argument = layer, argument
+
+    def forward(self, hidden_BTD: Tensor, seq_idx: Tensor | None = None, **options: Any) -> Tensor:
+        before_BTD = nn.functional.pad(hidden_BTD, (0, 0, 1, 0))[:, :-1]
+        if self.argument == "seq_idx" and seq_idx is not None:
+            is_start_BT = nn.functional.pad(seq_idx.diff(dim=1), (1, 0), value=1) != 0
+            before_BTD = before_BTD.masked_fill(is_start_BT[..., None], 0)
+        if self.argument == "cu_seq_lens_q" and "cu_seq_lens_q" in options:
+            before_BTD = before_BTD.index_fill(1, options["cu_seq_lens_q"][:-1].long(), 0)
+        if self.argument == "refused" and seq_idx is not None:
+            raise ValueError("no kernel keeps packed sequences apart")
+        return self.layer(hidden_BTD, **options) + before_BTD
+
+
+@pytest.mark.parametrize("argument", ["seq_idx", "cu_seq_lens_q"])
+def test_recurrent_layers_that_keep_to_borders_are_packed(argument: str) -> None:
+    """The states of packed rows are those of each document alone."""
+    llama = make_llama()
+    llama.model.layers[1] = _CarryingLayer(llama.model.layers[1], argument)  # type: ignore[assignment]
+    model = CausalModel(llama)
+    assert find_model_leak(model, 48) is None and model.passes_documents
+    ids_BT = torch.arange(1, 37).view(2, 18)
+    positions_BT = torch.cat([torch.arange(5), torch.arange(13), torch.arange(11), torch.arange(7)]).view(2, 18)
+    with torch.no_grad():
+        packed_TD = model(input_ids=ids_BT, position_ids=positions_BT).hidden.flatten(0, 1)
+        alone = [model(input_ids=ids_T[None]).hidden[0] for ids_T in ids_BT.flatten().split([5, 13, 11, 7])]
+    assert torch.allclose(packed_TD, torch.cat(alone), atol=1e-5)
+    model.passes_documents = False
+    with torch.no_grad():
+        leaking_TD = model(input_ids=ids_BT, position_ids=positions_BT).hidden.flatten(0, 1)
+    assert not torch.allclose(leaking_TD, torch.cat(alone), atol=1e-3), "the mutant: borders that are not passed"
+
+
+@pytest.mark.parametrize("argument", ["ignored", "refused"])
+def test_recurrent_layers_that_ignore_or_refuse_borders_leak(argument: str) -> None:
+    llama = make_llama()
+    llama.model.layers[1] = _CarryingLayer(llama.model.layers[1], argument)  # type: ignore[assignment]
+    model = CausalModel(llama)
+    leak = find_model_leak(model, 48)
+    assert leak is not None and leak.layer == "_CarryingLayer" and not model.passes_documents
 
 
 class _Bidirectional(nn.Module):
