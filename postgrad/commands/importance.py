@@ -17,7 +17,7 @@ from postgrad.config.objectives import AnyObjective
 from postgrad.config.quantities import parse_token_count
 from postgrad.data.layouts.rows import Row, Rows
 from postgrad.data.loading.batch import Batch, collate
-from postgrad.data.loading.documents import PACKED_LAYOUTS, split_documents
+from postgrad.data.loading.unpacked_rows import PACKED_LAYOUTS, split_documents
 from postgrad.data.problem_type import ProblemType
 from postgrad.data.random_streams import derive_key, permute_indices
 from postgrad.errors import DataError, ModelError, StageError, suggest_nearest

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from postgrad.data.loading.documents import drop_positions
+from postgrad.data.loading.unpacked_rows import drop_positions
 from postgrad.errors import StageError
 from postgrad.hardware import machine
 from postgrad.hardware.memory import ModelDimensions, estimate_memory

@@ -14,9 +14,9 @@ from postgrad.config.objectives import OnPolicyObjective
 from postgrad.config.tunings import LoraTuning
 from postgrad.data.layouts.rows import Row, Rows
 from postgrad.data.loading.batch import collate
-from postgrad.data.loading.documents import PACKED_LAYOUTS
 from postgrad.data.loading.loader import Loader
 from postgrad.data.loading.teacher_cache import TeacherCache
+from postgrad.data.loading.unpacked_rows import PACKED_LAYOUTS
 from postgrad.distributed import fsdp
 from postgrad.distributed.world import InputFile, World
 from postgrad.errors import ResumeError, StageError

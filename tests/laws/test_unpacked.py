@@ -22,10 +22,10 @@ from postgrad.data.layouts.packed_text import PackedRows
 from postgrad.data.layouts.rows import IGNORED, Row, Rows
 from postgrad.data.loading import loader as loading
 from postgrad.data.loading.batch import Batch, collate
-from postgrad.data.loading.documents import Document, group_by_length, padded_length, split_documents
 from postgrad.data.loading.loader import Loader
 from postgrad.data.loading.mixture import Mixture, Segment, row_rates
 from postgrad.data.loading.teacher_cache import SparseDistribution, TeacherCache, row_digest
+from postgrad.data.loading.unpacked_rows import Document, group_by_length, padded_length, split_documents
 from postgrad.distributed.world import World
 from postgrad.models.model import CausalModel
 from postgrad.models.pretrained import save_pretrained
