@@ -84,7 +84,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="5M")
-    add_integer_options(parser, length=1024, batch=16, rounds=16, warm_up=2)
+    add_integer_options(parser, length=512, batch=8, rounds=16, warm_up=2)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     machine.tune_allocator()

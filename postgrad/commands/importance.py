@@ -21,6 +21,7 @@ from postgrad.data.loading.unpacked_rows import PACKED_LAYOUTS, split_documents
 from postgrad.data.problem_type import ProblemType
 from postgrad.data.random_streams import derive_key, permute_indices
 from postgrad.errors import DataError, ModelError, StageError, suggest_nearest
+from postgrad.evaluation.activation_importance import estimate_activation_importance
 from postgrad.evaluation.fisher import (
     ImportanceEstimate,
     ImportanceMeasure,
@@ -46,11 +47,14 @@ from postgrad.run.losses import make_objectives
 from postgrad.storage.atomic import publish_file
 from postgrad.storage.cache_folder import cache_folder
 from postgrad.tuning.open_model import open_model, start_fingerprint
+from postgrad.tuning.targets import block_layers
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _TOKENS_PER_BATCH = {"cpu": 512, "cuda": 2048}
 """More batches give a better estimate for the same tokens; a GPU needs larger ones."""
 _MIN_BATCHES = 16
+_BATCHED_KINDS: tuple[ImportanceKind, ...] = ("fisher", "activation")
+"""The others need the gradient of each sample."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +113,9 @@ def measure_importance(
     """Measure the importance of a model's weights on files, and write it to `out` (.safetensors).
 
     `tokens`: labels to measure. `kind`: `fisher` (labels sampled from the model), `empirical` (the text's own labels;
-    biased) or `mas`. `accumulate`: an older file to which this one is added, after multiplication by `decay` (online EWC).
-    `dtype`: of the file, float32 or bfloat16. `progress` is called with the labels done and their total.
+    biased), `mas`, or `activation` (without gradients, for `sparse_update: {kind: ssu}`). `accumulate`: an older file to which
+    this one is added, after multiplication by `decay` (online EWC). `dtype`: of the file, float32 or bfloat16. `progress` is
+    called with the labels done and their total.
 
     Raises `StageError`, `DataError` or `ModelError` for options, files or a model that cannot be used.
     """
@@ -205,7 +210,7 @@ def _load_rows(
     problem = ProblemType.CLASS
     for chosen, file_problem in load_documents(start, files, document_unit, column, model_inputs, cache):
         sets.append(
-            make_rows(chosen.objective, chosen.store, model_inputs, problem=file_problem, pack=kind == "fisher")
+            make_rows(chosen.objective, chosen.store, model_inputs, problem=file_problem, pack=kind in _BATCHED_KINDS)
         )
         objectives.append(chosen.objective)
         problem = file_problem
@@ -245,13 +250,17 @@ def _estimate(
         "empirical": empirical_fisher_measure(loss, scale=classes),
         "mas": mas_measure(),
     }
-    # Only the Fisher of sampled labels may average over a batch; the others need single samples.
-    batch_tokens = min(_TOKENS_PER_BATCH[device.type], tokens // _MIN_BATCHES) if kind == "fisher" else 1
+    batch_tokens = min(_TOKENS_PER_BATCH[device.type], tokens // _MIN_BATCHES) if kind in _BATCHED_KINDS else 1
     batch_size = max(1, batch_tokens // rows.model_inputs.length)
     estimate: ImportanceEstimate | None = None
     is_packed = not isinstance(model, CausalModel) or not find_model_leak(model, rows.model_inputs.length)
     batches = _batches(rows.sets, batch_size, rows.model_inputs.pad_id, seed, packed=is_packed)
-    for step in estimate_importance(model, batches, measures[kind], tokens):
+    steps = (
+        estimate_activation_importance(model, block_layers(model.pretrained), batches, tokens)
+        if kind == "activation"
+        else estimate_importance(model, batches, measures[kind], tokens)
+    )
+    for step in steps:
         if isinstance(step, ImportanceEstimate):
             estimate = step
         else:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,8 +47,8 @@ class ExecutionRequest:
     """Whether all rows have the same length; compiled code is compiled again for each length."""
     is_causal: bool = True
     """Whether tokens attend to earlier ones only; false for a prefix language model."""
-    packing: Literal["auto"] | bool = "auto"
-    """Whether documents share a row."""
+    packing: bool | None = None
+    """Whether documents share a row. Default: where they do not see each other."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from postgrad.models.model import Model
 from postgrad.objectives.objective import Objective, combine_losses
 from postgrad.optim.loss_adaptive_lr import ConstantLRScale, LRScale
 from postgrad.optim.lr_schedules import Schedule
-from postgrad.optim.optimizer import AdamW, Weights
+from postgrad.optim.optimizer import Optimizer, Weights
 from postgrad.penalties.penalty import Penalty
 
 
@@ -36,7 +36,7 @@ class Run:
 
     model: Model
     weights: Weights
-    optimizer: AdamW
+    optimizer: Optimizer
     objectives: Sequence[Objective]
     penalties: Sequence[Penalty]
     schedule: Schedule

@@ -29,11 +29,11 @@ def gpt_oss(tmp_path: Path) -> str:
 
 
 def test_the_key_leaves_earlier_fingerprints_alone(stage_of: StageOf) -> None:
-    plain, auto, off = (
+    plain, unset, off = (
         parse_stage(raw, "test")
-        for raw in (stage_of(), with_packing(stage_of(), "auto"), with_packing(stage_of(), False))
+        for raw in (stage_of(), with_packing(stage_of(), None), with_packing(stage_of(), False))
     )
-    assert plain.fingerprint() == auto.fingerprint() != off.fingerprint()
+    assert plain.fingerprint() == unset.fingerprint() != off.fingerprint()
     assert "packing" not in plain.model_dump()["data"] and off.model_dump()["data"]["packing"] is False
     with pytest.raises(StageError, match=r"data\.packing"):
         parse_stage(with_packing(stage_of(), "maybe"), "test")
