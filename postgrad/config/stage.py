@@ -124,8 +124,8 @@ class DataConfig(ConfigModel):
     sequence_length: Annotated[int, Field(ge=2, le=MAX_ROW), BeforeValidator(reject_bool)] = 1024
     """Tokens in a row."""
     packing: Annotated[bool | None, omit_unset] = None
-    """Whether documents share a row in the model; if not, each document, or what of it is in a row, is a row of its own, and rows
-    of similar length are padded together. Default: where a probe shows that packed documents do not see each other."""
+    """Whether documents share a row in the model; if not, each document, or what of it is in a row, is a row of its own, and
+    rows of similar length are padded together. Default: where a probe shows that packed documents do not see each other."""
     mixing: AnyMixing | None = None
     """How several sources without a `share` divide the remainder."""
     curriculum: list[CurriculumPhase] = []
