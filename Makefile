@@ -9,7 +9,7 @@ PARALLEL := -n auto --dist loadfile
 .PHONY: demo test check test-all clean help
 
 help:
-	@echo "make demo      train a small model, measure forgetting without and with replay (about three minutes)"
+	@echo "make demo      train a small model, measure forgetting without and with replay (3 to 10 minutes)"
 	@echo "make test      the tests"
 	@echo "make check     what every change must pass: ruff, types, floors, tests"
 	@echo "make test-all  the tests and the slow sweeps"

@@ -26,8 +26,7 @@ from postgrad.data.loading.batch import Batch
 from postgrad.distributed.world import World
 from postgrad.errors import PostgradError, first_line
 from postgrad.hardware.execution import Execution
-from postgrad.models.isolation import find_leak
-from postgrad.models.model import CausalModel, verify_model
+from postgrad.models.model import CausalModel, find_model_leak, verify_model
 from postgrad.models.pretrained import _CLASSES, save_pretrained
 from postgrad.models.task import Task
 from postgrad.run.build import build_run, make_loader
@@ -142,7 +141,7 @@ def check(folder: Path, outcome: Outcome) -> None:
     model = make_tuned_model(plan, World(torch.device("cpu"))).model
     leak = None
     if isinstance(model, CausalModel):
-        leak = find_leak(model.pretrained, model.compute_hidden, LENGTH)
+        leak = find_model_leak(model, LENGTH)
         layout = "unpacked" if leak else "packed"
         outcome.cause = leak.describe() if leak else ""
     verify_model(model, packed=leak is None, row_length=LENGTH)

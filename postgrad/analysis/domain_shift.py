@@ -35,8 +35,9 @@ class ShiftEstimate:
     """A value with its 95 % interval, and its 95th percentile without any shift, where that is known."""
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    """None for a single unit, such as a document, which has no interval; so is `high`."""
+    high: float | None
     same: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -198,9 +199,9 @@ def js_divergence(old_PV: np.ndarray, new_PV: np.ndarray) -> ShiftEstimate:
     draws = zip(resample_counts(old_PV.shape[0], 0, size), resample_counts(new_PV.shape[0], 1, size), strict=True)
     samples = [_share_divergence(a_P @ old, b_P @ new) for both in draws for a_P, b_P in zip(*both, strict=True)]
     # Drawing with replacement adds noise of its own; the spread is right, the mean is not.
-    low, high = (max(0.0, value + end - float(np.mean(samples))) for end in percentile_interval(np.array(samples)))
+    low, high = percentile_interval(np.maximum(0.0, np.minimum(value + np.array(samples) - np.mean(samples), 1.0)))
     same = [_js_divergence(*_random_halves(old, rng)) for _ in range(_SPLITS)]
-    return ShiftEstimate(value, low, min(high, 1.0), float(np.quantile(same, 0.95)))
+    return ShiftEstimate(value, low, high, float(np.quantile(same, 0.95)))
 
 
 def _js_divergence(old_PV: np.ndarray | csr_array, new_PV: np.ndarray | csr_array) -> float:

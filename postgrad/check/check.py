@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from postgrad.check.memory_probe import measure_memory
 from postgrad.check.penalty_cost import check_penalties
 from postgrad.check.plan_text import plan_lines
 from postgrad.check.preview_rows import preview_rows
@@ -40,6 +41,7 @@ def check_stage(plan: Plan, *, cache: Path, show: int = 0) -> dict[str, Any]:
 def _check_stage(plan: Plan, cache: Path, show: int) -> dict[str, Any]:
     machine.tune_allocator()
     world = World(machine.default_device())
+    process = machine.process_memory(world.device)
     subject = make_tuned_model(plan, world)
     execution = choose_execution(plan, subject, world)
     subject.model.pretrained.set_attn_implementation(execution.attention)
@@ -54,10 +56,13 @@ def _check_stage(plan: Plan, cache: Path, show: int) -> dict[str, Any]:
     memory = _estimate_memory(plan, subject, execution, sum(cost.bytes for cost in teachers))
     update = check_update(plan, subject)
     penalties = check_penalties(plan, subject, execution, world)
+    notes, tuning_notes = subject.loaded_model.notes, subject.tuning.notes
+    del subject  # the measured run loads a model of its own
+    memory = measure_memory(plan, execution, world, memory, process)
     sources = source_lines(plan.data.sources, cache)
     model_notes = (
-        *subject.loaded_model.notes,
-        *subject.tuning.notes,
+        *notes,
+        *tuning_notes,
         *sharding_notes(plan.evaluation.tasks),
         *relearning_notes(plan),
     )
@@ -84,7 +89,7 @@ def _check_stage(plan: Plan, cache: Path, show: int) -> dict[str, Any]:
         "task": plan.model.task,
         "execution": execution.as_dict(),
         "padding_share": padding,
-        "memory": asdict(memory),
+        "memory": {**asdict(memory), "total": memory.total},
         "seconds": execution.seconds,
         "teachers": [cost.record for cost in teachers],
         "penalties": [penalty.record for penalty in penalties],
@@ -139,15 +144,16 @@ def _execution_lines(execution: Execution) -> list[str]:
 
 def _memory_line(memory: MemoryEstimate) -> str:
     parts = {
+        **({"process": memory.process} if memory.process else {}),
         "weights": memory.weights,
         "gradients": memory.gradients,
         "optimizer states": memory.moments,
-        "activations": memory.activations,
+        "activations and buffers": memory.activations,
         **({"teachers": memory.teachers} if memory.teachers else {}),
     }
     free = machine.available_memory()
     return (
-        f"memory: about {format_bytes(memory.total)} "
+        f"memory: about {format_bytes(memory.total)} at the peak, {'measured' if memory.is_measured else 'estimated'} "
         f"({', '.join(f'{name} {format_bytes(size)}' for name, size in parts.items())})"
         + (f" of {format_bytes(free)} free" if free else "")
     )

@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerBase
 
 from postgrad.data.layouts.rows import IGNORED
 from postgrad.data.loading.batch import Batch
-from postgrad.data.loading.documents import PACKED_LAYOUTS
 from postgrad.data.loading.loader import Loader, MicroBatchPlan, MixtureRow
+from postgrad.data.loading.unpacked_rows import PACKED_LAYOUTS
 from postgrad.plan.data_plan import DataPlan
 from postgrad.plan.model_plan import ModelPlan
 from postgrad.plan.plan import Plan

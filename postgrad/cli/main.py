@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from typing import Annotated
 
@@ -17,8 +18,11 @@ from postgrad.cli import measure_verbs, model_verbs, stage_verbs
 from postgrad.cli.options import Verb
 from postgrad.cli.streams import lasting_streams, stop_on_signals
 from postgrad.cli.terminal import guard_streams
-from postgrad.errors import PostgradError
+from postgrad.errors import InterruptError, PostgradError
 from postgrad.version import __version__
+
+_FIRST_RANK_SECONDS = 5.0
+"""How long another rank waits for the first one to print an error of planning."""
 
 app = typer.Typer(
     name="postgrad",
@@ -75,7 +79,7 @@ def _run_guarded(run: Callable[[], object]) -> None:
     try:
         run()
     except PostgradError as error:
-        if error.reported_by in (None, int(os.environ.get("RANK", "0"))):
+        if _is_reported_here(error):
             _print_error(f"error: {error}")
         raise SystemExit(error.exit_code) from None
     except SystemExit as ended:
@@ -96,6 +100,24 @@ def _run_guarded(run: Callable[[], object]) -> None:
     except OSError as error:  # a file that vanished, or that may not be read
         _print_error(f"error: {error.filename or 'the system'}: {error.strerror or error}")
         raise SystemExit(1) from None
+
+
+def _is_reported_here(error: PostgradError) -> bool:
+    """Whether this process prints an error: of several, one does.
+
+    Before they form a group, each plans the stage by itself, and most likely all of them meet the same error. The first rank
+    prints it and ends, and `torchrun` then stops the others; one of them prints its own when it is still there after a while.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    if error.reported_by is not None or rank == 0:
+        return error.reported_by in (None, rank)
+    if isinstance(error, InterruptError):  # each rank was stopped
+        return False
+    try:
+        time.sleep(_FIRST_RANK_SECONDS)
+    except KeyboardInterrupt:  # the signal of `torchrun`
+        return False
+    return True
 
 
 def _print_error(text: str) -> None:

@@ -199,7 +199,10 @@ def importance(
     tokens: Annotated[str, typer.Option(help="Labels to measure, such as 100k.")] = "100k",
     kind: Annotated[
         str,
-        typer.Option(help="fisher (labels sampled from the model), empirical (the text's own labels; biased), or mas."),
+        typer.Option(
+            help="fisher (labels sampled from the model), empirical (the text's own labels; biased), mas, or activation "
+            "(without gradients, for sparse_update ssu)."
+        ),
     ] = "fisher",
     accumulate: Annotated[
         Path | None,

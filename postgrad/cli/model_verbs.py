@@ -127,7 +127,7 @@ def grow(
     head: Annotated[
         str, typer.Option(help="New rows of an untied output head: mean of their pieces, or zero.")
     ] = "mean",
-    old: Annotated[list[str] | None, typer.Option(help="Old text, to verify that it is split as before.")] = None,
+    old: Annotated[list[str] | None, typer.Option(help="Old text, to measure how growing changes it.")] = None,
     base: Base = None,
     as_json: Json = False,
 ) -> None:

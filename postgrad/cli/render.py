@@ -11,12 +11,13 @@ from postgrad.commands.probe_page import probe_table
 from postgrad.data.problem_type import ProblemType
 from postgrad.foreign_text import plain_text
 from postgrad.hardware.memory import format_bytes
+from postgrad.reports.html.notation import HasEnds, format_interval
 from postgrad.reports.sections.comparison_table import comparison_table
+from postgrad.reports.sections.held_out_tables import class_score_tables
 from postgrad.reports.sections.lineage_tables import lineage_summary_table, lineage_table
 from postgrad.reports.sections.task_section import comparison_task_table, task_score_table
 
 if TYPE_CHECKING:
-    from postgrad.analysis.domain_shift import ShiftEstimate
     from postgrad.commands.advise import Advice
     from postgrad.commands.blend import Blend
     from postgrad.commands.compare import ModelComparison, RunComparison, TaskComparison
@@ -37,12 +38,18 @@ if TYPE_CHECKING:
     from postgrad.penalties.importance_file import ImportanceMetadata
 
 _PARTS_SHOWN = 6
+_MAX_CLASSES = 20
 _VIRTUAL_TOKENS_SHOWN = 4
 
 
 def next_line(*words: object) -> str:
     """The command to run next, as the last line of a text."""
     return f"next: {shlex.join(['postgrad', *map(str, words)])}"
+
+
+def _ends(entry: HasEnds, spec: str = "+.4f", to: str = " to ", unit: str = "document") -> str:
+    """The ends of an interval, or that there is none."""
+    return format_interval(entry.low, entry.high, lambda end: format(end, spec), to, unit)
 
 
 def _page_lines(report: Path | None, *words: object) -> list[str]:
@@ -108,18 +115,26 @@ def evaluation_text(result: TextEvaluation) -> str:
         f"{'tokens':>11} {'documents':>10}",
     ]
     for name, score in result.sets.items():
-        interval = f"{score.low:.4f}–{score.high:.4f}"
+        interval = _ends(score, ".4f", "–")
         lines.append(
             f"  {name:<24} {score.nats:>10.4f} {interval:>17} {score.perplexity:>11.2f} {score.bits_per_byte:>10.4f} "
             f"{score.tokens:>11,} {score.documents:>10,}"
         )
         if masked := score.pseudo_perplexity:
             lines.append(
-                f"    masked one at a time: {masked.nats:.4f} nats/token ({masked.low:.4f}–{masked.high:.4f}), "
+                f"    masked one at a time: {masked.nats:.4f} nats/token ({_ends(masked, '.4f', '–')}), "
                 f"pseudo-perplexity {masked.perplexity:.2f}, {masked.tokens:,} tokens"
             )
+        if apart := score.unknown:
+            lines.append(
+                f"    unknown tokens apart: {apart.tokens:,} ({apart.share:.2%}), {apart.nats:.4f} nats each; no other figure "
+                "counts them"
+            )
         for metric, value in score.metrics.items():
-            lines.append(f"    {metric} {value.value:.4f} ({value.low:.4f}–{value.high:.4f})")
+            lines.append(f"    {metric} {value.value:.4f} ({_ends(value, '.4f', '–')})")
+    for name, score in result.sets.items():
+        if score.classes:
+            lines += [f"\n{table.text()}" for table in class_score_tables(name, score, None, _MAX_CLASSES)]
     following = ["generate", result.model] if result.task.generates else ["export", result.model, "exported"]
     return "\n".join([*lines, next_line(*following)])
 
@@ -165,10 +180,11 @@ def model_comparison_text(result: ModelComparison) -> str:
             lines.append(f"  {'model':<32} {'nats/token':>10} {'bits/byte':>10}   change (95 % interval)")
         line = f"  {row.model:<32} {row.score.nats:>10.4f} {row.score.bits_per_byte:>10.4f}"
         if isinstance(row.change, LossChange):
-            line += f"   {row.change.difference:+.4f} nats/token ({row.change.low:+.4f} to {row.change.high:+.4f})"
+            line += f"   {row.change.difference:+.4f} nats/token ({_ends(row.change)})"
         elif row.change is not None:
             difference, low, high = row.change.bits_per_byte
-            line += f"   {difference:+.4f} bits/byte ({low:+.4f} to {high:+.4f}); another tokenizer"
+            ends = format_interval(low, high, "{:+.4f}".format)
+            line += f"   {difference:+.4f} bits/byte ({ends}); another tokenizer"
         lines.append(line)
     return "\n".join([*lines, next_line("generate", result.models[0], "--compare-with", result.models[1])])
 
@@ -185,14 +201,11 @@ def run_comparison_text(result: RunComparison, report: Path | None) -> str:
         budgets = ", ".join(f"{name} {count:,} tokens" for name, count in zip(names, tokens, strict=True))
         lines.append(f"The budgets differ: {budgets}")
     for pair in result.paired:
-        lines.append(
-            f"{pair.set}: {pair.arm} - {pair.against} = {pair.difference:+.4f} nats/token "
-            f"({pair.low:+.4f} to {pair.high:+.4f})"
-        )
+        lines.append(f"{pair.set}: {pair.arm} - {pair.against} = {pair.difference:+.4f} nats/token ({_ends(pair)})")
     for task in result.paired_tasks:
         lines.append(
             f"{task.task}: {task.arm} - {task.against} = {task.difference:+.3f} {task.metric} "
-            f"({task.low:+.3f} to {task.high:+.3f})"
+            f"({_ends(task, '+.3f', unit='item')})"
         )
     if report:
         lines.append("")
@@ -210,8 +223,8 @@ def task_comparison_text(result: TaskComparison) -> str:
                 lines.append(f"  {model.model}, {name}: no shared item")
             for metric, change in changes.items():
                 lines.append(
-                    f"  {model.model}, {name}: {metric} {change.difference:+.3f} ({change.low:+.3f} to "
-                    f"{change.high:+.3f}), {model.shared_items[name]:,} items"
+                    f"  {model.model}, {name}: {metric} {change.difference:+.3f} "
+                    f"({_ends(change, '+.3f', unit='item')}), {model.shared_items[name]:,} items"
                 )
     lines.append(next_line("generate", first.model, "--compare-with", others[0].model))
     return "\n\n".join([*blocks, "\n".join(lines)])
@@ -243,13 +256,13 @@ def shift_text(result: MeasuredShift, report: Path | None) -> str:
     ]
     for name, distance in result.distances.items():
         lines.append(
-            f"  {_DISTANCE_TITLES[name]:<36} {distance.value:>8.3f} {_interval(distance):>19} {distance.same:>9.3f}"
+            f"  {_DISTANCE_TITLES[name]:<36} {distance.value:>8.3f} {_ends(distance, '.3f'):>19} {distance.same:>9.3f}"
         )
     lines += [
         "",
         f"  {'':<36} {'old':>8} {'new':>8}",
         f"  {'bits per byte of the model':<36} {old.bits.value:>8.3f} {new.bits.value:>8.3f}   "
-        f"new - old {surprise.value:+.3f} ({surprise.low:+.3f} to {surprise.high:+.3f})",
+        f"new - old {surprise.value:+.3f} ({_ends(surprise, '+.3f')})",
         f"  {'bytes per token':<36} {old.fertility.bytes_per_token:>8.2f} {new.fertility.bytes_per_token:>8.2f}",
         f"  {'tokens per word':<36} {old.fertility.tokens_per_word:>8.2f} {new.fertility.tokens_per_word:>8.2f}",
         f"  {'unknown tokens':<36} {old.fertility.unknown:>8.2%} {new.fertility.unknown:>8.2%}",
@@ -263,10 +276,6 @@ def shift_text(result: MeasuredShift, report: Path | None) -> str:
         lines.append(f"report: {report}")
     words = ["--model", result.model, "--data", new.files[0], "--replay", old.files[0]]
     return "\n".join([*lines, next_line("init", "stage", *words)])
-
-
-def _interval(estimate: ShiftEstimate) -> str:
-    return f"{estimate.low:.3f} to {estimate.high:.3f}"
 
 
 def probe_text(result: LayerProbe, report: Path | None) -> str:
@@ -376,7 +385,7 @@ def blend_text(result: Blend, report: Path | None) -> str:
     ]
     for point in result.points:
         changes = [point.changes[name].change for name in first]
-        cells = [f"{c.difference:+.4f} ({c.low:+.4f} to {c.high:+.4f})" for c in changes]
+        cells = [f"{c.difference:+.4f} ({_ends(c)})" for c in changes]
         lines.append(f"  {point.name:<16}" + "".join(f"{cell:>32}" for cell in cells))
     if result.chosen:
         bound = result.max_forgetting
@@ -413,6 +422,10 @@ def grown_text(result: GrownModel) -> str:
                 f"  {name} text: {before.bytes_per_token:.2f} -> {after.bytes_per_token:.2f} bytes per token "
                 f"({fewer:.0%} fewer tokens), {before.tokens_per_word:.2f} -> {after.tokens_per_word:.2f} tokens per word"
             )
+    if result.old_bits:
+        lines.append(f"  {result.old_bits.sentence()}")
+    else:
+        lines.append("  old text costs more before any training: --old FILE measures by how much")
     lines += [
         "  such as " + " ".join(plain_text(token) for token in result.first[:12]),
         f"train it in two stages: first `tuning: {{kind: blocks, all_but_first: {result.blocks}, embeddings: true}}`, "

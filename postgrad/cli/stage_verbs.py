@@ -33,7 +33,7 @@ def demo(
     folder: Annotated[Path, typer.Argument(help="Folder of the demo's data, models and runs.")] = Path("postgrad-demo"),
     as_json: Json = False,
 ) -> None:
-    """Watch a small model learn, forget, and retain with replay: offline, in about two minutes."""
+    """Watch a small model learn, forget, and retain with replay: offline, in 3 to 10 minutes on two cores."""
     require_training()
     from postgrad.cli.demo import demo_text, run_demo
 
@@ -149,7 +149,9 @@ def restore(
         str,
         typer.Option(help="Fraction of the tokens that distil the current model on new text (0% disables it)."),
     ] = "50%",
-    learning_rate: Annotated[float | None, typer.Option(help="Learning rate. Default: the peak of the run.")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Learning rate. Default: a fifth of the run's peak.")
+    ] = None,
     output: Annotated[str | None, typer.Option(help="The new run's folder. Default: RUN-restored.")] = None,
     as_json: Json = False,
 ) -> None:

@@ -10,6 +10,7 @@ from postgrad.reports.html.charts import ScatterPoint, Series, line_chart, scatt
 from postgrad.reports.html.document import figure, intro_paragraph, render_page, side_by_side
 from postgrad.reports.html.notation import escape_html
 from postgrad.reports.html.table import Column, Table, difference_cell, text_cell
+from postgrad.reports.sections.curves import drawn_ends
 
 if TYPE_CHECKING:
     from postgrad.commands.blend import Blend, BlendedModel
@@ -35,7 +36,7 @@ def _frontier_section(points: Sequence[BlendedModel], labelled_points: Container
         Series(
             f"{name} ({item.role})",
             [(p.weight, p.changes[name].change.difference) for p in whole],
-            [(p.weight, p.changes[name].change.low, p.changes[name].change.high) for p in whole],
+            [(p.weight, *drawn_ends(p.changes[name].change)) for p in whole],
             has_markers=True,
         )
         for name, item in points[0].changes.items()

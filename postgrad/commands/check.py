@@ -54,8 +54,7 @@ def check_stage(
     plan = stage if isinstance(stage, Plan) else plan_stage(stage, overrides, folder=folder, cache=cache)
     record = check.check_stage(plan, cache=cache or cache_folder(), show=show)
     text, rows = str(record.pop("text")), tuple(record.pop("shown", ()))
-    memory = sum(value for value in record["memory"].values() if isinstance(value, int | float))
     return StageCheck(
-        plan, record["parameters"], record["trainable"], round(memory), record["seconds"], tuple(record["notes"]), text,
-        rows, record,
+        plan, record["parameters"], record["trainable"], record["memory"]["total"], record["seconds"],
+        tuple(record["notes"]), text, rows, record,
     )  # fmt: skip

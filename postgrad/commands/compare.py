@@ -31,7 +31,7 @@ from postgrad.tuning.open_model import starts_as_prefix_lm
 class BitsPerByteChange(Result):
     """A paired difference in bits per byte, for models of different tokenizers."""
 
-    bits_per_byte: tuple[float, float, float]
+    bits_per_byte: tuple[float, float | None, float | None]
     """The difference and its 95 % interval."""
 
 
@@ -110,7 +110,7 @@ def _require_two(models: Sequence[str]) -> None:
 
 def _bits_per_byte_change(
     before: Scores, after: Scores, sets: tuple[HeldOutSet, HeldOutSet]
-) -> tuple[float, float, float]:
+) -> tuple[float, float | None, float | None]:
     """Difference in bits per byte with its interval, for models of different tokenizers.
 
     Documents are paired by content, because a document that is a single token to one tokenizer is not scored there.
@@ -135,9 +135,9 @@ class PairedDifference(Result):
     against: str
     """The arm that is subtracted."""
     difference: float
-    low: float
-    """Lower end of the 95 % interval."""
-    high: float
+    low: float | None
+    """Lower end of the 95 % interval; None for a single document or item, which has none."""
+    high: float | None
     """Upper end of the 95 % interval."""
 
 
@@ -151,9 +151,9 @@ class PairedTaskDifference(Result):
     against: str
     """The arm that is subtracted."""
     difference: float
-    low: float
-    """Lower end of the 95 % interval."""
-    high: float
+    low: float | None
+    """Lower end of the 95 % interval; None for a single document or item, which has none."""
+    high: float | None
     """Upper end of the 95 % interval."""
     verdict: str
 

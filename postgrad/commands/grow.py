@@ -6,6 +6,7 @@ weights.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,18 +15,23 @@ from tokenizers import Tokenizer
 
 from postgrad.analysis.domain_shift import fertility
 from postgrad.commands.results import Result
+from postgrad.commands.score_files import context_length, load_file_sets, score_model
 from postgrad.data.read.documents import read_documents
 from postgrad.data.read.files import RawSource as Files
 from postgrad.data.tokens.extend_vocabulary import extend_vocabulary
 from postgrad.errors import DataError, StageError
+from postgrad.lineage.growth import GrowthCost, write_growth
 from postgrad.models.grow_embeddings import grow_embeddings
 from postgrad.models.layers import get_layer_stacks
-from postgrad.models.location import locate_model
+from postgrad.models.location import ModelLocation, locate_model
 from postgrad.models.pretrained import load_tokenizer, stored_dtype
 from postgrad.models.published_vocabulary import Vocabulary, publish_pretrained
+from postgrad.storage.cache_folder import cache_folder
 from postgrad.tuning.open_model import open_model
 
 _MAX_BYTES = 64 << 20
+_MAX_SCORED_TOKENS = 50_000
+"""Tokens of each old text that both models score."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,8 @@ class GrownModel(Result):
     new: TokenizerChange
     old: TokenizerChange | None
     """None without old text."""
+    old_bits: GrowthCost | None = None
+    """What growing costs on the old text, before any training; None without old text."""
 
 
 def grow_vocabulary(
@@ -72,11 +80,13 @@ def grow_vocabulary(
     head: str = "mean",
     old: Sequence[str] = (),
     base: str | None = None,
+    cache: Path | None = None,
 ) -> GrownModel:
     """Add up to `tokens` tokens that are frequent in files to a model, and publish it in the folder `out`.
 
-    `head`: rows of an untied output head, the `mean` of the pieces' rows or `zero`. `old`: old text, to verify that it is
-    split as before. Raises `StageError` for options that cannot be used, `DataError` when no pair of tokens is frequent.
+    `head`: rows of an untied output head, the `mean` of the pieces' rows or `zero`. `old`: old text; both models are scored on
+    it, as the new tokens cost some of its loss before any training, and the folder keeps the result. Raises `StageError` for
+    options that cannot be used, `DataError` when no pair of tokens is frequent.
     """
     out = Path(out)
     if out.exists():
@@ -101,7 +111,14 @@ def grow_vocabulary(
     ids = after.get_vocab()
     grow_embeddings(opened.model, {ids[token]: pieces for token, pieces in extension.old_ids.items()}, head)
     tokenizer._tokenizer = after
-    publish_pretrained(out, opened.model, tokenizer, dtype=stored_dtype(start), before=kept)
+    costs: list[GrowthCost] = []
+
+    def add_cost(staged: Path) -> None:
+        if old_texts:
+            costs.append(_measure_cost(start, ModelLocation(out.name, staged), old, cache or cache_folder()))
+            write_growth(staged, costs[0])
+
+    publish_pretrained(out, opened.model, tokenizer, dtype=stored_dtype(start), before=kept, add=add_cost)
     return GrownModel(
         str(model),
         out,
@@ -111,7 +128,20 @@ def grow_vocabulary(
         tuple(list(extension.old_ids)[:20]),
         _compare_tokenizers(new_texts, before, after),
         _compare_tokenizers(old_texts, before, after) if old_texts else None,
+        costs[0] if costs else None,
     )
+
+
+def _measure_cost(model: ModelLocation, grown: ModelLocation, old: Sequence[str], cache: Path) -> GrowthCost:
+    """The bits per byte of old text, of the model and of the grown one."""
+    bits = []
+    for start in (model, grown):
+        context = context_length(start, None)
+        text = load_file_sets(start, list(map(str, old)), "auto", None, context, cache, limit=_MAX_SCORED_TOKENS)
+        scores = score_model(start, text.sets, context, cache).values()
+        total = sum(float(each.nats_W.sum()) for each in scores) / math.log(2)
+        bits.append(total / max(sum(int(each.bytes_N.sum()) for each in scores), 1))
+    return GrowthCost(model=model.name, before=bits[0], after=bits[1])
 
 
 def _read_texts(files: Sequence[str], where: str) -> list[str]:

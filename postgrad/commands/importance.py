@@ -17,9 +17,11 @@ from postgrad.config.objectives import AnyObjective
 from postgrad.config.quantities import parse_token_count
 from postgrad.data.layouts.rows import Row, Rows
 from postgrad.data.loading.batch import Batch, collate
+from postgrad.data.loading.unpacked_rows import PACKED_LAYOUTS, split_documents
 from postgrad.data.problem_type import ProblemType
 from postgrad.data.random_streams import derive_key, permute_indices
 from postgrad.errors import DataError, ModelError, StageError, suggest_nearest
+from postgrad.evaluation.activation_importance import estimate_activation_importance
 from postgrad.evaluation.fisher import (
     ImportanceEstimate,
     ImportanceMeasure,
@@ -31,7 +33,7 @@ from postgrad.evaluation.fisher import (
 from postgrad.hardware import machine
 from postgrad.hardware.memory import memory_errors
 from postgrad.models.location import ModelLocation, locate_model
-from postgrad.models.model import wrap_model
+from postgrad.models.model import CausalModel, find_model_leak, wrap_model
 from postgrad.penalties.importance_file import (
     ImportanceFile,
     ImportanceKind,
@@ -45,11 +47,14 @@ from postgrad.run.losses import make_objectives
 from postgrad.storage.atomic import publish_file
 from postgrad.storage.cache_folder import cache_folder
 from postgrad.tuning.open_model import open_model, start_fingerprint
+from postgrad.tuning.targets import block_layers
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _TOKENS_PER_BATCH = {"cpu": 512, "cuda": 2048}
 """More batches give a better estimate for the same tokens; a GPU needs larger ones."""
 _MIN_BATCHES = 16
+_BATCHED_KINDS: tuple[ImportanceKind, ...] = ("fisher", "activation")
+"""The others need the gradient of each sample."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +113,9 @@ def measure_importance(
     """Measure the importance of a model's weights on files, and write it to `out` (.safetensors).
 
     `tokens`: labels to measure. `kind`: `fisher` (labels sampled from the model), `empirical` (the text's own labels;
-    biased) or `mas`. `accumulate`: an older file to which this one is added, after multiplication by `decay` (online EWC).
-    `dtype`: of the file, float32 or bfloat16. `progress` is called with the labels done and their total.
+    biased), `mas`, or `activation` (without gradients, for `sparse_update: {kind: ssu}`). `accumulate`: an older file to which
+    this one is added, after multiplication by `decay` (online EWC). `dtype`: of the file, float32 or bfloat16. `progress` is
+    called with the labels done and their total.
 
     Raises `StageError`, `DataError` or `ModelError` for options, files or a model that cannot be used.
     """
@@ -204,7 +210,7 @@ def _load_rows(
     problem = ProblemType.CLASS
     for chosen, file_problem in load_documents(start, files, document_unit, column, model_inputs, cache):
         sets.append(
-            make_rows(chosen.objective, chosen.store, model_inputs, problem=file_problem, pack=kind == "fisher")
+            make_rows(chosen.objective, chosen.store, model_inputs, problem=file_problem, pack=kind in _BATCHED_KINDS)
         )
         objectives.append(chosen.objective)
         problem = file_problem
@@ -244,12 +250,17 @@ def _estimate(
         "empirical": empirical_fisher_measure(loss, scale=classes),
         "mas": mas_measure(),
     }
-    # Only the Fisher of sampled labels may average over a batch; the others need single samples.
-    batch_tokens = min(_TOKENS_PER_BATCH[device.type], tokens // _MIN_BATCHES) if kind == "fisher" else 1
+    batch_tokens = min(_TOKENS_PER_BATCH[device.type], tokens // _MIN_BATCHES) if kind in _BATCHED_KINDS else 1
     batch_size = max(1, batch_tokens // rows.model_inputs.length)
     estimate: ImportanceEstimate | None = None
-    batches = _batches(rows.sets, batch_size, rows.model_inputs.pad_id, seed)
-    for step in estimate_importance(model, batches, measures[kind], tokens):
+    is_packed = not isinstance(model, CausalModel) or not find_model_leak(model, rows.model_inputs.length)
+    batches = _batches(rows.sets, batch_size, rows.model_inputs.pad_id, seed, packed=is_packed)
+    steps = (
+        estimate_activation_importance(model, block_layers(model.pretrained), batches, tokens)
+        if kind == "activation"
+        else estimate_importance(model, batches, measures[kind], tokens)
+    )
+    for step in steps:
         if isinstance(step, ImportanceEstimate):
             estimate = step
         else:
@@ -258,21 +269,26 @@ def _estimate(
     return estimate, "label" if opened.task.is_classifier else "token"
 
 
-def _batches(sets: Sequence[Rows], batch_size: int, pad: int, seed: int) -> Iterator[Batch]:
-    """The rows of all files, each once, in seeded order; a batch holds rows of one layout."""
+def _batches(sets: Sequence[Rows], batch_size: int, pad: int, seed: int, *, packed: bool) -> Iterator[Batch]:
+    """The rows of all files, each once, in seeded order; a batch holds rows of one layout.
+
+    Unless they are `packed`, a batch holds the documents of rows.
+    """
     offsets = np.cumsum([0, *(len(rows) for rows in sets)])
     order = permute_indices(np.arange(offsets[-1]), int(offsets[-1]), derive_key(seed, 0x1397))
     pending: dict[str, list[Row]] = {}
     for position, number in enumerate(order.tolist()):
         k = int(np.searchsorted(offsets, number, side="right")) - 1
         row = sets[k].get_row(number - int(offsets[k]), position)
-        if not row.label_count:
-            continue
-        group = pending.setdefault(sets[k].layout, [])
-        group.append(row)
-        if len(group) == batch_size:
-            yield collate(group, [0] * len(group), pad_token_id=pad)
-            group.clear()
+        is_whole = packed or sets[k].layout not in PACKED_LAYOUTS
+        for each in [row] if is_whole else [document.row for document in split_documents(row)]:
+            if not each.label_count:
+                continue
+            group = pending.setdefault(sets[k].layout, [])
+            group.append(each)
+            if len(group) == batch_size:
+                yield collate(group, [0] * len(group), pad_token_id=pad)
+                group.clear()
     for group in pending.values():
         if group:
             yield collate(group, [0] * len(group), pad_token_id=pad)

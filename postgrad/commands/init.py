@@ -10,16 +10,21 @@ from pathlib import Path
 
 import yaml
 
+from postgrad.analysis.shift_advice import usual_peak_rate
 from postgrad.commands.results import Result
+from postgrad.config.stage import OptimizerConfig
 from postgrad.config.stage_file import parse_recorded_stage
 from postgrad.data.read.documents import read_documents
 from postgrad.data.read.files import RawSource as Files
 from postgrad.data.tokens.tokenize import build_store
 from postgrad.errors import StageError
 from postgrad.lineage.record import RECORD, read_record
+from postgrad.models.auto_classes import load_config
+from postgrad.models.families import count_weights
 from postgrad.models.location import ModelLocation, locate_model
 from postgrad.models.model_sizes import load_model_sizes
 from postgrad.models.pretrained import load_tokenizer
+from postgrad.optim.lr_schedules import shortest_warmup
 from postgrad.plan.model_inputs import make_encoder, unknown_notes
 from postgrad.storage.atomic import write_atomically
 from postgrad.storage.cache_folder import cache_folder
@@ -43,7 +48,7 @@ data:
   kind: rewarm                  # warm up, then cosine to the floor; others: infinite, wsd, from-floor, constant
   peak: {peak}                 # {rate}
   floor: {floor}
-  warmup: 1%
+  warmup: {warmup}
 batch:
   global_batch_size: {sequences}                 # rows in a step: {step_tokens} tokens
 evaluation: {{every: 10%}}        # the held-out part of each source is scored before, during and after{retained}
@@ -96,7 +101,7 @@ def write_stage(
         passages = dataclasses.replace(files, documents="passages")
         finer = build_store(passages, encoder, cache)
         if len(finer) > len(store):
-            files, store, unit = passages, finer, ", documents: passages"
+            files, store, unit = passages, finer, ", document_unit: passages"
     samples = [
         " ".join((document.text or str(list((document.ids or [])[:20]))).split())[:100]
         for document in islice(read_documents(files), 3)
@@ -135,6 +140,7 @@ def write_stage(
         floor=floor,
         rate=rate,
         sequences=sequences,
+        warmup=_suggested_warmup(tokens, sequences * length),
         step_tokens=f"{sequences * length:,}",
         retained="" if replay else "\n  # retained: [old-heldout.jsonl]   # old text, to measure forgetting",
     )
@@ -154,7 +160,17 @@ def _suggested_rates(start: ModelLocation, model: str) -> tuple[str, str, str]:
         if curve and parse_recorded_stage(record.stage, record.name).tuning.kind == "full":
             peak, floor = (f"{rate:.1e}".replace("e-0", "e-") for rate in (max(curve), max(curve) / 10))
             return peak, floor, f"that of {model}; {comment}"
-    return "2.0e-5", "2.0e-6", comment
+    weights = count_weights(load_config(start.name_or_path))
+    rate = usual_peak_rate(weights)
+    peak, floor = (f"{each:.1e}".replace("e-0", "e-") for each in (rate, rate / 10))
+    return peak, floor, f"for {weights:,} weights (docs/schedules.md); {comment}"
+
+
+def _suggested_warmup(tokens: int, step_tokens: int) -> str:
+    """1 % of the steps, or the fewest that are a warm-up."""
+    steps = max(1, tokens // step_tokens)
+    shortest = shortest_warmup(steps, OptimizerConfig().betas[1])
+    return "1%" if steps >= 100 * shortest else f"{shortest} steps"
 
 
 def check_name(stage_path: Path) -> None:

@@ -17,7 +17,7 @@ from string import Template
 from typing import NamedTuple
 
 from postgrad.analysis import domain_shift
-from postgrad.analysis.shift_advice import make_proposals, shift_strength
+from postgrad.analysis.shift_advice import LARGE_RATE, make_proposals, shift_strength, usual_peak_rate
 from postgrad.commands.builtin_corpus import ROW_GENERATORS, write_rows, write_texts
 from postgrad.commands.init import check_name
 from postgrad.commands.results import Result
@@ -26,6 +26,9 @@ from postgrad.data.read.documents import read_documents
 from postgrad.data.read.files import RawSource
 from postgrad.data.read.train_test_split import split_rows
 from postgrad.errors import DataError, StageError, suggest_nearest
+from postgrad.models.auto_classes import load_config
+from postgrad.models.families import count_weights
+from postgrad.models.location import locate_model
 from postgrad.storage.atomic import write_atomically
 
 Notify = Callable[[str], None]
@@ -285,7 +288,7 @@ def _common_values(stage_path: Path, kind: str, request: TemplateRequest, folder
     spec = TEMPLATE_KINDS[kind]
     is_builtin = request.data is None
     own_model = spec.base is not None and request.model is None
-    peak, floor = spec.demo_rates if own_model or spec.base is None else spec.user_rates
+    peak, floor = _suggested_rates(spec, None if own_model else request.model)
     rows = f"{folder}/{spec.rows}" if spec.rows else ""
     data = request.data or (f"{rows}.train.jsonl" if rows and kind != "mixed" else f"{folder}/new.jsonl")
     if kind == "from-scratch" and is_builtin:
@@ -326,9 +329,25 @@ def _common_values(stage_path: Path, kind: str, request: TemplateRequest, folder
         "replay_share": "10%",
         "why": "old text, against forgetting",
         "rate": "1e-6 is usual for all weights of a large model"
-        if peak.startswith("1.0e-6")
+        if peak == spec.user_rates[0]
         else "a small model: 1e-6 for a large one",
     }
+
+
+def _suggested_rates(spec: TemplateKind, model: str | None) -> tuple[str, str]:
+    """Peak and floor: those of the built-in small model, or for the user's `model` by its size.
+
+    The rates of decoders are those of a billion weights; smaller ones take more, at most what a very small one does.
+    """
+    if spec.base is None or model is None:
+        return spec.demo_rates
+    if spec.base != "decoder" or not Path(model).exists():
+        return spec.user_rates
+    weights = count_weights(load_config(locate_model(model, Path.cwd()).name_or_path))
+    factor = usual_peak_rate(weights) / LARGE_RATE
+    pairs = zip(spec.user_rates, spec.demo_rates, strict=True)
+    peak, floor = (f"{min(float(usual) * factor, float(most)):.1e}".replace("e-0", "e-") for usual, most in pairs)
+    return peak, floor
 
 
 def _sets_yaml(sets: Mapping[str, Sequence[str]]) -> str:

@@ -26,7 +26,7 @@ from postgrad.data.tokens.source_files import read_all_labels
 from postgrad.data.tokens.store import TokenStore
 from postgrad.data.tokens.tokenize import build_store
 from postgrad.errors import DataError, ModelError, StageError, require_choice
-from postgrad.evaluation.classification_metrics import compare_metrics, compute_metrics, main_metric
+from postgrad.evaluation.classification_metrics import MetricEstimate, compare_metrics, compute_metrics, main_metric
 from postgrad.evaluation.held_out import HeldOutRows
 from postgrad.evaluation.layer_features import ComputeStates, layer_features
 from postgrad.evaluation.linear_probe import (
@@ -456,7 +456,7 @@ def _score_views(
     views = []
     for probe in probes:
         predictions_I, labels_I, item_I = metric_inputs(probe, test)
-        changes: dict[str, dict[str, float]] = {}
+        changes: dict[str, MetricEstimate] = {}
         if last is not None and probe is not last:
             before_I = metric_inputs(last, test)[0]
             changes = compare_metrics(problem, before_I, predictions_I, labels_I, item_I, names)
@@ -489,5 +489,5 @@ def _score_guess(
     return _intervals(compute_metrics(problem, *metric_inputs(answer, test), names))
 
 
-def _intervals(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, Interval]:
+def _intervals(metrics: Mapping[str, MetricEstimate]) -> dict[str, Interval]:
     return {name: Interval(**entry) for name, entry in metrics.items()}

@@ -20,13 +20,13 @@ from postgrad.reports.html.document import (
 from postgrad.reports.html.notation import (
     ABSENT,
     escape_html,
-    finite,
     format_count,
     format_fixed,
     format_percent,
     format_signed,
 )
-from postgrad.reports.html.table import Cell, Column, Number, Table, change_cell, text_cell, value_cell
+from postgrad.reports.html.table import Cell, Column, Number, Table, change_cell, interval_parts, text_cell, value_cell
+from postgrad.reports.sections.curves import drawn_ends
 
 if TYPE_CHECKING:
     from postgrad.commands.probe import LayerProbe, LayerView
@@ -75,10 +75,7 @@ def _view_row(
 def _ends_cell(entry: Interval | None, *, signs: bool = False) -> Cell:
     """The ends of an interval."""
     write = format_signed if signs else format_fixed
-    low, high = (finite(entry.low), finite(entry.high)) if entry else (None, None)
-    if low is None or high is None:
-        return Cell((Number(ABSENT, None),))
-    return Cell((Number(write(low), low), " to ", Number(write(high), high)))
+    return Cell((Number(ABSENT, None),) if entry is None else interval_parts(entry, write))
 
 
 def probe_page(result: LayerProbe) -> str:
@@ -170,7 +167,7 @@ def _view_series(name: str, main: str, views: Sequence[LayerView], positions: Se
     return Series(
         name,
         [(x, entry.value) for x, entry in entries],
-        band=[(x, entry.low, entry.high) for x, entry in entries],
+        band=[(x, *drawn_ends(entry)) for x, entry in entries],
         has_markers=True,
         colour=colour,
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from postgrad.errors import InterruptError
-from postgrad.lineage.record import Interval, RecordPart
+from postgrad.lineage.record import ClassRecord, Interval, RecordPart, UnknownTokens
 
 if TYPE_CHECKING:
     from postgrad.evaluation.perplexity import Scores
@@ -67,9 +67,9 @@ class PseudoPerplexity(Result):
 
     nats: float
     """Loss in nats per masked token."""
-    low: float
-    """Lower end of the 95 % interval of `nats`."""
-    high: float
+    low: float | None
+    """Lower end of the 95 % interval of `nats`; None for a single document, which has none."""
+    high: float | None
     """Upper end of the 95 % interval of `nats`."""
     perplexity: float
     tokens: int
@@ -85,9 +85,9 @@ class TextScore(Result):
 
     nats: float
     """Loss in nats per token (of a classifier: per label)."""
-    low: float
-    """Lower end of the 95 % interval of `nats`, over resampled documents."""
-    high: float
+    low: float | None
+    """Lower end of the 95 % interval of `nats`, over resampled documents; None for a single one."""
+    high: float | None
     """Upper end of the 95 % interval of `nats`."""
     perplexity: float
     """exp(nats)."""
@@ -99,6 +99,12 @@ class TextScore(Result):
     documents: int
     metrics: Mapping[str, Interval] = field(default_factory=dict)
     """Of a classifier: each metric with its 95 % interval."""
+    classes: tuple[ClassRecord, ...] = ()
+    """Of a classifier: precision, recall, F1 and support of each class."""
+    confusion: tuple[tuple[int, ...], ...] = ()
+    """Of a classifier of up to 50 classes: how often each class (row) is taken for each class (column)."""
+    unknown: UnknownTokens | None = None
+    """Tokens of text that the vocabulary lacks, which no other figure counts; None where there are none."""
     pseudo_perplexity: PseudoPerplexity | None = None
     """Of a masked language model, where it was requested."""
 
@@ -107,8 +113,12 @@ def summarize_scores(scores: Scores, pseudo: Scores | None = None) -> TextScore:
     """The typed summary of a model's scores on a text."""
     summary = scores.summary()
     metrics = {name: Interval(**entry) for name, entry in summary.pop("metrics", {}).items()}
+    classes = tuple(ClassRecord(**entry) for entry in summary.pop("classes", ()))
+    unknown = UnknownTokens(**found) if (found := summary.pop("unknown", None)) else None
     return TextScore(
         **summary,
+        unknown=unknown,
         metrics=metrics,
+        classes=classes,
         pseudo_perplexity=None if pseudo is None else PseudoPerplexity(**pseudo.summary()),
     )

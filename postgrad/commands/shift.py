@@ -20,6 +20,8 @@ from postgrad.data.read.files import RawSource as Files
 from postgrad.errors import DataError
 from postgrad.evaluation.perplexity import Scores
 from postgrad.hardware import machine
+from postgrad.models.auto_classes import load_config
+from postgrad.models.families import count_weights
 from postgrad.models.location import locate_model
 from postgrad.models.pretrained import load_tokenizer
 from postgrad.stats.bootstrap import ratio_interval
@@ -126,7 +128,8 @@ def measure_shift(
         )
         for text in texts
     ]
-    strength = shift_strength(distances["byte trigrams"].value, distances["byte trigrams"].same or 0.0)
+    trigrams, (old_bits, new_bits) = distances["byte trigrams"], (each.value for each in bits)
+    strength = shift_strength(trigrams.value, trigrams.same or 0.0, new_bits / old_bits if old_bits > 0 else None)
     tokens = round(sum(len(d.encode()) for d in texts[1].documents) / fertilities[1].bytes_per_token)
     proposals = make_proposals(
         strength,
@@ -134,6 +137,7 @@ def measure_shift(
         old_bytes_per_token=fertilities[0].bytes_per_token,
         new_bytes_per_token=fertilities[1].bytes_per_token,
         unknown=fertilities[1].unknown - fertilities[0].unknown,
+        parameters=count_weights(load_config(start.name_or_path)),
     )
     old_summary, new_summary = (
         CorpusSummary(tuple(text.files), len(text.passages.texts), fertility, own_bits, count)
@@ -185,7 +189,7 @@ def _interleave_documents(where: str, paths: Sequence[str]) -> Iterator[str]:
 
 
 def _bits_per_byte(scores: Sequence[Scores]) -> ShiftEstimate:
-    """Bits per byte of all sets together, with its interval over documents (or windows, when those are few)."""
+    """Bits per byte of all sets together, with its interval over documents."""
     if not scores:
         raise DataError("no text to score", where="shift")
     nats = np.concatenate([np.bincount(s.document_W, s.nats_W, len(s.bytes_N)) for s in scores]) / np.log(2)
@@ -197,6 +201,8 @@ def _bits_per_byte(scores: Sequence[Scores]) -> ShiftEstimate:
 def _difference(old: ShiftEstimate, new: ShiftEstimate) -> ShiftEstimate:
     """New minus old; the two are independent, so the half-widths add in quadrature."""
     value = new.value - old.value
+    if old.low is None or old.high is None or new.low is None or new.high is None:
+        return ShiftEstimate(value, None, None)
     low = value - float(np.hypot(new.value - new.low, old.high - old.value))
     high = value + float(np.hypot(new.high - new.value, old.value - old.low))
     return ShiftEstimate(value, low, high)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from postgrad.reports.html.charts import ForestRow, LimitLine, forest_plot
 from postgrad.reports.html.document import facts, figure, intro_paragraph, render_page, side_by_side
-from postgrad.reports.html.notation import escape_html, format_percent, format_signed
+from postgrad.reports.html.notation import escape_html, format_interval, format_percent
 from postgrad.reports.html.table import Cell, Column, Table, text_cell, value_cell
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ _MEASURES = {
 _LEADS = {
     "none": "The two texts are of one kind.",
     "weak": "The shift is <b>weak</b>: the new text resembles text that the model was trained on.",
-    "strong": "The shift is <b>strong</b>: another language, code, or no natural language.",
+    "strong": "The shift is <b>strong</b>: another language, code or no natural language, or text that the model hardly knows.",
 }
 
 
@@ -37,8 +37,7 @@ def shift_page(result: MeasuredShift) -> str:
     value = surprise.value
     lead = (
         f'<p class="lead">{_LEADS[result.strength]} The model needs {abs(value):.3f} bits {"fewer" if value < 0 else "more"}'
-        f" per byte of the new text than of the old (new minus old {format_signed(surprise.low)} to"
-        f" {format_signed(surprise.high)}).</p>"
+        f" per byte of the new text than of the old (new minus old {format_interval(surprise.low, surprise.high)}).</p>"
     )
     return render_page("Shift", "shift", result.model, lead, sections)
 

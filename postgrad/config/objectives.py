@@ -7,7 +7,17 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from postgrad.config.quantities import ConfigModel, Count, Length, Method, Positive, Share, Width, reject_bool
+from postgrad.config.quantities import (
+    ConfigModel,
+    Count,
+    Length,
+    Method,
+    Positive,
+    Share,
+    Width,
+    omit_unset,
+    reject_bool,
+)
 from postgrad.data.read.row_kinds import RUNNING_TEXT_KINDS
 from postgrad.models.task import Task
 
@@ -37,7 +47,37 @@ class RowObjectiveConfig(ObjectiveConfig):
     """`module:function` that makes the rows."""
 
 
-class NextTokenObjective(RowObjectiveConfig):
+class EntropyTokenWeights(Method):
+    """Weigh each token by the entropy of the model's prediction (EAFT, Diao et al. 2026): confident ones change little."""
+
+    implementation: ClassVar[str] = "postgrad.objectives.token_weights:EntropyWeights"
+    kind: Literal["entropy"]
+    top_k: Annotated[int, Field(ge=2), BeforeValidator(reject_bool)] = 20
+    """Number of the likeliest tokens whose entropy counts."""
+    exponent: Annotated[float, Field(ge=0), BeforeValidator(reject_bool)] = 1.0
+    """Power of the normalised entropy; 0: all tokens count the same."""
+
+
+class ProbabilityTokenWeights(Method):
+    """Weigh each token by the model's probability of its label (DFT, Wu et al. 2025): unlikely labels change little."""
+
+    implementation: ClassVar[str] = "postgrad.objectives.token_weights:ProbabilityWeights"
+    kind: Literal["probability"]
+    exponent: Annotated[float, Field(ge=0), BeforeValidator(reject_bool)] = 1.0
+    """Power of the probability; 0: all tokens count the same."""
+
+
+AnyTokenWeights = Annotated[EntropyTokenWeights | ProbabilityTokenWeights, Field(discriminator="kind")]
+
+
+class TokenObjectiveConfig(RowObjectiveConfig):
+    """What the objectives have whose loss is the cross-entropy of tokens."""
+
+    token_weights: Annotated[AnyTokenWeights | None, omit_unset] = None
+    """Factors of single tokens' losses, from the model's own predictions. Default: every token counts the same."""
+
+
+class NextTokenObjective(TokenObjectiveConfig):
     """Next-token prediction on running text or on the answers of examples."""
 
     task: ClassVar[Task] = Task.CAUSAL
@@ -51,7 +91,7 @@ class NextTokenObjective(RowObjectiveConfig):
     """How to fit an example longer than a row: cut its context, cut its end, or drop it; the losses are counted."""
 
 
-class PrefixLMObjective(RowObjectiveConfig):
+class PrefixLMObjective(TokenObjectiveConfig):
     """Prefix language modelling (Raffel et al. 2020): a decoder with bidirectional attention over a prefix predicts the rest.
 
     The prefix is the prompt of an example, whose last answer is predicted; of running text it ends at a random position.
@@ -64,7 +104,7 @@ class PrefixLMObjective(RowObjectiveConfig):
     """How to fit an example longer than a row: cut its context, cut its end, or drop it; the losses are counted."""
 
 
-class MaskedObjective(RowObjectiveConfig):
+class MaskedObjective(TokenObjectiveConfig):
     """Masked language modelling for encoders (Devlin et al. 2019): of the selected tokens 80 % are masked, 10 % replaced."""
 
     task: ClassVar[Task] = Task.MASKED
@@ -77,7 +117,7 @@ class MaskedObjective(RowObjectiveConfig):
     """Select whole words instead of single tokens."""
 
 
-class SpanCorruptionObjective(RowObjectiveConfig):
+class SpanCorruptionObjective(TokenObjectiveConfig):
     """Span corruption for encoder-decoders (Raffel et al. 2020): the decoder predicts spans removed from the input."""
 
     task: ClassVar[Task] = Task.TEXT_TO_TEXT
@@ -90,7 +130,7 @@ class SpanCorruptionObjective(RowObjectiveConfig):
     """Mean length of a span, in tokens."""
 
 
-class TextToTextObjective(RowObjectiveConfig):
+class TextToTextObjective(TokenObjectiveConfig):
     """Text to text for encoder-decoders: the encoder reads the source, the decoder predicts the target."""
 
     task: ClassVar[Task] = Task.TEXT_TO_TEXT
@@ -272,11 +312,15 @@ class DistillObjective(ObjectiveConfig):
     """Softmax temperature of both distributions; the divergence is multiplied by its square."""
     cache: AnyCache = "none"
     """none: run the teacher at every step; otherwise once before the training, over all rows of the stage."""
+    vocabulary: Annotated[Literal["without-labels"] | None, omit_unset] = None
+    """without-labels: remove each token's label from both distributions, so that distillation does not resist what is learnt
+    (TMKL, Xu et al. 2026). Default: the whole vocabulary."""
 
     @model_validator(mode="after")
     def _check_cache(self) -> DistillObjective:
-        if self.cache != "none" and self.direction == "reverse":
-            raise ValueError("`direction: reverse` needs the teacher's whole distribution: it requires `cache: none`")
+        for key, value in {"direction": "reverse", "vocabulary": "without-labels"}.items():
+            if self.cache != "none" and getattr(self, key) == value:
+                raise ValueError(f"`{key}: {value}` needs the teacher's whole distribution: it requires `cache: none`")
         return self
 
 

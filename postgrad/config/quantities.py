@@ -160,6 +160,10 @@ class ConfigModel(BaseModel):
         return value
 
 
+omit_unset = Field(exclude_if=lambda value: value is None)
+"""Annotates a key that came after fingerprints were recorded: unset, it is in no dump, so earlier fingerprints still hold."""
+
+
 class Method(ConfigModel):
     """A member of a union of methods, which names the function that makes it.
 

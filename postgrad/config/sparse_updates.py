@@ -14,6 +14,8 @@ PositiveShare = Annotated[Share, Field(gt=0)]
 class SparseUpdate(Method):
     """What all sparse updates have."""
 
+    fingerprint_function: ClassVar[str | None] = None
+    """`module:function` that fingerprints the files of the update, which must not change before a resume."""
     selection: ClassVar[str]
     """What is updated, in words."""
 
@@ -38,7 +40,20 @@ class MagnitudeUpdate(SparseUpdate):
     """Updated share of the rows of each layer; published: 30 %."""
 
 
-AnyUpdate = Annotated[MomentumUpdate | MagnitudeUpdate, Field(discriminator="kind")]
+class SourceShieldedUpdate(SparseUpdate):
+    """SSU: of each linear layer the columns (inputs) that matter most for old text keep their values; all else whole."""
+
+    implementation: ClassVar[str] = "postgrad.run.update_masks:make_ssu"
+    fingerprint_function: ClassVar[str | None] = "postgrad.run.update_masks:ssu_fingerprints"
+    selection: ClassVar[str] = "the columns with the least importance"
+    kind: Literal["ssu"]
+    importance: str
+    """A file written by the verb `importance` on old text, with `--kind activation` as published, or another kind."""
+    share: PositiveShare = 0.5
+    """Updated share of the columns of each layer; published: 50 %."""
+
+
+AnyUpdate = Annotated[MomentumUpdate | MagnitudeUpdate | SourceShieldedUpdate, Field(discriminator="kind")]
 
 
 class LossAdaptive(ConfigModel):

@@ -16,9 +16,7 @@ from pydantic import (
     BeforeValidator,
     Discriminator,
     Field,
-    SerializerFunctionWrapHandler,
     Tag,
-    model_serializer,
     model_validator,
 )
 
@@ -43,15 +41,17 @@ from postgrad.config.quantities import (
     Share,
     TokenCount,
     TokenCountOrZero,
+    omit_unset,
     reject_bool,
 )
 from postgrad.config.renamed_keys import with_fingerprint_names
 from postgrad.config.row_format import TemplatedRowFormat
 from postgrad.config.schedules import AnySchedule
-from postgrad.config.sparse_updates import AnyUpdate, LossAdaptive
+from postgrad.config.sparse_updates import AnyUpdate, LossAdaptive, MomentumUpdate
 from postgrad.config.tasks import TaskConfig
 from postgrad.config.tunings import AnyTuning, FullTuning
 from postgrad.errors import suggest_nearest_or_all
+from postgrad.foreign_text import mask_secrets
 from postgrad.storage.fingerprint import fingerprint
 
 
@@ -124,9 +124,9 @@ class DataConfig(ConfigModel):
     """The sources and their shares."""
     sequence_length: Annotated[int, Field(ge=2, le=MAX_ROW), BeforeValidator(reject_bool)] = 1024
     """Tokens in a row."""
-    packing: Literal["auto"] | bool = "auto"
-    """Whether documents share a row in the model. auto: where a probe shows that they do not see each other; false: each
-    document, or what of it is in a row, is a row of its own, and rows of similar length are padded together."""
+    packing: Annotated[bool | None, omit_unset] = None
+    """Whether documents share a row in the model; if not, each document, or what of it is in a row, is a row of its own, and
+    rows of similar length are padded together. Default: where a probe shows that packed documents do not see each other."""
     mixing: AnyMixing | None = None
     """How several sources without a `share` divide the remainder."""
     curriculum: list[CurriculumPhase] = []
@@ -159,14 +159,6 @@ class DataConfig(ConfigModel):
                     )
         return self
 
-    @model_serializer(mode="wrap")
-    def _omit_unset_packing(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Fingerprints of stages from before this key stay the same."""
-        dumped = serialize(self)
-        if dumped.get("packing") == "auto":
-            dumped.pop("packing")
-        return dumped
-
 
 class BatchConfig(ConfigModel):
     """The batch of a step."""
@@ -178,11 +170,14 @@ class BatchConfig(ConfigModel):
 
 
 class OptimizerConfig(ConfigModel):
-    """AdamW with weight decay on matrices, not on vectors and embeddings."""
+    """The optimizer, with weight decay on matrices, not on vectors and embeddings."""
 
-    kind: Literal["adamw"] = "adamw"
+    kind: Literal["adamw", "muon"] = "adamw"
+    """adamw, or Muon for the matrices of the blocks and AdamW for all else, at the same rates (Liu et al. 2025)."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)
-    """Decay rates of the two moments."""
+    """Decay rates of AdamW's two moments."""
+    momentum: Annotated[Beta | None, omit_unset] = None
+    """Decay rate of Muon's momentum. Default: 0.95."""
     eps: Annotated[float, Field(gt=0), BeforeValidator(reject_bool)] = 1e-8
     """Added to the square root of the second moment."""
     weight_decay: Annotated[float, Field(ge=0), BeforeValidator(reject_bool)] = 0.1
@@ -201,6 +196,16 @@ class OptimizerConfig(ConfigModel):
     loss_adaptive: LossAdaptive | None = None
     """Lower the learning rate where the loss is high. Default: the schedule's rate."""
 
+    @model_validator(mode="after")
+    def _check_kind(self) -> OptimizerConfig:
+        if self.kind == "adamw" and self.momentum is not None:
+            raise ValueError("`momentum` is Muon's; AdamW has `betas`")
+        if self.kind == "muon" and self.moments == "keep-second":
+            raise ValueError("Muon has no second moment: `moments` is reset or keep")
+        if self.kind == "muon" and isinstance(self.sparse_update, MomentumUpdate):
+            raise ValueError("`sparse_update: mofo` selects by AdamW's momentum; Muon combines with migu and ssu")
+        return self
+
 
 class HeldOutFile(TemplatedRowFormat):
     """Held-out text, or held-out rows of a task."""
@@ -209,25 +214,17 @@ class HeldOutFile(TemplatedRowFormat):
     """Name of the set."""
     path: str
     """A file, a folder or a glob."""
-    split: str | None = None
+    split: Annotated[str | None, omit_unset] = None
     """Split of a folder that has splits. Default: `test`, else `validation`."""
     same_format_as: str | None = None
     """A source of this stage with the same row kind, columns and templates. Default: the only source of its role whose kind is
     set."""
 
-    @model_serializer(mode="wrap")
-    def _omit_unset_split(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Fingerprints of stages from before this key stay the same."""
-        dumped = serialize(self)
-        if dumped.get("split") is None:
-            dumped.pop("split", None)
-        return dumped
-
 
 def expand_held_out_file(value: Any) -> Any:
     if isinstance(value, str):
         stem = re.sub(r"(\.(txt|md|jsonl|ndjson|json|csv|tsv|parquet|arrow|gz|zst))+$", "", Path(value).name)
-        name = re.sub(r"[^\w.\-]+", "-", stem)[:100]
+        name = re.sub(r"[^\w.\-]+", "-", mask_secrets(stem))[:100]
         return {"name": name if re.search(r"\w", name) else "held-out", "path": value}
     return value
 
@@ -404,7 +401,7 @@ class Stage(ConfigModel):
     """Penalties that pull the weights to a reference."""
     tuning: AnyTuning = FullTuning(kind="full")
     """Which weights are trained."""
-    experts: ExpertsConfig | None = None
+    experts: Annotated[ExpertsConfig | None, omit_unset] = None
     """Routers and balancing loss of a mixture of experts. Default: as the model's configuration asks."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """What is evaluated."""
@@ -452,14 +449,6 @@ class Stage(ConfigModel):
         if self.new_tokens is not None and all(s.role == "replay" for s in self.data.sources):
             raise ValueError("`new_tokens` needs a source with role: new")
         return self
-
-    @model_serializer(mode="wrap")
-    def _omit_unset_experts(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Fingerprints of stages from before this key stay the same."""
-        dumped = serialize(self)
-        if dumped.get("experts") is None:
-            dumped.pop("experts", None)
-        return dumped
 
     def resolve_shares(self, examples: Mapping[str, int] = MappingProxyType({})) -> tuple[float, ...]:
         """The share of each source, those that were left out filled in; with `data.mixing` by the `examples` of each."""

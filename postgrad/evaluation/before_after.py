@@ -9,15 +9,17 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from postgrad.data.problem_type import ProblemType
 from postgrad.distributed.world import World
 from postgrad.errors import DataError
+from postgrad.evaluation.classification_metrics import chance_corrected_metric, compare_metrics
 from postgrad.evaluation.held_out import HeldOutSet
 from postgrad.evaluation.perplexity import Scores, score_held_out
 from postgrad.lineage.metrics import EvaluationRow, SetRow
-from postgrad.lineage.record import BeforeAfter, SetChange, SetScore
+from postgrad.lineage.record import BeforeAfter, Difference, SetChange, SetScore
 from postgrad.lineage.record import ScoresRecord as RecordScores
 from postgrad.models.model import Model
-from postgrad.stats.forgetting import LossChange, paired_change
+from postgrad.stats.forgetting import LossChange, paired_change, score_verdict
 from postgrad.storage.array_files import read_arrays, write_arrays
 from postgrad.storage.fingerprint import fingerprint
 
@@ -109,24 +111,44 @@ def loss_change(before: Scores, after: Scores, vocabulary: int) -> LossChange:
     )
 
 
+def chance_corrected_change(before: Scores, after: Scores) -> tuple[str | None, Difference | None]:
+    """A classifier's chance-corrected metric and its change with a verdict; None for anything else.
+
+    The loss falls, and accuracy rises, when a classifier only learns which class is frequent.
+    """
+    if not len(after.predictions_I) or len(before.predictions_I) != len(after.predictions_I):
+        return None, None
+    problem, names = ProblemType(after.problem), after.names.tolist()
+    metric = chance_corrected_metric(problem, names)
+    sides = before.predictions_I, after.predictions_I
+    change = compare_metrics(problem, *sides, after.labels_I, after.document_I, names)[metric]
+    low, high = change["low"], change["high"]
+    return metric, Difference(
+        difference=change["value"], low=low, high=high, verdict=score_verdict(low, high, scale=1.0)
+    )
+
+
 def loss_changes(
     sets: Sequence[ScoredSet], before: AllScores, after: AllScores, vocabulary: int
 ) -> dict[str, SetChange]:
     """The change of every set that both models were scored on."""
     return {
-        h.name: _set_change(h.role, loss_change(before[h.name], after[h.name], vocabulary))
+        h.name: _set_change(h.role, before[h.name], after[h.name], vocabulary)
         for h in sets
         if h.name in before and h.name in after
     }
 
 
-def _set_change(role: str, change: LossChange) -> SetChange:
+def _set_change(role: str, before: Scores, after: Scores, vocabulary: int) -> SetChange:
+    change, (metric, metric_change) = loss_change(before, after, vocabulary), chance_corrected_change(before, after)
     return SetChange(
         role=role,
         difference=change.difference,
         low=change.low,
         high=change.high,
-        verdict=change.verdict,
+        verdict=metric_change.verdict if metric_change else change.verdict,
+        metric=metric,
+        metric_change=metric_change,
         relative_difference=change.relative,
         relative_high=change.relative_high,
         share_of_range=change.share_of_range,

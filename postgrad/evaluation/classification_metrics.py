@@ -11,18 +11,29 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypedDict
 
 import numpy as np
 from scipy import stats
 from scipy.sparse import csr_array, hstack
 
 from postgrad.data.problem_type import ProblemType
-from postgrad.stats.bootstrap import percentile_interval, resample_counts, resample_sums
+from postgrad.stats.bootstrap import percentile_interval, resample_counts, resample_sums, undefined_draws
 
 CountMetric = Callable[[np.ndarray], np.ndarray]
 """A metric of each draw, of shape (S,), from counts of shape (S, 3, C): how often each class is right, actual, predicted."""
 ItemMetric = Callable[[np.ndarray, np.ndarray], float]
 """A metric of `(labels, predictions)`."""
+
+
+class MetricEstimate(TypedDict):
+    """A metric, or its change, with its 95 % interval over documents."""
+
+    value: float
+    low: float | None
+    high: float | None
+
 
 _TAG = re.compile(r"O|[BIES]-.+")
 _SPAN_STARTS = ("B-", "I-", "S-")
@@ -72,8 +83,8 @@ def _spearman(labels_I: np.ndarray, predictions_I: np.ndarray) -> float:
 
 COUNT_METRICS: dict[ProblemType, dict[str, CountMetric]] = {
     ProblemType.CLASS: {"accuracy": _accuracy, "macro F1": _macro_f1, "MCC": _mcc},
-    ProblemType.TAGS: {"accuracy": _accuracy, "macro F1": _macro_f1},
-    ProblemType.MULTI_LABEL: {"accuracy": _accuracy, "F1": _positive_f1},
+    ProblemType.TAGS: {"accuracy": _accuracy, "macro F1": _macro_f1, "MCC": _mcc},
+    ProblemType.MULTI_LABEL: {"accuracy": _accuracy, "F1": _positive_f1, "MCC": _mcc},
 }
 """With several labels at once every pair of example and class is one decision (micro-averaged)."""
 REGRESSION_METRICS: dict[str, ItemMetric] = {"MSE": _mse, "Pearson": _pearson, "Spearman": _spearman}
@@ -95,20 +106,30 @@ def main_metric(problem: ProblemType, names: Sequence[str]) -> tuple[str, int]:
     return {ProblemType.MULTI_LABEL: ("F1", 1), ProblemType.NUMBER: ("MSE", -1)}.get(problem, ("accuracy", 1))
 
 
+def chance_corrected_metric(problem: ProblemType, names: Sequence[str] = ()) -> str:
+    """The metric that verdicts are of: 0 for a model that answers everything alike, whatever share of it is right.
+
+    Accuracy and the loss reward the answer that is most often right; MCC, the F1 of spans and a correlation do not.
+    """
+    if problem == ProblemType.NUMBER:
+        return "Pearson"
+    return "span F1" if problem == ProblemType.TAGS and is_span_tagging(names) else "MCC"
+
+
 def compute_metrics(
     problem: ProblemType,
     predictions_I: np.ndarray,
     labels_I: np.ndarray,
     document_I: np.ndarray,
     names: Sequence[str] = (),
-) -> dict[str, dict[str, float]]:
+) -> dict[str, MetricEstimate]:
     """Each metric's value with its 95 % interval over documents.
 
     With the `names` of the classes, tags that mark spans (`B-x I-x O`, also with `E-` and `S-`) have the metrics of spans too.
     """
     values = metric_values(problem, predictions_I, labels_I, document_I, names)
     samples = _resampled_metrics(problem, predictions_I, labels_I, document_I, names)
-    return {name: _value_with_interval(values[name], samples_S) for name, samples_S in samples.items()}
+    return {name: _value_with_interval(value, samples[name]) for name, value in values.items()}
 
 
 def metric_values(
@@ -132,7 +153,7 @@ def compare_metrics(
     labels_I: np.ndarray,
     document_I: np.ndarray,
     names: Sequence[str] = (),
-) -> dict[str, dict[str, float]]:
+) -> dict[str, MetricEstimate]:
     """How much each metric changes from the predictions `before` to `after`, with its paired interval."""
     sides = (before_I, after_I)
     before, after = (metric_values(problem, side_I, labels_I, document_I, names) for side_I in sides)
@@ -142,7 +163,7 @@ def compare_metrics(
     }
 
 
-def _value_with_interval(value: float, samples_S: np.ndarray) -> dict[str, float]:
+def _value_with_interval(value: float, samples_S: np.ndarray) -> MetricEstimate:
     low, high = percentile_interval(samples_S)
     return {"value": value, "low": low, "high": high}
 
@@ -151,13 +172,68 @@ def _resampled_metrics(
     problem: ProblemType, predictions_I: np.ndarray, labels_I: np.ndarray, document_I: np.ndarray, names: Sequence[str]
 ) -> dict[str, np.ndarray]:
     """Each metric of every draw of documents, of shape (S,)."""
+    if len(np.unique(document_I)) < 2:
+        return dict.fromkeys(metric_names(problem, names), undefined_draws())
     if problem == ProblemType.NUMBER:
         return _resampled_regression(predictions_I, labels_I, document_I)
     counts_NK = _document_counts(problem, predictions_I, labels_I, document_I, names)
     return _metrics_of_sums(problem, resample_sums(counts_NK), names)
 
 
-# --- classes ----------------------------------------------------------------------------------------------------------
+# --- class by class ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ClassScore:
+    """How well one class is told from the others, as scikit-learn's `precision_recall_fscore_support` defines it."""
+
+    name: str
+    precision: float
+    """The share of the predictions of this class that are right; 0 where there are none."""
+    recall: float
+    """The share of the items of this class that are found; 0 where there are none."""
+    f1: float
+    support: int
+    """Items of this class."""
+    predicted: int
+    """Items that are taken for this class."""
+
+
+def class_scores(
+    problem: ProblemType, predictions_I: np.ndarray, labels_I: np.ndarray, names: Sequence[str]
+) -> list[ClassScore]:
+    """Each class by itself, in the order of `names`; empty for numbers."""
+    if problem == ProblemType.NUMBER or not names:
+        return []
+    if problem == ProblemType.MULTI_LABEL:
+        actual_IC, predicted_IC = (side_I.reshape(-1, len(names)) > 0 for side_I in (labels_I, predictions_I))
+        right_C, actual_C, predicted_C = (
+            side_IC.sum(0) for side_IC in (actual_IC & predicted_IC, actual_IC, predicted_IC)
+        )
+    else:
+        counts_CC = confusion_counts(predictions_I, labels_I, len(names))
+        right_C, actual_C, predicted_C = counts_CC.diagonal(), counts_CC.sum(1), counts_CC.sum(0)
+    rows = zip(names, right_C.tolist(), actual_C.tolist(), predicted_C.tolist(), strict=True)
+    return [
+        ClassScore(
+            name=str(name),
+            precision=right / max(predicted, 1),
+            recall=right / max(actual, 1),
+            f1=2 * right / max(actual + predicted, 1),
+            support=actual,
+            predicted=predicted,
+        )
+        for name, right, actual, predicted in rows
+    ]
+
+
+def confusion_counts(predictions_I: np.ndarray, labels_I: np.ndarray, classes: int) -> np.ndarray:
+    """How often each class (row) is taken for each class (column), of shape (C, C)."""
+    pairs_I = labels_I.astype(np.int64) * classes + predictions_I.astype(np.int64)
+    return np.bincount(pairs_I, minlength=classes * classes).reshape(classes, classes)
+
+
+# --- counts of classes ------------------------------------------------------------------------------------------------
 
 
 def _document_counts(

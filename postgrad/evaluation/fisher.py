@@ -33,7 +33,7 @@ from postgrad.models.model import Model, Output
 Loss = Callable[[Output, Batch], tuple[Tensor, Tensor]]
 """An objective: the summed loss of a batch, and each row's part of it."""
 _LOGITS_AT_ONCE = 1 << 24
-_AGREEMENT_CHECKS = 5
+CONVERGENCE_CHECKS = 5
 """Comparisons of the two halves, each at twice the labels of the one before."""
 
 
@@ -134,7 +134,7 @@ def estimate_importance(
     )
     halves = [[torch.zeros_like(p, dtype=torch.float32) for p in weights] for _ in range(2)]
     counts = [0, 0]
-    checks = [max_labels >> (_AGREEMENT_CHECKS - 1 - i) for i in range(_AGREEMENT_CHECKS)]
+    checks = [max_labels >> (CONVERGENCE_CHECKS - 1 - i) for i in range(CONVERGENCE_CHECKS)]
     convergence: list[dict[str, float]] = []
     model.eval()
     with _AllTrainable(weights):
@@ -146,13 +146,13 @@ def estimate_importance(
             seen = sum(counts)
             while checks and seen >= checks[0] and index:
                 checks = [check for check in checks if check > seen]
-                convergence.append({"labels": seen, **_agreement(halves, counts)})
+                convergence.append({"labels": seen, **compare_halves(halves, counts)})
             yield seen
             if seen >= max_labels:
                 break
     seen = sum(counts)
     if counts[1] and (not convergence or convergence[-1]["labels"] < seen):
-        convergence.append({"labels": seen, **_agreement(halves, counts)})
+        convergence.append({"labels": seen, **compare_halves(halves, counts)})
     tensors = {name: (a + b).mul_(measure.scale / max(seen, 1)) for name, a, b in zip(names, *halves, strict=True)}
     numbers = sum(t.numel() for t in tensors.values())
     mean = sum(float(t.double().sum()) for t in tensors.values()) / numbers
@@ -189,7 +189,7 @@ def _accumulate(sums: list[Tensor], weights: Sequence[nn.Parameter], *, squared:
         p.grad = None
 
 
-def _agreement(halves: Sequence[Sequence[Tensor]], counts: Sequence[int]) -> dict[str, float]:
+def compare_halves(halves: Sequence[Sequence[Tensor]], counts: Sequence[int]) -> dict[str, float]:
     """The agreement of two estimates over all weights: their correlation, and `|a - b| / |a + b|`."""
     number = sum(t.numel() for t in halves[0])
     sums = torch.zeros(5, dtype=torch.float64)

@@ -28,8 +28,8 @@ from postgrad.data.problem_type import ProblemType
 from postgrad.data.words import has_unspaced_script, split_spaces, split_words
 from postgrad.errors import MissingExtra
 from postgrad.evaluation.classification_metrics import COUNT_METRICS, correlation, correlation_moments
-from postgrad.stats.bootstrap import percentile_interval, resample_sums
-from postgrad.stats.forgetting import Verdict
+from postgrad.stats.bootstrap import percentile_interval, resample_sums, undefined_draws
+from postgrad.stats.forgetting import Verdict, score_verdict
 
 MetricName = Literal[
     "accuracy",
@@ -130,12 +130,9 @@ def joint_change(tasks: Sequence[tuple[MetricName, TaskPredictions, TaskPredicti
     return {"difference": difference, "low": low, "high": high, "verdict": metric_verdict(tasks[0][0], low, high)}
 
 
-def metric_verdict(name: MetricName, low: float, high: float) -> Verdict:
+def metric_verdict(name: MetricName, low: float | None, high: float | None) -> Verdict:
     """The verdict that the interval of a change of a metric supports."""
-    margin = KEPT_MARGIN * METRICS[name].scale
-    if -margin <= low and high <= margin:
-        return "kept"
-    return "learnt" if low > 0 else "forgot" if high < 0 else "no evidence"
+    return score_verdict(low, high, METRICS[name].scale)
 
 
 def _seed_values(metric: Metric, predictions: TaskPredictions) -> np.ndarray:
@@ -148,6 +145,8 @@ def _seed_values(metric: Metric, predictions: TaskPredictions) -> np.ndarray:
 
 def _resampled_means(metric: Metric, predictions: TaskPredictions, seed: int = 0) -> np.ndarray:
     """The mean over the prompt seeds for each draw of items, of shape (D,); all prompt seeds have the same draws."""
+    if len(predictions) < 2:
+        return undefined_draws()
     parts = [
         metric.statistics(seed_predictions, predictions.references_I) for seed_predictions in predictions.predictions_KI
     ]

@@ -1,7 +1,7 @@
 """Held-out sets: text in overlapping windows, or rows of a task, document by document.
 
 Of a text every token is scored but its first, which has no context (none of the special tokens that a tokenizer adds before a
-text is scored, and then all of the text is), never the token of unknown text (to predict it is no knowledge of the text), and
+text is scored, and then all of the text is), never with others the token of unknown text (to predict it is no knowledge), and
 never the EOS (it is no part of the text, and some models never saw one). A document longer than the context is scored in
 windows that advance by half a context; each window scores only the tokens that no earlier window scored.
 """
@@ -40,7 +40,9 @@ class HeldOutText:
     prefix: TextPrefix = NO_PREFIX
     """Special tokens that each document begins with, and soft prompts that are inserted at the start of each window."""
     unknown_id: int | None = None
-    """The token of unknown text, which is never scored: to predict it is no knowledge of the text."""
+    """The token of unknown text, which is scored apart: to predict it is no knowledge of the text."""
+    scores_unknown: bool = False
+    """Whether the unknown tokens are scored, and nothing else."""
     reserved_positions: int = 0
     """Positions that each window leaves free: the length of the soft prompt of the model it is compared with."""
     pad: int = 0
@@ -56,7 +58,8 @@ class HeldOutText:
     @property
     def identity(self) -> list[Any]:
         """What its scores depend on besides the model and the context."""
-        return [self.fingerprint, len(self), asdict(self.prefix), self.reserved_positions, self.unknown_id]
+        apart = ["unknown tokens apart"] if self.unknown_tokens else []
+        return [self.fingerprint, len(self), asdict(self.prefix), self.reserved_positions, self.unknown_id, *apart]
 
     @property
     def tokens(self) -> int:
@@ -72,6 +75,10 @@ class HeldOutText:
     def lead(self) -> int:
         """Tokens of each document that are not scored: its special tokens, else its first token."""
         return max(1, len(self.prefix.special_ids))
+
+    def unknown_part(self) -> HeldOutText | None:
+        """The same texts with their unknown tokens scored instead; None without any."""
+        return replace(self, scores_unknown=True) if self.unknown_tokens and not self.scores_unknown else None
 
     def take_tokens(self, tokens: int) -> HeldOutText:
         """The first `tokens` tokens, the last document truncated; at least one scored token of one document."""
@@ -104,7 +111,8 @@ class HeldOutText:
                 labels = np.full(len(ids), IGNORED, np.int64)
                 fresh = window.end - window.scored_from
                 labels[len(ids) - 1 - fresh : -1] = ids[len(ids) - fresh :]
-                labels[labels == self.unknown_id] = IGNORED
+                if self.unknown_id is not None:
+                    labels[(labels == self.unknown_id) != self.scores_unknown] = IGNORED
                 # Positions are the default ones: padding is on the right, where causal attention does not look.
                 yield ScoredRow(i, Row({"input_ids": ids}, labels, int((labels != IGNORED).sum())))
 
@@ -145,6 +153,9 @@ class HeldOutRows:
     def has_distribution(self) -> bool:
         """Whether two models' outputs can be compared as distributions."""
         return self.problem is None or self.problem.has_distribution
+
+    def unknown_part(self) -> None:
+        """The rows are scored as they are."""
 
     @property
     def tokens(self) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from torch.nn import functional
 from postgrad.data.layouts.rows import IGNORED
 from postgrad.data.loading.batch import Batch, collate
 from postgrad.data.problem_type import ProblemType
-from postgrad.evaluation.classification_metrics import compute_metrics
+from postgrad.evaluation.classification_metrics import MetricEstimate, class_scores, compute_metrics, confusion_counts
 from postgrad.evaluation.held_out import HeldOutSet
 from postgrad.evaluation.length_batches import length_batches
 from postgrad.models.model import Model, Output
@@ -30,6 +30,8 @@ from postgrad.stats.forgetting import MIN_DOCUMENTS
 
 _TOKENS_AT_ONCE = 8192
 _LOGITS_AT_ONCE = 1 << 25
+MAX_CONFUSION_CLASSES = 50
+"""With more classes a record holds no confusion matrix."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,9 @@ class Scores:
     """The problem type of a classifier; empty for anything else."""
     names: np.ndarray = field(default_factory=lambda: np.empty(0, np.str_))
     """The names of its classes, by their indices."""
+    unknown_nats: float = 0.0
+    """Summed nats of the tokens of unknown text, which are no part of `nats_W`."""
+    unknown_tokens: int = 0
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Scores:
@@ -66,7 +71,9 @@ class Scores:
         if len(documents) and not 0 <= int(documents.min()) <= int(documents.max()) < len(sizes):
             raise ValueError("a document that does not exist")
         known: dict[str, Any] = {each.name: arrays[each.name] for each in fields(cls) if each.name in arrays}
-        known["problem"] = str(known.get("problem", ""))
+        for name, kind in (("problem", str), ("unknown_nats", float), ("unknown_tokens", int)):
+            if name in known:
+                known[name] = kind(known[name])
         return cls(**known)
 
     @property
@@ -89,11 +96,32 @@ class Scores:
         """Mean nats per scored label."""
         return float(self.nats_W.sum() / max(self.tokens_W.sum(), 1))
 
-    def compute_metrics(self) -> dict[str, dict[str, float]]:
+    def compute_metrics(self) -> dict[str, MetricEstimate]:
         """A classifier's metrics, each with its interval."""
         return compute_metrics(
             ProblemType(self.problem), self.predictions_I, self.labels_I, self.document_I, self.names.tolist()
         )
+
+    def class_summary(self) -> dict[str, Any]:
+        """Of a classifier each class by itself, and how often each is taken for each; empty for anything else."""
+        if not len(self.predictions_I) or not len(self.names) or self.problem == ProblemType.NUMBER:
+            return {}
+        problem, names = ProblemType(self.problem), self.names.tolist()
+        if problem != ProblemType.MULTI_LABEL:  # a head may have more outputs than there are names
+            largest = int(max(self.labels_I.max(), self.predictions_I.max()))
+            names += [f"class {number}" for number in range(len(names), largest + 1)]
+        found: dict[str, Any] = {
+            "classes": [asdict(each) for each in class_scores(problem, self.predictions_I, self.labels_I, names)]
+        }
+        if problem != ProblemType.MULTI_LABEL and len(names) <= MAX_CONFUSION_CLASSES:
+            found["confusion"] = confusion_counts(self.predictions_I, self.labels_I, len(names)).tolist()
+        return found
+
+    def unknown_summary(self) -> dict[str, Any]:
+        """The tokens of unknown text: how many, their share, and their own loss."""
+        count = self.unknown_tokens
+        share = count / (count + int(self.tokens_W.sum()))
+        return {"tokens": count, "share": share, "nats": self.unknown_nats / count}
 
     def summary(self) -> dict[str, Any]:
         """Nats per token with its 95 % interval, perplexity, bits per byte and counts; of a classifier also its `metrics`."""
@@ -102,6 +130,8 @@ class Scores:
         metrics = {"metrics": self.compute_metrics()} if len(self.predictions_I) else {}
         return {
             **metrics,
+            **self.class_summary(),
+            **({"unknown": self.unknown_summary()} if self.unknown_tokens else {}),
             "nats": self.nats,
             "low": low,
             "high": high,
@@ -132,6 +162,8 @@ def score_held_out(
     Every rank runs the same number of batches, as sharded models need.
     """
     pieces = list(held_out.iter_rows(context))
+    unknown = held_out.unknown_part()
+    apart = score_held_out(model, unknown, context=context, gather=gather, rank=rank, ranks=ranks) if unknown else None
     lengths = [len(piece.row.inputs["input_ids"]) for piece in pieces]
     batches = list(length_batches(lengths, _TOKENS_AT_ONCE))
     while len(batches) % ranks:
@@ -165,6 +197,8 @@ def score_held_out(
         else np.empty(0, np.int64),
         problem=held_out.problem if answered and held_out.problem else "",
         names=np.array(held_out.labels if answered else (), np.str_),
+        unknown_nats=float(apart.nats_W.sum()) if apart else 0.0,
+        unknown_tokens=int(apart.tokens_W.sum()) if apart else 0,
     )
 
 

@@ -8,20 +8,19 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from postgrad.data.loading.documents import drop_positions
+from postgrad.data.loading.unpacked_rows import drop_positions
 from postgrad.errors import StageError
 from postgrad.hardware import machine
 from postgrad.hardware.memory import ModelDimensions, estimate_memory
 from postgrad.models.cpu_attention import CAUSAL_BLOCKS, is_supported
-from postgrad.models.isolation import find_leak
 from postgrad.models.layers import get_embedding_weight, get_layers
-from postgrad.models.model import CausalModel, Model
+from postgrad.models.model import CausalModel, Model, find_model_leak
 
 _MIN_BF16_SPEEDUP = 1.3
 """Minimum speed-up of bf16 products to accept their rounding."""
@@ -50,8 +49,8 @@ class ExecutionRequest:
     """Whether all rows have the same length; compiled code is compiled again for each length."""
     is_causal: bool = True
     """Whether tokens attend to earlier ones only; false for a prefix language model."""
-    packing: Literal["auto"] | bool = "auto"
-    """Whether documents share a row."""
+    packing: bool | None = None
+    """Whether documents share a row. Default: where they do not see each other."""
 
 
 @dataclass(frozen=True)
@@ -237,7 +236,7 @@ def _choose_packing(request: ExecutionRequest, model: Model, reasons: dict[str, 
     if request.packing is False:
         reasons["packing"] = "each document is a row of its own, set in the stage"
         return False
-    leak = find_leak(model.pretrained, model.compute_hidden, request.length)
+    leak = find_model_leak(model, request.length)
     if leak is None:
         return True
     if request.packing is True:

@@ -9,6 +9,7 @@ import statistics
 import sysconfig
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
@@ -71,6 +72,26 @@ def available_memory() -> int | None:
         return torch.cuda.mem_get_info()[0]
     free = _read_proc("meminfo", "MemAvailable")
     return None if free is None else int(free.split()[0]) * 1024  # in kB
+
+
+def process_memory(device: torch.device) -> int | None:
+    """Bytes that this process holds on the device; resets the peak. None if unknown."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    with suppress(OSError):  # a peak before this stays part of it
+        Path("/proc/self/clear_refs").write_text("5")
+    return _status_bytes("VmRSS")
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """The most bytes that this process has held on the device since `process_memory`; None if unknown."""
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else _status_bytes("VmHWM")
+
+
+def _status_bytes(key: str) -> int | None:
+    found = _read_proc("self/status", key)
+    return None if found is None else int(found.split()[0]) * 1024  # in kB
 
 
 def _read_proc(name: str, key: str) -> str | None:

@@ -38,10 +38,14 @@ class MemoryEstimate:
     moments: int
     activations: int
     teachers: int = 0
+    process: int = 0
+    """Python and its libraries, before a model is loaded."""
+    is_measured: bool = False
+    """Whether the peak was measured; otherwise it follows from shapes."""
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.moments + self.activations + self.teachers
+        return self.process + self.weights + self.gradients + self.moments + self.activations + self.teachers
 
 
 def estimate_memory(

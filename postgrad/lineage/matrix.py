@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from postgrad.lineage.growth import GrowthCost
 from postgrad.lineage.record import RecordPart
 
 
@@ -42,3 +43,5 @@ class Lineage(RecordPart):
     sets: list[LineageSet]
     R: list[list[float | None]]
     summary: LineageSummary
+    growth: GrowthCost | None = None
+    """What it cost to grow the vocabulary of the first start model; null where it was not grown."""

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from postgrad.errors import PostgradError, StageError
+from postgrad.foreign_text import mask_secrets
 from postgrad.lineage.previous_format import upgrade_row
 from postgrad.lineage.record import Record, RecordPart, SkippedStep
 from postgrad.storage.checked_files import add_checksum, find_damage
@@ -66,8 +67,8 @@ class SetRow(RecordPart):
     nats: float
     change: float
     """Since the start of the stage."""
-    low: float
-    high: float
+    low: float | None = None
+    high: float | None = None
 
 
 class TaskRow(RecordPart):
@@ -194,5 +195,5 @@ def _parse_line(text: bytes, run_id: str) -> MetricsRow:
 
 
 def format_row(row: MetricsRow, run_id: str) -> str:
-    """A line of the metrics file, with a checksum."""
-    return json.dumps(add_checksum(row.as_json(), run_id)) + "\n"
+    """A line of the metrics file, with a checksum and without secrets."""
+    return json.dumps(add_checksum(json.loads(mask_secrets(json.dumps(row.as_json()))), run_id)) + "\n"

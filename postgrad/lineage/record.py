@@ -44,8 +44,9 @@ class Interval(RecordPart):
     """An estimate with its 95 % bootstrap interval."""
 
     value: float
-    low: float
-    high: float
+    low: float | None = None
+    """Null where there is one unit, such as a single document: it has no interval."""
+    high: float | None = None
 
 
 # --- inputs ---------------------------------------------------------------------------------------------------------------
@@ -350,6 +351,29 @@ class MetricValue(RecordPart):
     """Standard deviation between prompt seeds."""
 
 
+class ClassRecord(RecordPart):
+    """How well a classifier tells one class from the others, as scikit-learn defines it."""
+
+    name: str
+    precision: float
+    recall: float
+    f1: float
+    support: int
+    """Items of this class."""
+    predicted: int
+    """Items that are taken for this class."""
+
+
+class UnknownTokens(RecordPart):
+    """Tokens of text that the vocabulary lacks, which no other figure of a set counts."""
+
+    tokens: int
+    share: float
+    """Of all tokens of the set."""
+    nats: float
+    """Nats per unknown token: how well the model tells that such text is there."""
+
+
 class SetScore(RecordPart):
     """One model's loss on a held-out set."""
 
@@ -363,6 +387,13 @@ class SetScore(RecordPart):
     documents: int | None = None
     metrics: dict[str, MetricValue] = {}
     """Of a classifier."""
+    classes: list[ClassRecord] = []
+    """Of a classifier: class by class."""
+    unknown: UnknownTokens | None = None
+    """Null where there are none."""
+    confusion: list[list[int]] = []
+    """Of a classifier of up to 50 classes: how often each class (row) is taken for each class (column), in the order of
+    `classes`."""
 
 
 class ScoresRecord(RecordPart):
@@ -390,12 +421,17 @@ class SetChange(Difference):
     relative_difference: float | None = None
     """Difference / loss before."""
     relative_high: float | None = None
+    """Without an interval, the relative difference."""
     share_of_range: float | None = None
     """Difference / (uniform loss - loss before)."""
     bits_per_byte_difference: float | None = None
     units: str | None = None
     """What the bootstrap resamples: documents or windows."""
     unit_count: int | None = None
+    metric: str | None = None
+    """Of a classifier: the chance-corrected metric that the verdict is of. Null: the verdict is of the loss."""
+    metric_change: Difference | None = None
+    """The change of that metric."""
 
 
 class BeforeAfter(RecordPart):

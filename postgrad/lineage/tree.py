@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from postgrad.errors import StageError
+from postgrad.lineage.growth import GrowthCost, read_growth
 from postgrad.lineage.matrix import Lineage, LineageSet, LineageStage, LineageSummary
 from postgrad.lineage.record import RECORD, Parent, Record, SetChange, read_record
 from postgrad.stats.forgetting import summarize_scores
@@ -80,7 +81,14 @@ def lineage_matrix(stages: Stages, score_missing: Callable[[int, str], float | N
             forgetting=summary.forgetting,
             denominators=denominators,
         ),
+        growth=_first_growth(stages[0][1]),
     )
+
+
+def _first_growth(record: Record) -> GrowthCost | None:
+    """What the growth of the first start model cost."""
+    source = record.model.source or record.model.start_model
+    return read_growth(Path(record.stage_folder or ".") / source)
 
 
 def _columns(stages: Stages) -> tuple[dict[str, str], dict[str, int]]:

@@ -69,6 +69,23 @@ def find_leak(pretrained: PreTrainedModel, forward: ForwardFunction, row_length:
         pretrained.train(was_training)
 
 
+def document_arguments(position_BT: Tensor) -> dict[str, Tensor | int]:
+    """Where documents begin in rows that are joined to one, as kernels of recurrent layers and of attention take it.
+
+    `seq_idx`: the number of the document of each token; `cu_seq_lens_*`: the ends of all documents; `max_length_*`.
+    """
+    is_start_T = (position_BT == 0).flatten()
+    ends_N = torch.nn.functional.pad(is_start_T.nonzero().flatten(), (0, 1), value=len(is_start_T)).to(torch.int32)
+    longest = int(ends_N.diff().max())
+    return {
+        "seq_idx": (is_start_T.cumsum(0) - 1)[None].to(torch.int32),
+        "cu_seq_lens_q": ends_N,
+        "cu_seq_lens_k": ends_N,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
 def _find_leak(pretrained: PreTrainedModel, forward: ForwardFunction, length: int) -> Leak | None:
     ids_BT = random_ids(pretrained, (1, 2 * length)).repeat(2, 1)
     ids_BT[1, :length] = ids_BT[1, length:].flip(0)
@@ -160,7 +177,7 @@ def _iter_tensors(value: Any) -> Iterator[Tensor]:
 def _second_document_differs(tensor: Tensor, length: int) -> bool:
     """Whether a tensor of two rows differs between them at the second document; of another shape it does not."""
     axis = next((i for i, size in enumerate(tensor.shape) if i and size == 2 * length), None)
-    if axis is None or len(tensor) != 2 or not tensor.is_floating_point():
+    if axis is None or len(tensor) != 2 or not tensor.numel() or not tensor.is_floating_point():
         return False
     one, two = tensor.narrow(axis, length, length).float()
     return _difference(one, two) > _ROUNDING * max(one.abs().max().item(), torch.finfo(torch.float32).tiny)

@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from postgrad.errors import ModelError
-from postgrad.models.isolation import SHORT_DOCUMENT, find_leak, random_ids, verify_right_padding
+from postgrad.models.isolation import (
+    SHORT_DOCUMENT,
+    Leak,
+    document_arguments,
+    find_leak,
+    random_ids,
+    verify_right_padding,
+)
 from postgrad.models.output_head import ModelRun, OutputHead, find_head_function, make_head, run_body
 from postgrad.models.prefix_lm_attention import attention_window, model_prefix_mask
 from postgrad.models.task import Task
@@ -83,21 +90,36 @@ class CausalModel(LanguageModel):
 
     records_routers = False
 
+    def __init__(self, pretrained: PreTrainedModel) -> None:
+        super().__init__(pretrained)
+        self.passes_documents = False
+        """Whether the borders of packed documents are arguments of the model; see `find_model_leak`."""
+
     def forward(self, *, prefix: Tensor | None = None, **inputs: Tensor) -> Output:
         """Hidden states of packed rows, whose documents are separated by position ids that restart.
 
         Without a cache and an attention mask, transformers keeps such documents apart; with either it does not. Attention among
         the tokens of a `prefix` (B, T) is bidirectional, which needs position ids.
         """
+        shape_BT = inputs["input_ids"].shape
         if prefix is not None:
             inputs["attention_mask"] = model_prefix_mask(self.pretrained, prefix, inputs["position_ids"])
+        elif self.passes_documents and "position_ids" in inputs:
+            inputs = _join_rows(**inputs)
         options = {"output_router_logits": True} if self.records_routers else {}
         run = self.run(**inputs, use_cache=False, **options)
-        return Output(run.hidden, self.head(), run.output.router_logits if self.records_routers else ())
+        hidden_BTD = run.hidden.reshape(*shape_BT, -1)
+        return Output(hidden_BTD, self.head(), run.output.router_logits if self.records_routers else ())
 
     def compute_hidden(self, **inputs: Tensor) -> Tensor:
         """The last hidden states (B, T, D)."""
         return self(**inputs).hidden
+
+
+def _join_rows(input_ids: Tensor, position_ids: Tensor) -> dict[str, Any]:
+    """Packed rows joined to one: kernels take the borders of documents of a single row."""
+    joined = {"input_ids": input_ids.reshape(1, -1), "position_ids": position_ids.reshape(1, -1)}
+    return {**joined, **document_arguments(position_ids)}
 
 
 class HeadedModel(LanguageModel):
@@ -137,7 +159,7 @@ def verify_model(
             _verified_logits(model, {"input_ids": random_ids(model.pretrained, (2, length))}, use_cache=False)
             if not packed:
                 verify_right_padding(model.pretrained, model.compute_hidden, length)
-            elif leak := find_leak(model.pretrained, model.compute_hidden, row_length):
+            elif leak := find_model_leak(model, row_length):
                 raise leak.as_error(model.pretrained)
             if prefix_tokens:
                 _verify_prefixes(model, length, prefix_tokens)
@@ -148,6 +170,26 @@ def verify_model(
                 inputs["decoder_input_ids"] = ids.flip(0)
             _verified_logits(model, inputs, **model.options)
     model.train(was_training)
+
+
+def find_model_leak(model: CausalModel, row_length: int) -> Leak | None:
+    """The leak between packed documents of rows of `row_length`, or None.
+
+    A model that leaks gets the borders of documents as arguments, where its kernels on this machine keep to them.
+    """
+    model.passes_documents = False
+    leak = find_leak(model.pretrained, model.compute_hidden, row_length)
+    if leak is None:
+        return None
+    model.passes_documents = True
+    try:
+        # Transformers refuses these arguments where only its reference implementation is at hand.
+        model.passes_documents = find_leak(model.pretrained, model.compute_hidden, row_length) is None
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, NotImplementedError):
+        model.passes_documents = False
+    return None if model.passes_documents else leak
 
 
 def _verify_prefixes(model: CausalModel, length: int, prefix_tokens: int) -> None:

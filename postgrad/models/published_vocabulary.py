@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,11 +46,13 @@ def publish_pretrained(
     dtype: torch.dtype,
     state: dict[str, Tensor] | None = None,
     before: Vocabulary | None = None,
+    add: Callable[[Path], object] = lambda _: None,
 ) -> None:
     """Publish a plain Hugging Face folder that reads back as what was there.
 
-    `before`: the vocabulary of a model that was extended; each of its tokens must have kept its id and its rows. Raises
-    `ModelError`, and publishes nothing, where a token has another id, an id two tokens, a text other ids, a row other numbers.
+    `add` writes more files into the folder, which can be read by then. `before`: the vocabulary of a model that was extended;
+    each of its tokens must have kept its id and its rows. Raises `ModelError`, and publishes nothing, where a token has another
+    id, an id two tokens, a text other ids, a row other numbers.
     """
 
     def write(staged: Path) -> None:
@@ -62,6 +64,7 @@ def publish_pretrained(
         _verify_rows(model, state, dtype, staged, folder)
         if before:
             _verify_old_rows(before, model, folder)
+        add(staged)
 
     publish_folder(folder, write)
 

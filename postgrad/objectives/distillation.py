@@ -1,7 +1,8 @@
 """Distillation: the divergence of the model's predictions from a teacher's (another model, or its own start).
 
 On new text this is learning without forgetting (Li & Hoiem 2016, arXiv 1606.09282), on replayed text knowledge distillation
-(Hinton et al. 2015, arXiv 1503.02531). It is computed where a row has labels; their values do not matter.
+(Hinton et al. 2015, arXiv 1503.02531). It is computed where a row has labels; their values matter only where they are left
+out of the distributions.
 
 Legend: B batch, T time, N labels, C classes.
 """
@@ -36,6 +37,7 @@ class DistillationLoss(HeadObjective):
     direction: Direction = "forward"
     temperature: float = 1.0
     name: str = "distill"
+    exclude_labels: bool = False
 
     def logit_loss(self, batch: Batch, positions_N: Tensor | None) -> Divergence:
         """The divergence from the teacher's output; 0 for a label without a teacher position."""
@@ -43,7 +45,8 @@ class DistillationLoss(HeadObjective):
         head = prediction.output.head
         assert head is not None and positions_N is not None, "a language model has a head"
         hidden_ND, mask_N = _teacher_hidden(prediction, positions_N, batch)
-        return Divergence(hidden_ND, head, self.direction, self.temperature, mask_N)
+        excluded_N = batch.labels.flatten()[positions_N] if self.exclude_labels else None
+        return Divergence(hidden_ND, head, self.direction, self.temperature, mask_N, excluded_N)
 
     def loss_weight(self, step: int) -> float:
         """The scheduled factor at a step (from 1)."""

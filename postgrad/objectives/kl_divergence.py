@@ -5,7 +5,9 @@ With p the teacher's distribution over the vocabulary and q the student's, both 
     forward   T^2 sum p log(p / q)      gradient in the student's logits   T (q - p)
     reverse   T^2 sum q log(q / p)                                         T q (log(q / p) - sum q log(q / p))
 
-(Hinton et al. 2015, arXiv 1503.02531, section 2: T^2 keeps the gradient's size as T changes.) A cached teacher is a sparse
+(Hinton et al. 2015, arXiv 1503.02531, section 2: T^2 keeps the gradient's size as T changes.) Without the labels (TMKL, Xu et
+al. 2026, arXiv 2605.29498), each token's label is removed from both distributions and the rest renormalised: the divergence
+then holds the other tokens' order and leaves the label to the cross-entropy. A cached teacher is a sparse
 distribution, a few ids of each token with weights w:
 
     sampled   ids drawn from p, w unbiased for p:  T^2 (log sum exp(z) - sum w z - H(p))        T (q - w)
@@ -43,13 +45,17 @@ class Divergence:
         direction: Direction = "forward",
         temperature: float = 1.0,
         teacher_mask_N: Tensor | None = None,
+        excluded_N: Tensor | None = None,
     ) -> None:
+        """`excluded_N`: a token of the vocabulary for each position, removed from both distributions."""
+        self.excluded_N = excluded_N
         self.hidden_ND, self.direction, self.temperature = hidden_ND.detach(), direction, temperature
         self.teacher_mask_N = teacher_mask_N
         bias_V = None if head.bias_V is None else head.bias_V.detach()
         self.head = OutputHead(head.weight_VD.detach().to(hidden_ND.dtype), bias_V, head.scale, head.softcap)
         # Then the student's softmax enters the gradient as it is: `linear_loss` adds it, with this coefficient.
-        self.is_plain = direction == "forward" and temperature == 1.0 and teacher_mask_N is None
+        is_shared = teacher_mask_N is None and excluded_N is None
+        self.is_plain = direction == "forward" and temperature == 1.0 and is_shared
         self.coefficient = 1.0 if self.is_plain else 0.0
         self.products_CV = self.teacher_RV = hidden_ND.new_empty(0)
         self.chunk_start = 0
@@ -70,9 +76,14 @@ class Divergence:
         compute_logits(
             self.products_CV[tokens.start - self.chunk_start : tokens.stop - self.chunk_start], self.head, teacher_RV
         )
-        if t != 1.0:
+        if t != 1.0 or self.excluded_N is not None:
             teacher_RV /= t
             logits_RV = logits_RV / t
+            if self.excluded_N is not None:  # a finite logit without probability: its differences are 0, not NaN
+                excluded_R1 = self.excluded_N[tokens, None]
+                lowest = torch.finfo(logits_RV.dtype).min / 4
+                logits_RV.scatter_(1, excluded_R1, lowest)
+                teacher_RV.scatter_(1, excluded_R1, lowest)
             probs_RV = logits_RV.softmax(-1)
         if self.is_plain:
             losses_R, teacher_probs_RV = _forward_divergence(logits_RV, probs_RV, teacher_RV)

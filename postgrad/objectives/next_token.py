@@ -16,20 +16,24 @@ from postgrad.data.layouts.rows import IGNORED
 from postgrad.data.loading.batch import Batch
 from postgrad.objectives.chunked_head_loss import log_sum_exp_R
 from postgrad.objectives.objective import HeadObjective
+from postgrad.objectives.token_weights import TokenWeights
 
 
 @dataclass(frozen=True)
 class TokenLoss(HeadObjective):
-    """`-sum log p(label | context)` in nats; labels of -100 are ignored."""
+    """`-sum w log p(label | context)` in nats, w = 1 without `token_weights`; labels of -100 are ignored."""
 
     name: str = "next-token"
     weight: float = 1.0
+    token_weights: TokenWeights | None = None
     needs_positions = False
 
     def logit_loss(self, batch: Batch, positions_N: Tensor | None) -> CrossEntropy:
         """Cross-entropy with the labels."""
         labels = batch.labels.flatten()
-        return CrossEntropy(labels, has_ignored=True) if positions_N is None else CrossEntropy(labels[positions_N])
+        if positions_N is None:
+            return CrossEntropy(labels, has_ignored=True, token_weights=self.token_weights)
+        return CrossEntropy(labels[positions_N], token_weights=self.token_weights)
 
     def loss_weight(self, step: int) -> float:
         """The same at every step."""
@@ -37,13 +41,15 @@ class TokenLoss(HeadObjective):
 
 
 class CrossEntropy:
-    """`log sum exp(logits) - logit of the label`; the gradient is softmax - onehot."""
+    """`log sum exp(logits) - logit of the label`, times the token's weight; the gradient is the weight x (softmax - onehot)."""
 
-    coefficient = 1.0
-
-    def __init__(self, labels_N: Tensor, *, has_ignored: bool = False) -> None:
+    def __init__(
+        self, labels_N: Tensor, *, has_ignored: bool = False, token_weights: TokenWeights | None = None
+    ) -> None:
         """`has_ignored`: some labels may be -100; the rule then zeroes gradient rows, so it must be the only one."""
-        self.labels_N, self.has_ignored = labels_N, has_ignored
+        self.labels_N, self.has_ignored, self.token_weights = labels_N, has_ignored, token_weights
+        # Without token weights, the softmax enters the gradient as it is.
+        self.coefficient = 1.0 if token_weights is None else 0.0
 
     def begin_chunk(self, tokens: slice) -> None:
         pass
@@ -55,9 +61,16 @@ class CrossEntropy:
         is_label_R = labels_R != IGNORED
         label_R1 = labels_R.where(is_label_R, 0)[:, None]
         losses_R = (log_sum_exp_R(logits_RV, probs_RV) - logits_RV.gather(1, label_R1)[:, 0]).where(is_label_R, 0.0)
+        onehot_R1 = torch.full_like(label_R1, -weight, dtype=logits_RV.dtype)
+        if self.token_weights is not None:
+            weights_R = self.token_weights(logits_RV, losses_R)
+            losses_R = weights_R * losses_R
+            onehot_R1 *= weights_R[:, None]
+            if gradient_RV is not None:
+                gradient_RV.addcmul_(probs_RV, weights_R[:, None], value=weight)
         if gradient_RV is not None:
             # The buffer already has the softmax: subtract the one-hot label.
-            gradient_RV.scatter_add_(1, label_R1, torch.full_like(label_R1, -weight, dtype=gradient_RV.dtype))
+            gradient_RV.scatter_add_(1, label_R1, onehot_R1)
             if self.has_ignored:
                 gradient_RV.masked_fill_(~is_label_R[:, None], 0.0)
         return losses_R

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from postgrad.data.loading.batch import Batch
-from postgrad.data.loading.documents import group_by_length
+from postgrad.data.loading.unpacked_rows import group_by_length
 from postgrad.models.model import Model, Output
 from postgrad.models.sublayers import eval_mode
 

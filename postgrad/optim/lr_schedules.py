@@ -14,6 +14,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+MIN_WARMUP_STEPS = 5
+"""A warm-up of fewer steps is none: its first step is already large."""
+
 Schedule = Callable[[float], float]
 Piece = Callable[[float], float]
 """Learning rate over `x` in [0, 1], the share of the piece that is done."""
@@ -93,6 +96,15 @@ def rewarm(
     With a cosine this is what Ibrahim et al. 2024 (section 4) repeat for every stage.
     """
     return chain((linear(start, peak), warmup), (SHAPES[shape](peak, floor), steps - warmup))
+
+
+def shortest_warmup(steps: int, beta2: float) -> int:
+    """Steps that a warm-up should have at least: 2 / (1 - beta2), but a tenth of the stage is enough, and five are the least.
+
+    Adam's second moments are the mean of few gradients at first, so its first updates are too large. 2 / (1 - beta2) steps make
+    up for that (Ma & Yarats 2021, arXiv 1910.04209): 40 for a beta2 of .95.
+    """
+    return min(max(MIN_WARMUP_STEPS, math.ceil(min(2 / (1 - beta2), steps / 10))), steps)
 
 
 def infinite(

@@ -1,4 +1,4 @@
-"""fp32 master weights, their gradients, and AdamW.
+"""fp32 master weights, their gradients, and the optimizers: AdamW, and Muon with AdamW for what is no matrix.
 
 In fp32, and under FSDP2 (whose shards are fp32), the masters are the model's own parameters. For bf16 computation in one
 process the model holds bf16 copies: gradients are added to the masters' fp32 `.grad` after every micro-batch, and the masters
@@ -11,22 +11,27 @@ token, and in bf16 sums the frequent tokens stop moving. Frozen weights have no 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import ChainMap
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from postgrad.distributed.shards import full_tensor, local_shard, local_shard_like, to_dtensor
-from postgrad.errors import CheckpointError
+from postgrad.errors import CheckpointError, ResumeError
 from postgrad.models.layers import get_embedding_weight
 from postgrad.models.model import Model
 from postgrad.optim.sparse_update import FullMask, UpdateMask
 from postgrad.penalties.penalty import DecoupledPenalty
+from postgrad.tuning.parameter_location import task_layer_parameters
 from postgrad.tuning.tuning import Tuning
 
 Moments = dict[str, Tensor]
+_MOMENTUM = 0.95
+"""Muon's default."""
 
 
 @dataclass(frozen=True)
@@ -169,12 +174,108 @@ def _shard_like(tensor: Tensor, like: Tensor | None) -> Tensor:
     return tensor if like is None else to_dtensor(local_shard_like(tensor, like).to(like.device), like)
 
 
-class AdamW:
-    """Torch's fused AdamW over the masters, with a learning rate given at each step.
+class Optimizer:
+    """Torch's optimizers over the masters, each trained weight in one of them, with a learning rate given at each step.
 
     Weight decay acts on matrices; not on vectors (norms, biases), nor on input embedding and output head, whose rows for rare
     tokens would only shrink (`decay_tables` includes them).
     """
+
+    def __init__(
+        self,
+        weights: Weights,
+        inner: Sequence[torch.optim.Optimizer],
+        *,
+        decoupled_penalties: Sequence[DecoupledPenalty] = (),
+        update_mask: UpdateMask | None = None,
+    ) -> None:
+        """`decoupled_penalties` act within the step, as weight decay does. `update_mask`: default dense updates."""
+        self.weights, self.decoupled_penalties = weights, decoupled_penalties
+        self.update_mask = update_mask or FullMask()
+        self.inner = tuple(inner)
+        self._owners = {id(m): o for o in self.inner for group in o.param_groups for m in group["params"]}
+
+    def step(self, rate: float) -> int | None:
+        """Update the weights at this learning rate, and drop the gradients.
+
+        Returns the number of entries that a sparse update changed, over all ranks; None for a dense one.
+        """
+        self.update_mask.before_update()
+        for penalty in self.decoupled_penalties:
+            penalty.decay(rate)
+        for optimizer in self.inner:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["rate_factor"]
+            optimizer.step()
+        num_updated = self.update_mask.after_update(ChainMap(*(optimizer.state for optimizer in self.inner)))
+        self.weights.write_back()
+        self.weights.zero_gradients()
+        return num_updated
+
+    def skip(self) -> None:
+        """Drop the gradients of a step without an update."""
+        self.update_mask.discard()
+        self.weights.zero_gradients()
+
+    def moments(self) -> Moments:
+        """Moments by `<name>.<moment>`, unsharded on every rank; empty before the first update. Collective."""
+        out: Moments = {}
+        for w in self.weights.entries:
+            for key, value in self._owners[id(w.master)].state.get(w.master, {}).items():
+                if key != "step":
+                    out[f"{w.name}.{key}"] = full_tensor(value).detach()
+        return out
+
+    def update_counts(self) -> dict[str, int]:
+        """Updates of each weight since its moments were reset, for Adam's bias correction; 0 for a weight that has none.
+
+        They differ between weights with gradual unfreezing.
+        """
+        states = ((w.name, self._owners[id(w.master)].state.get(w.master)) for w in self.weights.entries)
+        return {name: int(state.get("step", 0)) for name, state in states if state}
+
+    def restore(self, moments: Moments, update_counts: dict[str, int], *, keep: Collection[str] | None = None) -> None:
+        """Restore moments (those in `keep`, the others start at zero; None: all) and update counts.
+
+        Raises `ResumeError` for moments of another optimizer.
+        """
+        for w in self.weights.entries:
+            if w.name not in update_counts:
+                continue
+            optimizer = self._owners[id(w.master)]
+            state: dict[str, Tensor] = {}
+            if isinstance(optimizer, torch.optim.AdamW):
+                state["step"] = torch.tensor(float(update_counts[w.name]))
+                if w.master.is_cuda:  # the fused kernel needs its counter on the same device
+                    state["step"] = state["step"].to(w.master.device)
+            for key in MOMENT_NAMES[type(optimizer)]:
+                value = torch.zeros_like(w.master)
+                if keep is None or key in keep:
+                    _copy_moment(moments, f"{w.name}.{key}", value)
+                state[key] = value.detach()
+            optimizer.state[w.master] = state
+
+
+MOMENT_NAMES: Mapping[type[torch.optim.Optimizer], tuple[str, ...]] = {
+    torch.optim.AdamW: ("exp_avg", "exp_avg_sq"),
+    torch.optim.Muon: ("momentum_buffer",),
+}
+"""The moments of each of torch's optimizers."""
+
+
+def _copy_moment(moments: Moments, name: str, out: Tensor) -> None:
+    if name not in moments:
+        raise ResumeError(
+            f"the checkpoint has no {name}: another optimizer wrote it",
+            where="optimizer.moments",
+            expected="moments of the same optimizer",
+            hint="set optimizer.moments: reset",
+        )
+    local_shard(out).copy_(local_shard_like(moments[name], out))
+
+
+class AdamW(Optimizer):
+    """Torch's fused AdamW over all masters."""
 
     def __init__(
         self,
@@ -187,81 +288,58 @@ class AdamW:
         decoupled_penalties: Sequence[DecoupledPenalty] = (),
         update_mask: UpdateMask | None = None,
     ) -> None:
-        """`decoupled_penalties` act within the step, as weight decay does. `update_mask`: default dense updates."""
-        groups: dict[tuple[float, float], list[Tensor]] = {}
-        for w in weights.entries:
-            has_decay = w.master.ndim >= 2 and (decay_tables or not w.is_embedding)
-            groups.setdefault((weight_decay if has_decay else 0.0, w.rate_factor), []).append(w.master)
-        self.weights, self.decoupled_penalties = weights, decoupled_penalties
-        self.update_mask = update_mask or FullMask()
-        self.inner = torch.optim.AdamW(
-            [
-                {"params": masters, "weight_decay": decay, "rate_factor": factor}
-                for (decay, factor), masters in groups.items()
-            ],
-            lr=0.0,
-            betas=betas,
-            eps=eps,
-            fused=True,
-        )
+        groups = _group_weights(weights.entries, weight_decay, decay_tables)
+        inner = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
+        super().__init__(weights, [inner], decoupled_penalties=decoupled_penalties, update_mask=update_mask)
 
-    def step(self, rate: float) -> int | None:
-        """Update the weights at this learning rate, and drop the gradients.
 
-        Returns the number of entries that a sparse update changed, over all ranks; None for a dense one.
-        """
-        self.update_mask.before_update()
-        for penalty in self.decoupled_penalties:
-            penalty.decay(rate)
-        for group in self.inner.param_groups:
-            group["lr"] = rate * group["rate_factor"]
-        self.inner.step()
-        num_updated = self.update_mask.after_update(self.inner.state)
-        self.weights.write_back()
-        self.weights.zero_gradients()
-        return num_updated
+class Muon(Optimizer):
+    """Torch's Muon over the matrices of the blocks and of adapters; AdamW over embeddings, heads, vectors and other tensors.
 
-    def skip(self) -> None:
-        """Drop the gradients of a step without an update."""
-        self.update_mask.discard()
-        self.weights.zero_gradients()
+    An update is the orthogonalised momentum (Jordan et al. 2024), times 0.2 sqrt(max(rows, columns)), which gives it the size
+    of AdamW's, so rates and weight decay are those of AdamW (Liu et al. 2025, arXiv 2502.16982).
+    """
 
-    def moments(self) -> Moments:
-        """`<name>.exp_avg` and `<name>.exp_avg_sq`, unsharded on every rank; empty before the first update. Collective."""
-        out: Moments = {}
-        for w in self.weights.entries:
-            for key, value in self.inner.state.get(w.master, {}).items():
-                if key != "step":
-                    out[f"{w.name}.{key}"] = full_tensor(value).detach()
-        return out
-
-    def update_counts(self) -> dict[str, int]:
-        """Updates of each weight since its moments were reset, for Adam's bias correction.
-
-        They differ between weights with gradual unfreezing.
-        """
-        return {
-            w.name: int(self.inner.state[w.master]["step"])
-            for w in self.weights.entries
-            if w.master in self.inner.state
-        }
-
-    def restore(
-        self, moments: Moments, update_counts: dict[str, int], *, keep: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
+    def __init__(
+        self,
+        weights: Weights,
+        *,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        decay_tables: bool = False,
+        decoupled_penalties: Sequence[DecoupledPenalty] = (),
+        update_mask: UpdateMask | None = None,
+        momentum: float | None = None,
     ) -> None:
-        """Restore moments (those in `keep`; the others start at zero) and update counts."""
-        for w in self.weights.entries:
-            if w.name not in update_counts:
-                continue
-            state: dict[str, Tensor] = {"step": torch.tensor(float(update_counts[w.name]))}
-            if w.master.is_cuda:  # the fused kernel needs its counter on the same device
-                state["step"] = state["step"].to(w.master.device)
-            for key in ("exp_avg", "exp_avg_sq"):
-                value = torch.zeros_like(w.master)
-                if key in keep:
-                    local_shard(value).copy_(local_shard_like(moments[f"{w.name}.{key}"], w.master))
-                state[key] = value.detach()
-            self.inner.state[w.master] = state
+        """`momentum`: of Muon, default 0.95; the other options are AdamW's, and the weight decay that of both."""
+        heads = set(task_layer_parameters(weights.model))
+        matrices = [w for w in weights.entries if w.master.ndim == 2 and not w.is_embedding and w.name not in heads]
+        ids = set(map(id, matrices))
+        others = [w for w in weights.entries if id(w) not in ids]
+        inner: list[torch.optim.Optimizer] = []
+        if matrices:
+            groups = _group_weights(matrices, weight_decay, decay_tables)
+            inner.append(
+                torch.optim.Muon(
+                    groups, lr=0.0, momentum=_MOMENTUM if momentum is None else momentum, adjust_lr_fn="match_rms_adamw"
+                )
+            )
+        if others:
+            groups = _group_weights(others, weight_decay, decay_tables)
+            inner.append(torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True))
+        super().__init__(weights, inner, decoupled_penalties=decoupled_penalties, update_mask=update_mask)
+
+
+def _group_weights(entries: Sequence[Weight], weight_decay: float, decay_tables: bool) -> list[dict[str, Any]]:
+    """The masters in groups of one weight decay and one factor of the rate."""
+    groups: dict[tuple[float, float], list[Tensor]] = {}
+    for w in entries:
+        has_decay = w.master.ndim >= 2 and (decay_tables or not w.is_embedding)
+        groups.setdefault((weight_decay if has_decay else 0.0, w.rate_factor), []).append(w.master)
+    return [
+        {"params": masters, "weight_decay": decay, "rate_factor": factor} for (decay, factor), masters in groups.items()
+    ]
 
 
 def load_full_state(weights: Weights, state: dict[str, Tensor]) -> None:

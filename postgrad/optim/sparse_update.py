@@ -14,7 +14,7 @@ from postgrad.data.loading.batch import Batch
 from postgrad.distributed.shards import local_shard, sum_over_ranks
 
 OptimizerStates = Mapping[Tensor, Mapping[str, Any]]
-"""AdamW state of each master: its moments, under `exp_avg` and `exp_avg_sq`."""
+"""The optimizer's state of each master: of AdamW its moments, under `exp_avg` and `exp_avg_sq`."""
 
 
 class UpdateMask(Protocol):

@@ -22,11 +22,12 @@ from postgrad.storage.regular_file import open_regular_file
 
 FORMAT = 1
 METADATA_KEY = "importance"
-ImportanceKind = Literal["fisher", "empirical", "mas"]
+ImportanceKind = Literal["fisher", "empirical", "mas", "activation"]
 KIND_DESCRIPTIONS: dict[ImportanceKind, str] = {
     "fisher": "the diagonal Fisher information, labels drawn from the model",
     "empirical": "squared gradients of the text's own labels, sample by sample: biased, small where the text is known",
     "mas": "the size of the gradient of the squared norm of the logits, sample by sample",
+    "activation": "the size of each weight times that of its input, of the linear layers in the blocks; no backward pass",
 }
 
 
@@ -47,6 +48,18 @@ class ImportanceMetadata:
     convergence: list[dict[str, float]] = field(default_factory=list)
     onto: dict[str, Any] | None = None
     """Of a decayed sum (online EWC): metadata of the older importance, and `decay`."""
+
+
+def locate_importance_file(name: str, root: Path, where: str) -> Path:
+    """The path of an importance file that the key `where` names, relative to `root`. Raises `DataError` without the file."""
+    path = (root / Path(name).expanduser()).resolve()
+    if not path.exists():
+        raise DataError(
+            f"there is no file {name} in {root.resolve()}",
+            where=where,
+            hint=f"measure it first: postgrad importance MODEL FILES... --out {name}",
+        )
+    return path
 
 
 class ImportanceFile:
@@ -76,6 +89,19 @@ class ImportanceFile:
     def __getitem__(self, name: str) -> Tensor:
         """The importance of a weight, in the dtype of the file."""
         return self._file.get_tensor(name)
+
+    def check_model(self, reference: str, fingerprint: str | None, where: str) -> None:
+        """Raise `DataError` for importance that was measured on another model than `reference`, of this fingerprint."""
+        # A model from the Hub has a name but no fingerprint.
+        measured_on, wanted = self.metadata.fingerprint or self.metadata.model, fingerprint or reference
+        if measured_on != wanted:
+            raise DataError(
+                f"the importance was measured on {self.metadata.model} (fingerprint {measured_on}), and the reference is "
+                f"{reference} (fingerprint {wanted})",
+                where=where,
+                expected="importance of the reference model",
+                hint="measure it on the reference, or set `reference` to the model it was measured on",
+            )
 
     def check_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Raise `DataError` when names or shapes differ from these weights."""

@@ -182,7 +182,9 @@ def summarize_evaluation(
     set_scores = scores[rule.set]
     value = set_scores.nats if rule.metric == "loss" else set_scores.compute_metrics()[rule.metric]["value"]
     rises = [
-        entry.high / max(start_scores[name].nats, 1e-12) for name, entry in row.sets.items() if entry.role == "retained"
+        (entry.change if entry.high is None else entry.high) / max(start_scores[name].nats, 1e-12)
+        for name, entry in row.sets.items()
+        if entry.role == "retained"
     ]
     relative_high = max(rises) if rule.max_forgetting is not None else None
     return CheckpointEvaluation(row.step, row.trained_tokens, value, relative_high)

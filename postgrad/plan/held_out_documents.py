@@ -87,10 +87,13 @@ def select_held_out_documents(
         if len(part.documents):
             sets.append(part)
     if not sets:
+        small = [source.name for source in sources if source.held_out]
+        way = f"give {small[0]} a larger `held_out`" if small else "remove `held_out: 0` from the sources"
         raise StageError(
-            "no held-out text, so neither learning nor forgetting can be measured",
+            "no held-out text, so neither learning nor forgetting can be measured"
+            + (f": the held-out share of {small[0]} is no whole document" if small else ""),
             where="evaluation",
-            hint="name files under evaluation.retained and evaluation.learned, or remove `held_out: 0` from the sources",
+            hint=f"name files under evaluation.retained and evaluation.learned, or {way}",
         )
     if model_inputs.start_model.scratch_recipe is None and not any(h.role == "retained" for h in sets):
         notes.append("no retained set: forgetting is not measured (name old text under evaluation.retained)")

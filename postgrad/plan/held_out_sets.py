@@ -79,7 +79,7 @@ def make_held_out_text(
     if text.unknown_tokens:
         share = text.unknown_tokens / (text.tokens + text.unknown_tokens)
         notes.append(
-            f"{held_out.name}: {100 * share:.2g} % of its tokens are {model_inputs.tokenizer.unk_token}; they are not scored"
+            f"{held_out.name}: {100 * share:.2g} % of its tokens are {model_inputs.tokenizer.unk_token}; they are scored apart"
         )
     return text
 

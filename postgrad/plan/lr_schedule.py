@@ -29,6 +29,21 @@ def make_schedule(spec: s.AnySchedule, steps: int, tokens: int, start_model: Mod
     return spec.load()(spec, ScheduleContext(steps, tokens, start_model))
 
 
+def warmup_notes(spec: s.AnySchedule, steps: int, tokens: int, beta2: float) -> list[str]:
+    """A note on a warm-up from (about) zero that is too short to be one; what the stage file says is done all the same."""
+    if not isinstance(spec, s.ConstantSchedule | s.DecaySchedule | s.InfiniteSchedule | s.WsdSchedule):
+        return []
+    if isinstance(spec, s.DecaySchedule) and spec.start >= spec.peak / 2:
+        return []
+    warmup, shortest = length_in_steps(spec.warmup, steps, tokens), lr_schedules.shortest_warmup(steps, beta2)
+    if steps <= lr_schedules.MIN_WARMUP_STEPS or warmup >= shortest:
+        return []
+    return [
+        f"schedule.warmup: {spec.warmup} is {warmup:.3g} of {steps:,} steps; until about step {shortest} the steps of Adam are"
+        f" too large, which can cost learning and retention: write `warmup: {shortest} steps`"
+    ]
+
+
 def make_constant(spec: s.ConstantSchedule, stage: ScheduleContext) -> lr_schedules.Schedule:
     """Warm-up, then a constant rate."""
     warmup = stage.length(spec.warmup)

@@ -23,7 +23,7 @@ from postgrad.plan.demonstration_pool import make_demonstration_wrapper
 from postgrad.plan.evaluation_plan import EvaluationPlan, plan_evaluation
 from postgrad.plan.held_out_documents import HeldOutDocuments, check_labels, select_held_out_documents
 from postgrad.plan.held_out_files import resolve_held_out_files
-from postgrad.plan.lr_schedule import make_schedule
+from postgrad.plan.lr_schedule import make_schedule, warmup_notes
 from postgrad.plan.model_inputs import unknown_notes
 from postgrad.plan.model_plan import ModelPlan, plan_model
 from postgrad.plan.objective_matching import (
@@ -161,6 +161,7 @@ def make_plan(stage: s.Stage, root: Path, cache: Path, progress: ProgressCallbac
 
     data = plan_data(stage, root, model, sources, excluded, seen, cache, notes)
     schedule = make_schedule(stage.schedule, data.steps, data.tokens, start)
+    notes += warmup_notes(stage.schedule, data.steps, data.tokens, stage.optimizer.betas[1])
     return Plan(
         stage=stage,
         root=root,

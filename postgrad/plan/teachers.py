@@ -40,6 +40,12 @@ def resolve_teachers(
                 where=f"objectives[{i}].cache",
                 expected="none",
             )
+        if isinstance(spec, DistillObjective) and spec.vocabulary is not None and task.is_classifier:
+            raise StageError(
+                "a classifier predicts classes, not tokens of a vocabulary",
+                where=f"objectives[{i}].vocabulary",
+                expected="no such key",
+            )
     return {
         i: start_model
         if spec.teacher == START

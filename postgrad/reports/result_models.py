@@ -66,6 +66,8 @@ class StudyArm(RecordPart):
     dominated_by: list[str] | None = None
     seeds_there: list[int] = []
     gate_failed: list[int] = []
+    skipped_steps: int = 0
+    """Optimizer steps without an update, of all seeds: their loss or gradient was not finite."""
     tokens: float | None = None
     tokens_in_all: float | None = None
     seconds: float | None = None

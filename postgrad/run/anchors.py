@@ -6,7 +6,6 @@ import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,7 +20,7 @@ from postgrad.lineage.record import PenaltyRecord
 from postgrad.models.location import ModelLocation, locate_model
 from postgrad.optim.optimizer import Weight, Weights
 from postgrad.penalties.anchor import Anchor, AnchoredDecay, AnchoredDelta, AnchoredWeight
-from postgrad.penalties.importance_file import ImportanceFile
+from postgrad.penalties.importance_file import ImportanceFile, locate_importance_file
 from postgrad.penalties.penalty import StagePenalty
 from postgrad.plan.plan import Plan
 from postgrad.storage.atomic import sha256
@@ -77,7 +76,9 @@ def anchor_fingerprints(spec: AnchorPenalty, number: int, plan: Plan) -> dict[st
     """Content hashes of an anchor's reference and importance."""
     return {
         "reference": None if spec.reference == START else start_fingerprint(_locate_reference(spec, number, plan)),
-        "importance": sha256(_importance_path(spec.importance, number, plan.root)) if spec.importance else None,
+        "importance": sha256(locate_importance_file(spec.importance, plan.root, f"penalties[{number}].importance"))
+        if spec.importance
+        else None,
     }
 
 
@@ -162,7 +163,9 @@ class _AnchorBuilder:
         self.vocabulary = plan.model.vocab_size
         self.reference = _Reference.load(spec, number, plan)
         self.importance = (
-            ImportanceFile(_importance_path(spec.importance, number, plan.root)) if spec.importance else None
+            ImportanceFile(locate_importance_file(spec.importance, plan.root, f"{self.where}.importance"))
+            if spec.importance
+            else None
         )
         self._check_importance()
         self.masters = {id(w.parameter): w.master for w in weights.entries}
@@ -246,17 +249,8 @@ class _AnchorBuilder:
         """Raise `DataError` for importance measured on another model than the reference."""
         if self.importance is None:
             return
-        metadata, reference = self.importance.metadata, self.reference
-        # A model from the Hub has a name but no fingerprint.
-        measured_on, anchored_to = metadata.fingerprint or metadata.model, reference.fingerprint or reference.start.name
-        if measured_on != anchored_to:
-            raise DataError(
-                f"the importance was measured on {metadata.model} (fingerprint {measured_on}), and the reference is "
-                f"{reference.start.name} (fingerprint {anchored_to})",
-                where=f"{self.where}.importance",
-                expected="importance of the reference model",
-                hint="measure it on the reference, or set `reference` to the model it was measured on",
-            )
+        start = self.reference.start
+        self.importance.check_model(start.name, self.reference.fingerprint, f"{self.where}.importance")
 
     def _is_available(self, name: str, shape: tuple[int, ...]) -> bool:
         """Whether reference and importance have this weight; noted if not. Raises for a weight of another shape."""
@@ -372,17 +366,6 @@ class _AnchorBuilder:
     def _count_numbers(self, shape: tuple[int, ...], importance: Tensor | None) -> None:
         self.numbers += math.prod(shape)
         self.importance_sum += math.prod(shape) if importance is None else float(importance.double().sum())
-
-
-def _importance_path(name: str, number: int, root: Path) -> Path:
-    path = (root / Path(name).expanduser()).resolve()
-    if not path.exists():
-        raise DataError(
-            f"there is no file {name} in {root.resolve()}",
-            where=f"penalties[{number}].importance",
-            hint=f"measure it first: postgrad importance MODEL FILES... --out {name}",
-        )
-    return path
 
 
 def describe_penalty(penalty: StagePenalty) -> PenaltyRecord:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,9 +15,9 @@ from postgrad.config.objectives import OnPolicyObjective
 from postgrad.config.tunings import LoraTuning
 from postgrad.data.layouts.rows import Row, Rows
 from postgrad.data.loading.batch import collate
-from postgrad.data.loading.documents import PACKED_LAYOUTS
 from postgrad.data.loading.loader import Loader
 from postgrad.data.loading.teacher_cache import TeacherCache
+from postgrad.data.loading.unpacked_rows import PACKED_LAYOUTS
 from postgrad.distributed import fsdp
 from postgrad.distributed.world import InputFile, World
 from postgrad.errors import ResumeError, StageError
@@ -25,7 +26,7 @@ from postgrad.lineage.tree import read_lineage
 from postgrad.models.location import TUNING_FILE, ModelLocation
 from postgrad.models.model import CausalModel
 from postgrad.optim.loss_adaptive_lr import ConstantLRScale, LossAdaptiveLRScale
-from postgrad.optim.optimizer import AdamW, Weights
+from postgrad.optim.optimizer import AdamW, Muon, Optimizer, Weights
 from postgrad.optim.sparse_update import UpdateMask
 from postgrad.penalties.o_lora import OrthogonalityPenalty
 from postgrad.penalties.penalty import DecoupledPenalty, Penalty
@@ -144,6 +145,12 @@ def build_run(plan: Plan, tuned_model: TunedModel, execution: Execution, world: 
     teachers = make_online_teachers(plan, model, tuned_model.tuning, tuned_model.base_names, execution, world)
     if execution.activation_checkpointing:
         fsdp.checkpoint_activations(model)
+    if world.is_distributed and stage.optimizer.kind == "muon":
+        raise StageError(
+            "Muon needs whole matrices, and several processes hold parts of them",
+            where="optimizer.kind",
+            expected="adamw, or one process, without torchrun",
+        )
     if world.is_distributed:
         fsdp.shard(model, world.size, execution.compute)
     weights = Weights(model, tuned_model.tuning, execution.compute, master_copies=not world.is_distributed)
@@ -162,7 +169,7 @@ def build_run(plan: Plan, tuned_model: TunedModel, execution: Execution, world: 
     if spec.moments != "reset":
         checkpoint = world.from_first(lambda: _find_moments(plan.model.start))
         world.require_same(lambda: {"moments": InputFile(str(checkpoint), file_fingerprint(checkpoint / STATE))})
-        keep = ("exp_avg", "exp_avg_sq") if spec.moments == "keep" else ("exp_avg_sq",)
+        keep = None if spec.moments == "keep" else ("exp_avg_sq",)
         optimizer.restore(read_moments(checkpoint), read_progress(checkpoint).updates, keep=keep)
         if not optimizer.update_counts():
             raise ResumeError(
@@ -201,10 +208,11 @@ def build_run(plan: Plan, tuned_model: TunedModel, execution: Execution, world: 
 
 def make_optimizer(
     plan: Plan, weights: Weights, update_mask: UpdateMask, decays: Sequence[DecoupledPenalty] = ()
-) -> AdamW:
+) -> Optimizer:
     """The stage's optimizer, without moments."""
     spec = plan.stage.optimizer
-    return AdamW(
+    make = AdamW if spec.kind == "adamw" else partial(Muon, momentum=spec.momentum)
+    return make(
         weights,
         betas=spec.betas,
         eps=spec.eps,

@@ -12,6 +12,7 @@ from postgrad.config.objectives import (
     DistillObjective,
     ObjectiveConfig,
     OnPolicyObjective,
+    TokenObjectiveConfig,
     get_objective_names,
 )
 from postgrad.data.problem_type import ProblemType
@@ -58,7 +59,9 @@ def make_objectives(
 
 def make_token_loss(spec: ObjectiveConfig, context: LossContext) -> Objective:
     """Cross-entropy over the labels of the rows."""
-    return TokenLoss(context.name, spec.weight)
+    weights = spec.token_weights if isinstance(spec, TokenObjectiveConfig) else None
+    token_weights = None if weights is None else weights.load()(**weights.model_dump(exclude={"kind"}))
+    return TokenLoss(context.name, spec.weight, token_weights)
 
 
 def make_classification_loss(spec: ClassifyObjective, context: LossContext) -> Objective:
@@ -74,7 +77,7 @@ def make_distillation_loss(spec: DistillObjective, context: LossContext) -> Obje
     options = weight, spec.direction, spec.temperature, context.name
     if context.task.is_classifier:
         return TaskDistillationLoss(context.problem, context.teacher, *options)
-    return DistillationLoss(context.teacher, *options)
+    return DistillationLoss(context.teacher, *options, exclude_labels=spec.vocabulary == "without-labels")
 
 
 def make_on_policy_loss(spec: OnPolicyObjective, context: LossContext) -> Objective:

@@ -18,9 +18,8 @@ from postgrad.errors import StageError
 from postgrad.hardware.execution import Execution
 from postgrad.models.auto_classes import load_config
 from postgrad.models.cpu_attention import CAUSAL_BLOCKS, is_supported
-from postgrad.models.isolation import find_leak
 from postgrad.models.location import ModelLocation
-from postgrad.models.model import CausalModel, Model, wrap_model
+from postgrad.models.model import CausalModel, Model, find_model_leak, wrap_model
 from postgrad.objectives.distillation import LossWeight
 from postgrad.objectives.teacher import OnlineTeacher
 from postgrad.optim import lr_schedules
@@ -92,9 +91,7 @@ def load_teacher(plan: Plan, teacher: ModelLocation, number: int, execution: Exe
     freeze(opened.model)
     model = wrap_model(opened.model, opened.task).to(world.device)
     _set_attention(model, opened, execution.attention)
-    packed = not isinstance(model, CausalModel) or not find_leak(
-        model.pretrained, model.compute_hidden, plan.model.context_length
-    )
+    packed = not isinstance(model, CausalModel) or not find_model_leak(model, plan.model.context_length)
     for parameter in model.parameters():  # buffers such as rotary frequencies keep their precision
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(execution.compute)

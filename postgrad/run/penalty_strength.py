@@ -28,7 +28,7 @@ from postgrad.distributed.shards import local_shard, sum_over_ranks
 from postgrad.errors import StageError
 from postgrad.optim import lr_schedules
 from postgrad.optim.loss_adaptive_lr import ConstantLRScale
-from postgrad.optim.optimizer import AdamW
+from postgrad.optim.optimizer import Optimizer
 from postgrad.penalties.penalty import DecoupledPenalty, StagePenalty
 from postgrad.training.loop import train_steps
 from postgrad.training.step import Run, StepReport
@@ -59,7 +59,7 @@ def set_strengths(run: Run, strengths: Mapping[str, Mapping[str, float]]) -> Non
         penalty.strength = strengths[penalty.name]["strength"]
 
 
-def find_strengths(run: Run, loader: Loader, rates: Sequence[float], optimizer: AdamW) -> PenaltyStrengths:
+def find_strengths(run: Run, loader: Loader, rates: Sequence[float], optimizer: Optimizer) -> PenaltyStrengths:
     """Strengths for the anchors without one, with the measurements behind them; the run is unchanged afterwards.
 
     `rates`: the learning rates of all steps; `optimizer`: a fresh one over the run's weights. Raises `StageError` when the

@@ -221,7 +221,7 @@ def _compare_copies(
     before, after, start_copy, trained_copy = (np.array([side[key][0] for key in common]) for side in sides)
     forgot, left = after - before, trained_copy - start_copy
     forgotten, share = _estimate(forgot, tokens), None
-    if forgotten.low > 0:
+    if forgotten.low is not None and forgotten.low > 0:
         low, high = percentile_interval(resample_ratio(forgot - left, tokens) / resample_ratio(forgot, tokens))
         share = Interval(value=float((forgot - left).sum() / forgot.sum()), low=low, high=high)
     return SetRelearning(

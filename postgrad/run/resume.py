@@ -23,6 +23,7 @@ from postgrad.run.context import RunContext, prepare_model
 from postgrad.run.events import Phase, PhaseStarted, RunFinished, WarningMessage
 from postgrad.run.run_folder import REPORT, Interrupt, claim_run_folder
 from postgrad.run.tuned_model import TunedModel, make_tuned_model
+from postgrad.run.update_masks import update_fingerprints
 from postgrad.run.write_record import utc_timestamp
 from postgrad.storage.atomic import remove_staging, write_without_secrets
 from postgrad.storage.fingerprint import file_fingerprint, fingerprint
@@ -35,6 +36,8 @@ def claim_run(plan: Plan, world: World, interrupt: Interrupt, *, command: str, c
     fingerprints = {**plan.fingerprints(), "start_model": start_identity}
     if plan.stage.penalties:
         fingerprints["penalties"] = penalty_fingerprints(plan)
+    if files := update_fingerprints(plan):
+        fingerprints["sparse_update"] = files
     world.require_same(lambda: _input_files(plan, fingerprints))
     saved_plan = world.from_first(lambda: claim_run_folder(plan.output, plan, fingerprints))
     if saved_plan:  # a stage that differs in harmless keys is still the same run

@@ -5,13 +5,21 @@ from __future__ import annotations
 import shlex
 
 from postgrad.reports.sections.drift_section import changed_weights_sentence, drift_table
-from postgrad.reports.sections.held_out_tables import metrics_table, pseudo_perplexity_table, score_table
+from postgrad.reports.sections.held_out_tables import (
+    class_tables,
+    metrics_table,
+    pseudo_perplexity_table,
+    score_table,
+    unknown_tokens_table,
+)
 from postgrad.reports.sections.mixture_section import source_losses_table
 from postgrad.reports.sections.overview import skipped_steps_sentence
 from postgrad.reports.sections.published_step import selected_step_sentences
 from postgrad.reports.sections.task_section import cluster_table, task_table
 from postgrad.run.events import RunFinished
 from postgrad.run.run_folder import MODEL, REPORT
+
+_MAX_CLASSES = 8
 
 
 def summary_text(outcome: RunFinished) -> str:
@@ -22,6 +30,8 @@ def summary_text(outcome: RunFinished) -> str:
     for table in (
         pseudo_perplexity_table(record, brief=True),
         metrics_table(record),
+        *class_tables(record, _MAX_CLASSES),
+        unknown_tokens_table(record),
         source_losses_table(record),
         drift_table(record),
         task_table(record, brief=True),

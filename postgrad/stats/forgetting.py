@@ -28,11 +28,13 @@ class LossChange:
 
     difference: float
     """After minus before, nats per token; above zero is forgetting."""
-    low: float
-    high: float
+    low: float | None
+    """None of a single unit, which has no interval; so is `high`."""
+    high: float | None
     relative: float
     """The difference as a share of the loss before."""
     relative_high: float
+    """The upper end as a share of the loss before; without an interval, `relative`."""
     share_of_range: float | None
     """The difference as a share of the range from the loss before to that of a uniform guess, ln V; None for a model
     that was worse than such a guess, which has no such range."""
@@ -66,7 +68,7 @@ def paired_change(
         low=low,
         high=high,
         relative=difference / loss_before,
-        relative_high=high / loss_before,
+        relative_high=(difference if high is None else high) / loss_before,
         share_of_range=difference / spare if (spare := math.log(vocabulary) - loss_before) > 0 else None,
         bits_per_byte_difference=difference * total / (math.log(2) * max(total_bytes, 1)),
         units=units,
@@ -75,16 +77,20 @@ def paired_change(
     )
 
 
-def loss_verdict(low: float, high: float, loss_before: float) -> Verdict:
+def loss_verdict(low: float | None, high: float | None, loss_before: float) -> Verdict:
     """The verdict that an interval of a loss change supports."""
-    margin = KEPT_MARGIN * loss_before
-    if -margin <= low and high <= margin:
+    if low is None or high is None:
+        return "no evidence"
+    return score_verdict(-high, -low, loss_before)
+
+
+def score_verdict(low: float | None, high: float | None, scale: float) -> Verdict:
+    """The verdict that an interval of the change of a score supports; higher is better. `scale`: what 1 % is of."""
+    if low is None or high is None:
+        return "no evidence"
+    if -KEPT_MARGIN * scale <= low and high <= KEPT_MARGIN * scale:
         return "kept"
-    if low > 0:
-        return "forgot"
-    if high < 0:
-        return "learnt"
-    return "no evidence"
+    return "learnt" if low > 0 else "forgot" if high < 0 else "no evidence"
 
 
 @dataclass(frozen=True)

@@ -45,9 +45,9 @@ class BootstrapEstimate:
     def __sub__(self, other: BootstrapEstimate) -> BootstrapEstimate:
         return BootstrapEstimate(self.value - other.value, self.draws_S - other.draws_S)
 
-    def as_dict(self, sign: float = 1.0) -> dict[str, float]:
+    def as_dict(self, sign: float = 1.0) -> dict[str, float | None]:
         """The value with its 95 % interval."""
-        low, high = sorted(sign * end for end in percentile_interval(self.draws_S))
+        low, high = percentile_interval(sign * self.draws_S)
         return {"value": sign * self.value, "low": low, "high": high}
 
 
@@ -66,7 +66,7 @@ def removed_share(
     None where the baseline's forgetting is not significant: its interval includes zero.
     """
     lost = baseline - base
-    if percentile_interval(lost.draws_S)[0] <= 0:
+    if (percentile_interval(lost.draws_S)[0] or 0.0) <= 0:
         return None
     return BootstrapEstimate(1 - (arm.value - base.value) / lost.value, 1 - (arm.draws_S - base.draws_S) / lost.draws_S)
 
@@ -190,7 +190,7 @@ def _read_scores(prepared: PreparedStudy, key: str, side: str = "after") -> befo
         raise DataError(error.problem, where=error.where, hint=_repeat_hint(path.parents[1])) from error
 
 
-def _loss_values(losses: Losses) -> dict[str, dict[str, float]]:
+def _loss_values(losses: Losses) -> dict[str, dict[str, float | None]]:
     return {what: losses.get_loss(what).as_dict() for what in (*LOSS_KINDS, *losses.sets)}
 
 
@@ -255,6 +255,7 @@ def _arm_results(
         out["gap"] = {what: (own.mean.get_loss(what) - union.mean.get_loss(what)).as_dict() for what in LOSS_KINDS}
     costs = [_total_cost(prepared, chain.steps) for chain in own.chains]
     out |= {key: _mean([cost[key] for cost in costs]) for key in ("tokens", "seconds", "peak_memory")}
+    out["skipped_steps"] = round(sum(cost["skipped_steps"] or 0 for cost in costs))
     given = not out["from_scratch"] or arm.blend is not None  # a blend has the base in it, whatever its arm began with
     base = _total_cost(prepared, [prepared.graph.base_step])["tokens"] if prepared.graph.base_step and given else 0
     known = prepared.graph.base_step is not None or not given
@@ -291,16 +292,20 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _total_cost(prepared: PreparedStudy, keys: Sequence[str]) -> dict[str, float | None]:
-    """Cost of steps: trained tokens, seconds of training and preparation, peak accelerator memory in bytes."""
-    tokens, seconds, peaks = 0.0, 0.0, []
+    """Cost of steps: trained tokens, optimizer steps without an update, seconds of training and preparation, peak accelerator
+    memory in bytes.
+    """
+    tokens, skipped, seconds, peaks = 0.0, 0, 0.0, []
     for key in keys:
         step = prepared.graph.steps[key]
         note = prepared.folder.read_note(step)
         seconds += sum(note.get("seconds", {}).get(phase, 0.0) for phase in ("training", "making"))
         peaks += [note["peak_memory"]] if note.get("peak_memory") else []
         if step.kind == "train":
-            tokens += _read_step_record(prepared, key).totals.tokens
-    return {"tokens": tokens, "seconds": seconds, "peak_memory": max(peaks, default=None)}
+            record = _read_step_record(prepared, key)
+            tokens += record.totals.tokens
+            skipped += len(record.totals.skipped_steps)
+    return {"tokens": tokens, "skipped_steps": skipped, "seconds": seconds, "peak_memory": max(peaks, default=None)}
 
 
 def _has_failed_gate(prepared: PreparedStudy, key: str) -> bool:
@@ -430,6 +435,8 @@ def _evaluate_claim(
 def claim_verdict(entry: Mapping[str, Any], bound: float, *, at_least: bool = False) -> str:
     """Verdict on value <= bound (>= with `at_least`): the interval and every seed must lie on one side."""
     low, high, seeds = entry["low"], entry["high"], entry["by_seed"]
+    if low is None:  # a single document
+        return "not shown"
     if at_least:
         low, high, seeds, bound = -high, -low, [-s for s in seeds], -bound
     if high <= bound and all(s <= bound for s in seeds):

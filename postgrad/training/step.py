@@ -27,7 +27,7 @@ from postgrad.objectives.balancing import BalancingLoss
 from postgrad.objectives.objective import Objective, combine_losses
 from postgrad.optim.loss_adaptive_lr import ConstantLRScale, LRScale
 from postgrad.optim.lr_schedules import Schedule
-from postgrad.optim.optimizer import AdamW, Weights
+from postgrad.optim.optimizer import Optimizer, Weights
 from postgrad.penalties.penalty import Penalty
 
 
@@ -37,7 +37,7 @@ class Run:
 
     model: Model
     weights: Weights
-    optimizer: AdamW
+    optimizer: Optimizer
     objectives: Sequence[Objective]
     penalties: Sequence[Penalty]
     schedule: Schedule

@@ -92,6 +92,11 @@ def linear_layers(model: PreTrainedModel) -> list[LinearLayer]:
     ]
 
 
+def block_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The linear layers of the blocks, without adapters around them, by the names of their weights in the plain model."""
+    return {f"{layer.name}.weight": base_layer(layer.module) for layer in linear_layers(model) if layer.is_targetable}
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is a linear layer, itself or under adapters."""
     return isinstance(base_layer(module), nn.Linear | Conv1D)

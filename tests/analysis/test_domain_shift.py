@@ -149,9 +149,43 @@ def test_the_vocabulary_grows_where_text_is_cut_fine_or_lost(
 
 
 def test_few_tokens_ask_for_a_low_rate() -> None:
-    few, many = (
-        shift_advice.make_proposals("strong", tokens=n, old_bytes_per_token=4, new_bytes_per_token=4, unknown=0)
-        for n in (10**6, 10**10)
+    few, many, unknown = (
+        shift_advice.make_proposals(
+            "strong", tokens=n, old_bytes_per_token=4, new_bytes_per_token=4, unknown=0, parameters=parameters
+        )
+        for n, parameters in ((10**6, 7 * 10**9), (10**10, 7 * 10**9), (10**6, None))
     )
-    assert few[1].value == "2.0e-5"
+    assert few[1].value == "2.0e-05"
     assert many[1].value == "the peak of pre-training"
+    assert unknown[1].value == "unknown" and "not known" in unknown[1].reason
+
+
+@pytest.mark.parametrize(
+    ("parameters", "rate"),
+    [(260_000, 1e-3), (400_000, 1e-3), (10**7, 2e-4), (110_000_000, 6e-5), (10**9, 2e-5), (70 * 10**9, 2e-5)],
+)
+def test_the_rate_follows_the_size(parameters: int, rate: float) -> None:
+    assert shift_advice.usual_peak_rate(parameters) == pytest.approx(rate)
+    proposed = shift_advice.make_proposals(
+        "weak", tokens=10**6, old_bytes_per_token=4, new_bytes_per_token=4, unknown=0, parameters=parameters
+    )
+    assert float(proposed[1].value) == pytest.approx(rate) and f"{parameters:,}" in proposed[1].reason
+
+
+@pytest.mark.parametrize(
+    ("excess", "ratio", "wanted"),
+    [
+        (0.2, 4.33 / 0.9, "strong"),  # letters alike, and a text that the model knows nothing of
+        (0.2, 1.3, "weak"),
+        (0.5, 1.0, "strong"),
+        (0.01, 1.05, "none"),
+        (0.01, 1.2, "weak"),
+        (0.01, 0.5, "none"),  # a text that is easier
+        (0.2, None, "weak"),
+    ],
+)
+def test_the_loss_of_the_model_counts(excess: float, ratio: float | None, wanted: str) -> None:
+    assert shift_advice.shift_strength(excess + 0.1, 0.1, ratio) == wanted
+    by_text_alone = shift_advice.shift_strength(excess + 0.1, 0.1)
+    order = ("none", "weak", "strong")
+    assert order.index(by_text_alone) <= order.index(wanted)

@@ -243,7 +243,7 @@ def test_init_goes_on_at_the_rate_of_a_run(postgrad: Command, base: Path, runs: 
     went_on, foreign = (yaml.safe_load((tmp_path / f"{name}.yaml").read_text()) for name in ("run", "foreign"))
     curve = [rate for _, rate in read_record(runs.naive).schedule_curve]
     assert went_on["schedule"]["peak"] == pytest.approx(max(curve), rel=0.05) != foreign["schedule"]["peak"]
-    assert (foreign["schedule"]["peak"], foreign["schedule"]["floor"]) == (2e-5, 2e-6)
+    assert (foreign["schedule"]["peak"], foreign["schedule"]["floor"]) == (1e-3, 1e-4)  # of so small a model
 
 
 def test_a_stage_is_trained_and_the_next_command_parses(

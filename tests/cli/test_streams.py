@@ -96,6 +96,31 @@ def test_what_follows_an_error_is_dropped(tmp_path: Path) -> None:
     file.close()
 
 
+# -- several processes -------------------------------------------------------------------------------------------------
+
+
+def test_an_error_of_planning_is_printed_by_one_rank(
+    postgrad: Command, stage_file: StageFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks plan before they form a group. `torchrun` ends the others once the first one has failed."""
+
+    def end_by_signal(_: float) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def error_of(rank: int, wait: Callable[[float], None] = lambda _: pytest.fail("the first rank waits")) -> str:
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setattr(main.time, "sleep", wait)
+        done = postgrad("train", stage_file(tokens=-1))
+        assert done.code == 2
+        return done.err
+
+    assert "tokens" in error_of(0)
+    assert error_of(1, end_by_signal) == ""
+    assert error_of(1, lambda _: None) == error_of(0)  # its own error: the first rank goes on
+    monkeypatch.setattr(main, "_is_reported_here", lambda error: True)  # the mutant
+    assert "tokens" in error_of(1)
+
+
 # -- signals -----------------------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from postgrad.cli.render import model_comparison_text
+from postgrad.cli.render import grown_text, model_comparison_text
 from postgrad.commands.compare import compare_models
 from postgrad.commands.grow import GrownModel, grow_vocabulary
 from postgrad.config.stage_file import parse_stage
 from postgrad.errors import DataError, StageError
+from postgrad.lineage.growth import GROWTH, read_growth
+from postgrad.lineage.tree import lineage_matrix, read_lineage
 from postgrad.models.grow_embeddings import grow_embeddings
 from postgrad.models.pretrained import save_pretrained
 from postgrad.plan.plan import make_plan
+from postgrad.reports.pages.lineage_page import lineage_page
+from postgrad.reports.sections.lineage_tables import lineage_table
 from postgrad.run.events import RunFinished
 from postgrad.run.run import run_stage
 from tests.conftest import StageOf, make_llama, make_tokenizer, old_text, write_jsonl
@@ -32,8 +37,8 @@ def text(tmp_path: Path) -> Path:
     return write_jsonl(tmp_path / "german.jsonl", german(80))
 
 
-def test_rows_are_means_of_what_stood_for_them(base: Path, text: Path, tmp_path: Path) -> None:
-    found = grown(base / "base", text, tmp_path / "grown", old=[str(base / "old.jsonl")])
+def test_rows_are_means_of_what_stood_for_them(base: Path, text: Path, cache: Path, tmp_path: Path) -> None:
+    found = grown(base / "base", text, tmp_path / "grown", old=[str(base / "old.jsonl")], cache=cache)
     before, after = (AutoModelForCausalLM.from_pretrained(f) for f in (base / "base", tmp_path / "grown"))
     old, new = (m.get_input_embeddings().weight.detach() for m in (before, after))
     assert len(new) == len(old) + found.added == found.tokens
@@ -46,6 +51,13 @@ def test_rows_are_means_of_what_stood_for_them(base: Path, text: Path, tmp_path:
     torch.testing.assert_close(new[number], old[parts].mean(0))
     assert found.new.after.bytes_per_token > 1.5 * found.new.before.bytes_per_token
     assert found.old is not None and found.old.after == found.old.before
+    cost = found.old_bits
+    assert cost is not None and cost == read_growth(tmp_path / "grown")
+    assert cost.after > cost.before  # each new token takes some of the probability
+    rows = compare_models([str(base / "base"), str(tmp_path / "grown")], [str(base / "old.jsonl")], cache=cache).rows
+    assert [cost.before, cost.after] == pytest.approx([row.score.bits_per_byte for row in rows])
+    assert cost.sentence() in grown_text(found)
+    assert "--old FILE" in grown_text(replace(found, old_bits=None))
 
 
 def test_what_the_model_says_of_old_text_is_what_it_said(base: Path, text: Path, tmp_path: Path) -> None:
@@ -70,7 +82,7 @@ def test_an_output_head_of_its_own_grows_too(head: str) -> None:
 def test_two_stages_embeddings_first_then_all(
     base: Path, text: Path, stage_of: StageOf, cache: Path, tmp_path: Path
 ) -> None:
-    found = grown(base / "base", text, tmp_path / "grown")
+    found = grown(base / "base", text, tmp_path / "grown", old=[str(base / "old.jsonl")], cache=cache)
     start, last = tmp_path / "grown", None
     for name, tuning in (
         ("first", {"kind": "blocks", "all_but_first": found.blocks, "embeddings": True}),
@@ -90,6 +102,11 @@ def test_two_stages_embeddings_first_then_all(
         blocks = {n for n in moved if ".layers." in n}
         assert "model.embed_tokens.weight" in moved and bool(blocks) == (name == "second")
         start = tmp_path / name / "model"
+    lineage = lineage_matrix(read_lineage(tmp_path / "first"), lambda *_: None)
+    assert lineage.growth == found.old_bits is not None
+    assert lineage.growth.sentence() in lineage_table(lineage).text() and "bits per byte" in lineage_page(lineage)
+    (tmp_path / "grown" / GROWTH).unlink()  # the mutant: the folder does not keep it
+    assert lineage_matrix(read_lineage(tmp_path / "first"), lambda *_: None).growth is None
     text_found = model_comparison_text(compare_models([str(base / "base"), str(start)], [str(text)], cache=cache))
     assert "bits/byte" in text_found and "another tokenizer" in text_found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from seqeval import metrics as seqeval
 from sklearn import metrics
 
 from postgrad.data.problem_type import ProblemType
+from postgrad.evaluation import before_after
+from postgrad.evaluation.before_after import loss_changes
 from postgrad.evaluation.classification_metrics import (
     compare_metrics,
     compute_metrics,
@@ -22,6 +25,8 @@ from postgrad.evaluation.classification_metrics import (
     span_counts,
 )
 from postgrad.evaluation.perplexity import Scores
+from postgrad.lineage.record import SetChange, SetScore
+from postgrad.reports.sections.held_out_tables import class_score_tables
 from postgrad.stats import bootstrap
 
 
@@ -51,13 +56,10 @@ def by_hand(problem: ProblemType, said: np.ndarray, meant: np.ndarray) -> dict[s
         hit = int(((said == label) & (meant == label)).sum())
         one[label] = 2 * hit / ((said == label).sum() + (meant == label).sum())
     found = {"accuracy": float((said == meant).mean())}
-    if problem == "multi":
-        return {**found, "F1": one[1]}
-    found["macro F1"] = float(np.mean(list(one.values())))
-    if problem == "class":  # the correlation of the two indicator matrices (Gorodkin 2004)
-        a, b = (np.eye(3)[labels] - np.eye(3)[labels].mean(0) for labels in (said, meant))
-        found["MCC"] = float((a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum()))
-    return found
+    # The correlation of the two indicator matrices (Gorodkin 2004).
+    a, b = (np.eye(3)[labels] - np.eye(3)[labels].mean(0) for labels in (said, meant))
+    found["MCC"] = float((a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum()))
+    return found | ({"F1": one[1]} if problem == "multi" else {"macro F1": float(np.mean(list(one.values())))})
 
 
 @pytest.mark.parametrize("problem", ProblemType)
@@ -128,8 +130,9 @@ def test_any_items_have_finite_metrics(count: int, problem: ProblemType, seed: i
         patch.setattr(bootstrap, "DRAWS", 4)
         for answers in ((said, meant), (meant, meant), (np.zeros_like(said), np.zeros_like(meant))):
             for m in compute_metrics(problem, *answers, item).values():
-                assert np.isfinite(list(m.values())).all()
-                assert m["low"] <= m["high"]
+                low, high = m["low"], m["high"]
+                assert np.isfinite(m["value"])
+                assert low is high is None if len(set(item.tolist())) < 2 else low is not None and low <= high
 
 
 @pytest.mark.parametrize("problem", list(ProblemType))
@@ -257,3 +260,86 @@ def test_a_comparison_draws_the_same_documents_for_both(monkeypatch: pytest.Monk
         metric_values(ProblemType.CLASS, said, meant, item)["MCC"]
         == compute_metrics(ProblemType.CLASS, said, meant, item)["MCC"]["value"]
     )
+
+
+# --- verdicts, and class by class -------------------------------------------------------------------------------------
+
+
+def classifier_scores(said: np.ndarray, meant: np.ndarray, problem: ProblemType, names: tuple[str, ...]) -> Scores:
+    """Scores whose loss is lower the more is right."""
+    nats, rows = np.where(said == meant, 0.1, 2.0).astype(float), np.arange(len(meant))
+    ones, labels = np.ones(len(meant), int), np.array(names)
+    return Scores(rows, nats, ones, ones, said, meant, rows, problem, labels)
+
+
+NAMES = {ProblemType.CLASS: ("no", "yes"), ProblemType.TAGS: ("odd", "even"), ProblemType.MULTI_LABEL: ("any",)}
+
+
+def change_of(problem: ProblemType, before: np.ndarray, after: np.ndarray, meant: np.ndarray) -> SetChange:
+    names = NAMES.get(problem, ())
+    sides = [classifier_scores(said, meant, problem, names) for said in (before, after)]
+    (change,) = loss_changes([NamedSet("set")], {"set": sides[0]}, {"set": sides[1]}, 100).values()
+    return change
+
+
+class NamedSet(NamedTuple):
+    name: str
+    role: str = "learned"
+    identity: tuple[str, ...] = ()
+
+
+@pytest.mark.parametrize("problem", ProblemType)
+def test_the_same_answer_to_everything_is_not_learnt(problem: ProblemType, monkeypatch: pytest.MonkeyPatch) -> None:
+    meant = (np.random.default_rng(0).random(100) < 0.8).astype(float if problem == ProblemType.NUMBER else int)
+    constant = np.full_like(meant, 0.8 if problem == ProblemType.NUMBER else 1)
+    wrong = np.zeros_like(meant)
+    dull, bright = change_of(problem, wrong, constant, meant), change_of(problem, wrong, meant, meant)
+    assert dull.high is not None and (dull.high < -0.5 or problem == ProblemType.NUMBER)
+    assert dull.verdict == "kept" and dull.metric_change is not None
+    assert [dull.metric_change.difference, dull.metric_change.low] == pytest.approx([0, 0], abs=1e-9)
+    assert bright.verdict == "learnt" and change_of(problem, meant, constant, meant).verdict == "forgot"
+    # The mutants: the verdict of the loss, and that of a metric that rewards what is frequent.
+    nothing = (None, None)
+    if problem != ProblemType.NUMBER:
+        with monkeypatch.context() as patched:
+            patched.setattr(before_after, "chance_corrected_change", lambda *_: nothing)
+            assert change_of(problem, wrong, constant, meant).verdict == "learnt"
+        monkeypatch.setattr(before_after, "chance_corrected_metric", lambda *_: "accuracy")
+        assert change_of(problem, wrong, constant, meant).verdict == "learnt"
+
+
+@pytest.mark.parametrize("problem", [ProblemType.CLASS, ProblemType.TAGS, ProblemType.MULTI_LABEL])
+def test_classes_are_those_of_scikit_learn(problem: ProblemType) -> None:
+    rng, names = np.random.default_rng(3), ("a", "b", "c", "never")
+    if problem == ProblemType.MULTI_LABEL:
+        meant, said = (rng.random((2, 50, 4)) < [0.5, 0.2, 0.7, 0]).astype(int)
+    else:
+        meant, said = rng.integers(0, 3, (2, 50))
+        said[:5] = 3
+    wanted = metrics.precision_recall_fscore_support(meant, said, labels=range(4), zero_division=0)
+    scores = classifier_scores(said.ravel(), meant.ravel(), problem, names)
+    summary = scores.summary()
+    found = [[each[key] for each in summary["classes"]] for key in ("precision", "recall", "f1", "support")]
+    assert np.array(found) == pytest.approx(np.array(wanted))
+    assert np.array(found) != pytest.approx(np.array(wanted)[[1, 0, 2, 3]])  # the mutant: the two are swapped
+    if problem != ProblemType.MULTI_LABEL:
+        matrix = metrics.confusion_matrix(meant, said, labels=range(4))
+        assert summary["confusion"] == matrix.tolist() != matrix.T.tolist()
+        one, *_, last = class_score_tables("set", SetScore.model_validate(summary), None, 20)
+        assert all(name in one.text() and name in last.html() for name in names)
+        assert len(class_score_tables("set", SetScore.model_validate(summary), None, 2)) == 1  # no part of a matrix
+
+
+def test_a_prediction_without_a_name_has_a_class() -> None:
+    summary = classifier_scores(np.array([0, 4]), np.array([0, 1]), ProblemType.CLASS, ("a", "b")).summary()
+    assert [each["name"] for each in summary["classes"]] == ["a", "b", "class 2", "class 3", "class 4"]
+
+
+@pytest.mark.parametrize("problem", ProblemType)
+def test_one_document_has_no_interval(problem: ProblemType) -> None:
+    """Also where it has many items: they rise and fall together."""
+    said, meant, _ = drawn(problem)
+    found = compute_metrics(problem, said, meant, np.zeros(len(said), int))
+    assert found and all(metric["low"] is metric["high"] is None for metric in found.values())
+    change = compare_metrics(problem, said, meant, meant, np.zeros(len(said), int))
+    assert all(metric["low"] is None for metric in change.values())

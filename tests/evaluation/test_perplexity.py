@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 from postgrad.evaluation import perplexity
 from postgrad.evaluation.held_out import HeldOutText, _Window, windows
 from postgrad.evaluation.perplexity import Scores, score_held_out
+from postgrad.lineage.record import SetScore
 from postgrad.models.model import CausalModel
 from postgrad.stats.forgetting import MIN_DOCUMENTS
 from tests.conftest import VOCABULARY, make_llama
@@ -239,7 +241,7 @@ def test_tiny_documents_among_others_keep_their_places() -> None:
 
 def test_a_set_of_one_tiny_document_has_a_value_and_no_spread() -> None:
     summary = score_held_out(CausalModel(make_llama()), set_of([np.array([3, 4])]), context=CONTEXT).summary()
-    assert summary["low"] == summary["nats"] == summary["high"]
+    assert summary["nats"] > 0 and summary["low"] is summary["high"] is None
     assert summary["tokens"] == 1
 
 
@@ -273,3 +275,26 @@ def test_the_first_documents_never_hold_more_than_was_asked_for(sizes: list[int]
     assert total >= min(tokens, sum(sizes)) - 1
     assert all(len(d) >= 2 for d in first.documents)
     assert len(first.bytes) == len(first.documents)
+
+
+def test_unknown_tokens_are_scored_apart() -> None:
+    """The two figures make up the one that counts all; the sets without unknown tokens are scored as ever."""
+    model, rng, unknown = CausalModel(make_llama()), np.random.default_rng(0), 7
+    texts = [rng.integers(2, 12, size) for size in (40, 9, 70)]
+    whole = set_of(texts)
+    every, apart = (
+        score_held_out(model, held_out, context=CONTEXT) for held_out in (whole, replace(whole, unknown_id=unknown))
+    )
+    summary = apart.summary()["unknown"]
+    count = sum(int((text[1:] == unknown).sum()) for text in texts)
+    assert summary["tokens"] == count == every.tokens_W.sum() - apart.tokens_W.sum() > 0
+    assert summary["nats"] * count + apart.nats_W.sum() == pytest.approx(every.nats_W.sum())
+    assert apart.nats != pytest.approx(every.nats)  # the mutant: they are counted with the others
+    assert "unknown" not in every.summary()
+    absent = score_held_out(model, replace(whole, unknown_id=VOCABULARY - 1), context=CONTEXT)
+    assert absent.nats == every.nats and absent.unknown_tokens == 0
+    assert whole.identity != replace(whole, unknown_id=unknown).identity
+    read_back = Scores.from_arrays({name: np.asarray(value) for name, value in asdict(apart).items()})
+    assert read_back.summary() == apart.summary()
+    record = SetScore.model_validate(apart.summary())
+    assert record.unknown is not None and record.unknown.share == pytest.approx(count / every.tokens_W.sum())

@@ -155,7 +155,8 @@ class Sweep:
             return "" if str(run) in str(error) else f"{key}: an error that names no file: {error}"
         except Exception as error:
             return f"{key}: {type(error).__name__}: {error}"
-        is_told = "A file of the run is damaged" in found
+        # A run without a record is one that has not ended.
+        is_told = "A file of the run is damaged" in found or "This run is not finished" in found
         return "" if is_told or found == self.undamaged[key] else f"{key}: another result"
 
 

@@ -76,6 +76,13 @@ def plain(q_NV: Tensor, p_NV: Tensor, direction: str, temperature: float) -> Ten
     return temperature**2 * (log_p.exp() * (log_p - log_q)).sum()
 
 
+def plain_without_labels(q_NV: Tensor, p_NV: Tensor, labels_N: Tensor, direction: str, temperature: float) -> Tensor:
+    """The divergence over the tokens that are not the label, one token after another."""
+    others = [[i for i in range(V) if i != label] for label in labels_N.tolist()]
+    parts = [plain(q[keep], p[keep], direction, temperature) for q, p, keep in zip(q_NV, p_NV, others, strict=True)]
+    return torch.stack(parts).sum()
+
+
 def gradients(loss: Tensor, hidden: Tensor, head: OutputHead) -> list[Tensor]:
     inputs = [t for t in (hidden, head.weight_VD, head.bias_V) if t is not None]
     return list(torch.autograd.grad(loss / 7, inputs))
@@ -94,6 +101,28 @@ def test_divergences_and_gradients_are_those_of_the_definition(direction: Any, t
     assert losses_N.sum().item() == pytest.approx(exact.item(), rel=1e-12) and not losses_N.requires_grad
     for ours, theirs in zip(gradients(loss, student, head), gradients(exact, student, head), strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("form", HEADS, ids=str)
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@pytest.mark.parametrize("mutant", [None, "shifted label", "whole vocabulary"])
+def test_a_divergence_without_labels_ignores_their_probability(
+    mutant: str | None, direction: Any, temperature: float, form: dict
+) -> None:
+    student, head, teacher, teacher_head = case(**form)
+    labels_N = torch.randint(V, (N,), generator=torch.Generator().manual_seed(3))
+    excluded_N = {None: labels_N, "shifted label": (labels_N + 1) % V, "whole vocabulary": None}[mutant]
+    rule = module.Divergence(teacher, teacher_head, direction, temperature, excluded_N=excluded_N)
+    loss, _ = linear_loss(student, head, [WeightedLoss(rule, 1.5), WeightedLoss(CrossEntropy(labels_N))], chunk=5)
+    logits, teacher_logits = head.logits(student), teacher_head.logits(teacher).detach()
+    exact = 1.5 * plain_without_labels(logits, teacher_logits, labels_N, direction, temperature)
+    exact = exact + torch.nn.functional.cross_entropy(logits, labels_N, reduction="sum")
+    pairs = zip(gradients(loss, student, head), gradients(exact, student, head), strict=True)
+    is_equal = loss.item() == pytest.approx(exact.item(), rel=1e-12) and all(
+        torch.allclose(ours, theirs, rtol=1e-9, atol=1e-12) for ours, theirs in pairs
+    )
+    assert is_equal == (mutant is None)
 
 
 @pytest.mark.parametrize("mutant", ["directions swapped", "no T^2"])

@@ -265,7 +265,7 @@ def test_unknown_text_is_told_and_not_scored(shelf: Callable[[str], Path], name:
     assert labels == [token for token in every if token != inputs.unknown_id] and len(labels) < len(every)
     assert text.tokens == len(labels) == sum(row.label_count for row in rows)
     assert len(text) == 2, "a document of unknown text alone has nothing to score"
-    assert len(notes) == 1 and "they are not scored" in notes[0]
+    assert len(notes) == 1 and "they are scored apart" in notes[0]
     told = unknown_notes(inputs.tokenizer, inputs.encoder, {"texts": held_out.store})
     assert len(told) == 1 and inputs.tokenizer.unk_token in told[0]
     # The mutant: all of it is scored.

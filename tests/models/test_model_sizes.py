@@ -203,7 +203,8 @@ def test_a_mixture_that_asks_for_a_balancing_loss_is_told(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("family", "cause"), [("OPT", "takes no notice of position ids"), ("Mamba", "recurrent layers")]
+    ("family", "cause"),
+    [("OPT", "OPTAttention: attention, which takes no notice"), ("Mamba", "MambaMixer: a recurrent layer")],
 )
 def test_the_true_cause_of_a_leak_is_named(family: str, cause: str) -> None:
     options = {

@@ -2,10 +2,15 @@
 
 import itertools
 import math
+import re
+from typing import Any
 
 import pytest
+from pydantic import TypeAdapter
 
+from postgrad.config.schedules import AnySchedule
 from postgrad.optim import lr_schedules as s
+from postgrad.plan.lr_schedule import warmup_notes
 
 STEPS = 100_000
 WARMUP = 1_000
@@ -102,3 +107,38 @@ def test_a_switch_at_a_fifth_of_the_rate_is_found_after_the_peak() -> None:
 def test_sampled_keeps_both_ends() -> None:
     points = s.sample_schedule(lambda step: step, 12_345, 100)
     assert points[0][0] == 1 and points[-1][0] == 12_345 and len(points) <= 125
+
+
+# --- the shortest warm-up ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("steps", "beta2", "wanted"),
+    [(37, 0.95, 5), (100, 0.95, 10), (400, 0.95, 40), (100_000, 0.95, 40), (100_000, 0.999, 2000), (3, 0.95, 3)],
+)
+def test_the_shortest_warmup(steps: int, beta2: float, wanted: int) -> None:
+    assert s.shortest_warmup(steps, beta2) == wanted
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps", "is_told"),
+    [
+        ({"kind": "rewarm", "peak": 1e-3, "floor": 0}, 37, True),  # 1 % of 37 steps is none
+        ({"kind": "rewarm", "peak": 1e-3, "floor": 0, "warmup": "5 steps"}, 37, False),
+        ({"kind": "rewarm", "peak": 1e-3, "floor": 0, "warmup": "4 steps"}, 37, True),
+        ({"kind": "rewarm", "peak": 1e-3, "floor": 0}, 4000, False),
+        ({"kind": "rewarm", "peak": 1e-3, "floor": 0, "start": 9e-4}, 37, False),  # it does not begin at zero
+        ({"kind": "constant", "peak": 1e-3}, 37, True),
+        ({"kind": "wsd", "peak": 1e-3, "floor": 1e-4}, 37, True),
+        ({"kind": "anneal", "start": 1e-3, "floor": 1e-5}, 37, False),  # it has no warm-up
+        ({"kind": "from-floor", "start": 1e-3, "floor": 0}, 37, False),
+        ({"kind": "constant", "peak": 1e-3}, 3, False),
+    ],
+)
+def test_a_warmup_that_is_none_is_told_and_done(schedule: dict[str, Any], steps: int, is_told: bool) -> None:
+    spec = TypeAdapter(AnySchedule).validate_python(schedule)
+    notes = warmup_notes(spec, steps, steps * 100, 0.95)
+    assert len(notes) == is_told
+    if is_told:
+        advice = re.findall(r"`warmup: (.*)`", notes[0])
+        assert not warmup_notes(spec.model_copy(update={"warmup": advice[0]}), steps, steps * 100, 0.95)

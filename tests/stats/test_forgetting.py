@@ -118,11 +118,12 @@ def test_counts_sums_and_ratios_have_the_same_draws(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_single_unit_has_no_interval() -> None:
-    assert ratio_interval(np.array([6.0]), np.array([4])) == (1.5, 1.5)
-    assert ratio_interval(np.array([]), np.array([])) == (0.0, 0.0)
-    change = paired_change(np.array([6.0]), np.array([7.0]), np.array([4]), total_bytes=10, vocabulary=100)
-    assert change.low == change.difference == change.high == 0.25
-    assert change.count == 1
+    for units in ([6.0], []):
+        assert ratio_interval(np.array(units), np.array(units)) == (None, None)
+    change = paired_change(np.array([6.0]), np.array([4.0]), np.array([4]), total_bytes=10, vocabulary=100)
+    assert (change.low, change.high, change.count, change.verdict) == (None, None, 1, "no evidence")
+    assert change.difference == -0.5 and change.relative_high == change.relative
+    assert loss_verdict(-0.5, -0.5, 1.5) == "learnt"  # the mutant: both ends at the value
 
 
 def test_a_change_is_told_in_every_unit() -> None:

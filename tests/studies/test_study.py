@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import os
@@ -27,7 +28,7 @@ from postgrad.config.stage_file import read_yaml
 from postgrad.errors import DataError, StageError
 from postgrad.evaluation import before_after
 from postgrad.lineage.metrics import EvaluationRow, SetRow
-from postgrad.lineage.record import read_record
+from postgrad.lineage.record import Record, SkippedStep, read_record
 from postgrad.reports.result_models import StudyResults
 from postgrad.reports.sections.study_table import claims_table, study_arms_table, study_csv
 from postgrad.reports.sections.study_text import join_names, study_summary
@@ -36,7 +37,7 @@ from postgrad.studies import results as found_in
 from postgrad.studies import step_graph as study_arms
 from postgrad.studies import study_plan as study_plan
 from postgrad.studies import study_templates
-from postgrad.studies.outputs import write_outputs
+from postgrad.studies.outputs import outputs_text, write_outputs
 from postgrad.studies.results import (
     BootstrapEstimate,
     Losses,
@@ -1100,6 +1101,35 @@ def test_a_gate_that_failed_is_told(base: Path, tmp_path: Path, cache: Path) -> 
     assert [line for line in found["summary"] if "gate" in line] == [
         "The retention gate (max_forgetting) failed: none (seed 0)."
     ]
+
+
+def test_skipped_steps_of_an_arm_are_told(done: PreparedStudy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An arm that skipped steps has trained on fewer tokens than those that it is compared with."""
+    assert "skipped" not in outputs_text(done, compute_results(done, {}), "x", stopped=False)
+    hit = {found_in._read_step_record(done, c.last_step).id for c in done.graph.arm_chains("replay")}
+
+    def read(prepared: PreparedStudy, key: str) -> Record:
+        record = real(prepared, key)
+        if record.id in hit:
+            record.totals.skipped_steps = [SkippedStep(step=2, tokens=256)] * 2
+        return record
+
+    real = found_in._read_step_record
+    monkeypatch.setattr(found_in, "_read_step_record", read)
+    found = compute_results(done, {})
+    assert {arm["name"]: arm["skipped_steps"] for arm in found["arms"]} == {
+        "none": 0,
+        "replay": 4,
+        "union": 0,
+        "half": 0,
+    }
+    text = outputs_text(done, found, "x", stopped=False)
+    assert "Steps were skipped, since their loss was not finite: replay (4)." in text
+    table = study_arms_table(StudyResults.model_validate(found))
+    assert table.columns[-1].title == "skipped steps" and [row[-1].text for row in table.rows][2] == "4"
+    rows = list(csv.DictReader(io.StringIO(study_csv(StudyResults.model_validate(found)))))
+    assert {row["arm"]: row["skipped_steps"] for row in rows if row["seed"] == "mean"}["replay"] == "4"
+    assert all(None not in row and None not in row.values() for row in rows)  # as many cells as columns
 
 
 def test_names_with_commas_of_their_own_are_kept_apart() -> None:

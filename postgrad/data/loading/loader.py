@@ -11,7 +11,9 @@ import numpy as np
 
 from postgrad.data.layouts.rows import Row, Rows, ignore_labels
 from postgrad.data.loading.batch import Batch, TeacherTargets, collate, collate_teacher_targets
-from postgrad.data.loading.documents import (
+from postgrad.data.loading.mixture import Mixture
+from postgrad.data.loading.teacher_cache import SparseDistribution, TeacherCache
+from postgrad.data.loading.unpacked_rows import (
     PACKED_LAYOUTS,
     Document,
     drop_positions,
@@ -19,8 +21,6 @@ from postgrad.data.loading.documents import (
     padded_length,
     split_documents,
 )
-from postgrad.data.loading.mixture import Mixture
-from postgrad.data.loading.teacher_cache import SparseDistribution, TeacherCache
 
 _MAX_STEPS_MEASURED = 64
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 import struct
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from os import SEEK_END
 from pathlib import Path
 from typing import IO, Any
 
 from postgrad.data.read.files import COMPRESSIONS, RawRow, error_reason, file_suffix
+from postgrad.data.read.parquet_pages import unpacked_page_bytes
 from postgrad.data.read.text_lines import (
     BrokenStream,
     ReadCallback,
@@ -71,19 +73,30 @@ def _parquet_batches(
     metadata = table.metadata
     names = [column for column in table.schema_arrow.names if column_names is None or column in column_names]
     groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
-    chunks = [group.column(index) for group in groups for index in range(group.num_columns)]
-    chunks = [chunk for chunk in chunks if chunk.path_in_schema.partition(".")[0] in names]
+    chunks = [chunk for group in groups for chunk in _read_chunks(group, names)]
     # A run of equal numbers takes no room in the file, but eight bytes for each value in memory.
     size = max(sum(chunk.total_uncompressed_size for chunk in chunks), 8 * sum(chunk.num_values for chunk in chunks))
     limit.check(size)
+    if sum(chunk.total_compressed_size for chunk in chunks) > raw.seek(0, SEEK_END):
+        raise ValueError("its columns have more bytes than the file")
     texts = [chunk for chunk in chunks if chunk.physical_type == "BYTE_ARRAY"]
     shared = {chunk.path_in_schema for chunk in texts if "DELTA_BYTE_ARRAY" in chunk.encodings}
     coded = {chunk.path_in_schema for chunk in texts if any("DICTIONARY" in each for each in chunk.encodings)}
     table = ParquetFile(raw, buffer_size=2**20, pre_buffer=False, read_dictionary=sorted(coded - shared))
-    rows = max(1, metadata.num_rows)
+    rows, unpacked = max(1, metadata.num_rows), 0
     batch_rows = 1 if shared else min(_BATCH_ROWS, max(1, _BATCH_BYTES * rows // max(1, size)))
-    for batch in table.iter_batches(batch_size=batch_rows, columns=names):
-        yield batch, 1 / rows
+    for index, group in enumerate(groups):
+        # A page may say more than the footer does.
+        unpacked += sum(unpacked_page_bytes(raw, chunk) for chunk in _read_chunks(group, names))
+        limit.check(unpacked)
+        for batch in table.iter_batches(batch_size=batch_rows, row_groups=[index], columns=names):
+            yield batch, 1 / rows
+
+
+def _read_chunks(group: Any, names: Collection[str]) -> list[Any]:
+    """The column chunks of a row group that hold the columns `names`."""
+    chunks = [group.column(index) for index in range(group.num_columns)]
+    return [chunk for chunk in chunks if chunk.path_in_schema.partition(".")[0] in names]
 
 
 def _arrow_batches(

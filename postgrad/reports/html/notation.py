@@ -8,8 +8,21 @@ from __future__ import annotations
 
 import html
 import unicodedata
+from collections.abc import Callable
+from typing import Protocol
 
 from postgrad.foreign_text import plain_text
+
+
+class HasEnds(Protocol):
+    """The ends of an interval; None without one."""
+
+    @property
+    def low(self) -> float | None: ...
+
+    @property
+    def high(self) -> float | None: ...
+
 
 MINUS, ABSENT = "\u2212", "\u2013"
 MAX_MAGNITUDE = 1e300  # differences and squares of what a report draws stay finite
@@ -41,6 +54,23 @@ def format_signed(value: float | None, decimals: int = 3) -> str:
     known = finite(value)
     text = format_fixed(known, decimals)
     return f"+{text}" if known is not None and known > 0 and any(d in text for d in "123456789") else text
+
+
+def format_interval(
+    low: float | None,
+    high: float | None,
+    write: Callable[[float | None], str] = format_signed,
+    to: str = " to ",
+    unit: str = "document",
+) -> str:
+    """`+0.110 to +0.130`; of a single unit, which has no interval, that it has none."""
+    ends = finite(low), finite(high)
+    return no_interval(unit) if None in ends else f"{write(ends[0])}{to}{write(ends[1])}"
+
+
+def no_interval(unit: str = "document") -> str:
+    """Why a number has no interval."""
+    return f"no interval (one {unit})"
 
 
 def format_percent(value: float | None, decimals: int = 1) -> str:

@@ -14,6 +14,7 @@ from typing import Protocol
 from postgrad.foreign_text import plain_text, truncate
 from postgrad.reports.html.notation import (
     ABSENT,
+    HasEnds,
     display_width,
     escape_html,
     finite,
@@ -21,6 +22,7 @@ from postgrad.reports.html.notation import (
     format_fixed,
     format_percent,
     format_signed,
+    no_interval,
 )
 
 
@@ -224,30 +226,18 @@ def _parts_html(parts: Sequence[str | Number]) -> str:
 # --- cells ------------------------------------------------------------------------------------------------
 
 
-class HasInterval(Protocol):
+class HasInterval(HasEnds, Protocol):
     """A difference with its interval."""
 
     @property
     def difference(self) -> float | None: ...
 
-    @property
-    def low(self) -> float | None: ...
 
-    @property
-    def high(self) -> float | None: ...
-
-
-class HasValue(Protocol):
+class HasValue(HasEnds, Protocol):
     """A value with its interval."""
 
     @property
     def value(self) -> float | None: ...
-
-    @property
-    def low(self) -> float | None: ...
-
-    @property
-    def high(self) -> float | None: ...
 
 
 VALUE_FIELDS = ("value", "low", "high")
@@ -276,11 +266,13 @@ def share_cell(value: float | None, decimals: int = 1) -> Cell:
     return Cell((Number(format_percent(value, decimals), finite(value)),))
 
 
-def difference_cell(entry: HasInterval | None, decimals: int = 3, tone: str = "") -> Cell:
-    """A difference with its interval below."""
-    if entry is None:
+def difference_cell(entry: HasInterval | None, decimals: int = 3, tone: str = "", unit: str = "document") -> Cell:
+    """A difference with its interval below. `unit`: what the interval resamples."""
+    if entry is None or finite(entry.difference) is None:
         return Cell(change_cell(None).parts, tone, (Number("", None), Number("", None)))
-    return Cell(change_cell(entry.difference, decimals).parts, tone, _interval_parts(entry, format_signed, decimals))
+    return Cell(
+        change_cell(entry.difference, decimals).parts, tone, interval_parts(entry, format_signed, decimals, unit)
+    )
 
 
 def interval_cell(
@@ -289,18 +281,20 @@ def interval_cell(
     tone: str = "",
     write: Callable[[float | None, int], str] = format_fixed,
     absent: str = ABSENT,
+    unit: str = "document",
 ) -> Cell:
     """A value with its interval below."""
     if entry is None or finite(entry.value) is None:
         return Cell((Number(absent, None),), tone, (Number("", None), Number("", None)))
     number = Number(write(entry.value, decimals), finite(entry.value))
-    return Cell((number,), tone, _interval_parts(entry, write, decimals))
+    return Cell((number,), tone, interval_parts(entry, write, decimals, unit))
 
 
-def _interval_parts(
-    entry: HasInterval | HasValue, write: Callable[[float | None, int], str], decimals: int
+def interval_parts(
+    entry: HasEnds, write: Callable[[float | None, int], str], decimals: int = 3, unit: str = "document"
 ) -> tuple[str | Number, ...]:
+    """The ends of an interval, or that there is none."""
     low, high = finite(entry.low), finite(entry.high)
     if low is None or high is None:
-        return (Number("", None), Number("", None))
+        return (Number(no_interval(unit), None), Number("", None))
     return (Number(write(low, decimals), low), " to ", Number(write(high, decimals), high))

@@ -10,7 +10,7 @@ from postgrad.reports.html.charts import Series, heat_table, line_chart
 from postgrad.reports.html.document import figure, format_time, render_page, side_by_side
 from postgrad.reports.html.notation import escape_html, format_compact, format_signed
 from postgrad.reports.sections.curves import MAX_SERIES
-from postgrad.reports.sections.lineage_tables import lineage_summary_table
+from postgrad.reports.sections.lineage_tables import growth_notes, lineage_summary_table
 
 
 def lineage_page(lineage: Lineage) -> str:
@@ -25,6 +25,7 @@ def lineage_page(lineage: Lineage) -> str:
     lead += f", {format_compact(total)} trained tokens" if total else ""
     if lineage.summary.forgetting is not None:
         lead += f". Forgetting over the chain: {format_signed(lineage.summary.forgetting)} nats per token"
+    lead += "".join(f". {escape_html(note.removesuffix('.'), 400)}" for note in growth_notes(lineage))
     return render_page("Lineage", "lineage", "Lineage", f'<p class="lead">{lead}.</p>', sections)
 
 

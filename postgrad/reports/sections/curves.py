@@ -11,7 +11,7 @@ from postgrad.foreign_text import plain_text
 from postgrad.lineage.metrics import EvaluationRow, MetricsRow, SkippedStepRow, StepRow
 from postgrad.lineage.record import SetChange
 from postgrad.reports.html.charts import ForestRow, Point, Series
-from postgrad.reports.html.notation import finite
+from postgrad.reports.html.notation import HasEnds, finite
 from postgrad.reports.html.verdicts import tone_of, verdict_of
 
 MAX_SERIES = 12
@@ -75,7 +75,7 @@ class Curves:
         if row.checkpoint_selection:
             self.selection_values.append((x, row.checkpoint_selection.value))
         for name, entry in row.sets.items():
-            point = SetPoint(x, entry.nats, entry.change, entry.low, entry.high)
+            point = SetPoint(x, entry.nats, entry.change, *drawn_ends(entry))
             self.set_losses.setdefault(name, []).append(point)
             self.set_roles.setdefault(name, entry.role)
 
@@ -103,6 +103,11 @@ def change_series(name: str, points: Iterable[SetPoint], colour: int | None = No
         has_markers=True,
         colour=colour,
     )
+
+
+def drawn_ends(entry: HasEnds) -> tuple[float, float]:
+    """The ends of an interval as a chart takes them; NaN, which is not drawn, without one."""
+    return (math.nan if entry.low is None else entry.low), (math.nan if entry.high is None else entry.high)
 
 
 def change_estimates(changes: Mapping[str, SetChange]) -> list[ForestRow]:

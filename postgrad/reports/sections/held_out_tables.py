@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Protocol
 
-from postgrad.lineage.record import BeforeAfter, MetricValue, Record, SetChange, SetScore
+from postgrad.foreign_text import plain_text
+from postgrad.lineage.record import BeforeAfter, ClassRecord, MetricValue, Record, SetChange, SetScore
 from postgrad.reports.html.notation import format_fixed
 from postgrad.reports.html.table import (
     CHANGE_FIELDS,
     Cell,
     Column,
-    Number,
     Table,
     change_cell,
     count_cell,
     difference_cell,
+    interval_parts,
     share_cell,
     text_cell,
     value_cell,
@@ -25,6 +28,21 @@ _ROLE_ORDER = {"retained": 0, "learned": 1, "test": 2}
 _TEST_SET_NOTE = (
     "A test set is scored once, on the start model and on the published model, after training and selection."
 )
+_CLASSIFIER_NOTE = (
+    "The verdict of a classifier is of a metric that is 0 for the same answer to everything (MCC, span F1 or Pearson), and"
+    " not of the loss, which also falls where only the frequent class is learned."
+)
+_MAX_CLASSES = 20
+
+
+class HasClasses(Protocol):
+    """A classifier's scores on a set."""
+
+    @property
+    def classes(self) -> Sequence[ClassRecord]: ...
+
+    @property
+    def confusion(self) -> Sequence[Sequence[int]]: ...
 
 
 def set_names(results: Record | BeforeAfter) -> list[str]:
@@ -43,12 +61,16 @@ def loss_unit(record: Record) -> str:
     return "nats per label" if record.is_classifier else "nats per token"
 
 
-def main_metric(before: SetScore | None, after: SetScore | None) -> tuple[str, float | None, MetricValue] | None:
-    """The first metric of a classifier on a set: its name, its value before, and the metric after."""
-    for name, value in (after.metrics if after else {}).items():
-        earlier = before.metrics.get(name) if before else None
-        return name, earlier.value if earlier else None, value
-    return None
+def main_metric(
+    change: SetChange, before: SetScore | None, after: SetScore | None
+) -> tuple[str, float | None, MetricValue] | None:
+    """The metric that a classifier's verdict is of: its name, its value before, and the metric after."""
+    metrics = after.metrics if after else {}
+    name = change.metric if change.metric in metrics else next(iter(metrics), None)
+    if name is None:
+        return None
+    earlier = before.metrics.get(name) if before else None
+    return name, earlier.value if earlier else None, metrics[name]
 
 
 def score_table(record: Record, brief: bool = False) -> Table:
@@ -75,6 +97,7 @@ def _score_table(results: Record | BeforeAfter, is_classifier: bool, brief: bool
         "Lower is better everywhere. The difference is after minus before on the same texts; its interval resamples whole units"
         " (paired bootstrap). Retained sets should not rise, learned sets should fall.",
         *([_TEST_SET_NOTE] if has_test_sets else []),
+        *([_CLASSIFIER_NOTE] if is_classifier else []),
     )
     picked = [0, 2, 3, 4, 5, 7, 8] if brief else [*range(len(columns))]
     if is_classifier:
@@ -134,11 +157,77 @@ def pseudo_perplexity_table(record: Record, brief: bool = False) -> Table | None
     return replace(table, caption="Pseudo-perplexity before and after", columns=columns, notes=notes)
 
 
+def unknown_tokens_table(record: Record) -> Table | None:
+    """The tokens of text that the vocabulary lacks, apart from all others; None without any."""
+    scores = record.scores.after or record.scores.before
+    body = []
+    for name in set_names(record):
+        if (now := scores.get(name)) and now.unknown:
+            before = record.scores.before.get(name)
+            after = record.scores.after.get(name)
+            nats = [side.unknown.nats if side and side.unknown else None for side in (before, after)]
+            counts = (count_cell(now.unknown.tokens), share_cell(now.unknown.share, 2))
+            body.append((set_cell(record, name), *counts, *map(value_cell, nats)))
+    if not body:
+        return None
+    columns = (
+        Column("set", is_text=True), Column("tokens"), Column("of all tokens"), Column("before", "nats per unknown token"),
+        Column("after", "nats per unknown token"),
+    )  # fmt: skip
+    notes = (
+        "Unknown tokens stand for text that the vocabulary lacks. Their loss only tells how well the model knows that such text"
+        " is there, so no other table counts them.",
+    )
+    return Table("Unknown tokens, scored apart", columns, tuple(body), notes)
+
+
+def class_tables(record: Record, max_classes: int = _MAX_CLASSES) -> list[Table]:
+    """Of a classifier: each set class by class, and which classes are taken for which; those with the most items first."""
+    tables = []
+    for name in set_names(record):
+        if (after := record.scores.after.get(name)) and after.classes:
+            before = record.scores.before.get(name)
+            tables += class_score_tables(name, after, before, max_classes)
+    return tables
+
+
+def class_score_tables(name: str, after: HasClasses, before: HasClasses | None, max_classes: int) -> list[Table]:
+    """The classes of one held-out set, and its confusion matrix."""
+    ranked = sorted(range(len(after.classes)), key=lambda i: -after.classes[i].support)
+    shown, hidden = sorted(ranked[:max_classes]), len(ranked[max_classes:])
+    earlier = {each.name: each.f1 for each in before.classes} if before else {}
+    rows = []
+    for each in (after.classes[i] for i in shown):
+        cells = [value_cell(value) for value in (each.precision, each.recall, earlier.get(each.name), each.f1)]
+        counts = (count_cell(each.support), count_cell(each.predicted))
+        rows.append((text_cell(each.name), *counts, *cells[:2], *cells[2 if before else 3 :]))
+    columns = (
+        Column("class", is_text=True), Column("support"), Column("predicted"), Column("precision"), Column("recall"),
+        *([Column("before", "F1")] if before else []), Column("after" if before else "F1", "F1" if before else ""),
+    )  # fmt: skip
+    notes = (
+        "Support: items of the class; predicted: items taken for it. Precision is the share of the predicted that are right,"
+        " recall the share of the support that is found.",
+        *([f"{hidden:,} classes with fewer items are in the record only."] if hidden else []),
+    )
+    tables = [Table(f"Class by class: {plain_text(name, 60)}", columns, tuple(rows), notes)]
+    if after.confusion and not hidden:
+        heads = tuple(Column(each.name, "predicted") for each in after.classes)
+        body = tuple(
+            (text_cell(each.name), *map(count_cell, line))
+            for each, line in zip(after.classes, after.confusion, strict=True)
+        )
+        caption = f"Confusion matrix: {plain_text(name, 60)}"
+        tables.append(Table(caption, (Column("actual", is_text=True), *heads), body))
+    return tables
+
+
 def metrics_table(record: Record) -> Table | None:
     """The metrics of a classifier on each held-out set, before and after; None without any."""
     body = []
     for name in set_names(record):
         before, after = record.scores.before.get(name), record.scores.after.get(name)
+        change = record.changes.get(name)
         for metric, value in (after.metrics if after else {}).items():
             earlier = before.metrics.get(metric) if before else None
             body.append(
@@ -147,13 +236,18 @@ def metrics_table(record: Record) -> Table | None:
                     text_cell(metric),
                     value_cell(earlier.value if earlier else None),
                     value_cell(value.value),
-                    Cell((Number(f"{format_fixed(value.low)} to {format_fixed(value.high)}", None),)),
+                    Cell(interval_parts(value, format_fixed)),
+                    verdict_cell(change) if change and metric == change.metric else text_cell(""),
                 )
             )
     if not body:
         return None
     columns = (
         Column("set", is_text=True), Column("metric", is_text=True), Column("before"), Column("after"), Column("95 %"),
+        Column("verdict", is_text=True),
     )  # fmt: skip
-    notes = ("The interval is that of the value after, over resampled examples.",)
+    notes = (
+        "The interval is that of the value after, over resampled examples; the verdict is of the paired change. A metric with a"
+        " verdict is 0 for a model that gives the same answer to everything, whatever share of it is right.",
+    )
     return Table("Classification metrics on held-out examples", columns, tuple(body), notes)

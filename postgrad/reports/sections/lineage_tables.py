@@ -24,7 +24,14 @@ def lineage_table(lineage: Lineage) -> Table:
         Column("trained tokens"),
         *(Column(s.name, "loss, nats per token") for s in lineage.sets),
     )
-    return Table("Loss on every held-out set after every stage", columns, tuple(body))
+    return Table("Loss on every held-out set after every stage", columns, tuple(body), growth_notes(lineage))
+
+
+def growth_notes(lineage: Lineage) -> tuple[str, ...]:
+    """That the lineage begins behind a loss, where the vocabulary of its start model was grown."""
+    if lineage.growth is None:
+        return ()
+    return (f"No row shows that {lineage.growth.sentence()}.",)
 
 
 def lineage_summary_table(lineage: Lineage) -> Table:

@@ -100,7 +100,7 @@ def source_losses_table(record: Record) -> Table | None:
                 share_cell(loss.share_of_loss),
                 value_cell(loss.first_tenth),
                 value_cell(loss.last_tenth),
-                difference_cell(_LossChange(loss)),
+                difference_cell(_LossChange(loss), unit="step"),
                 *([change_cell(loss.change_per_million_tokens)] if has_rate else []),
             )
         )

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from postgrad.foreign_text import mask_secrets, plain_text
 from postgrad.lineage.record import Record, SetChange, SetScore, SkippedStep
 from postgrad.reports.html.document import bold_name, format_time, verdict_badge
 from postgrad.reports.html.notation import (
+    HasEnds,
     escape_html,
     format_compact,
     format_count,
     format_duration,
     format_fixed,
+    format_interval,
     format_percent,
     format_signed,
+    no_interval,
 )
 from postgrad.reports.html.verdicts import tone_of, verdict_of
 from postgrad.reports.sections.curves import Curves
@@ -47,17 +50,23 @@ def _change_sentence(name: str, change: SetChange, before: SetScore | None, afte
     start = f"{verb} {bold_name(name)}" if verb else f"No clear change on {bold_name(name)}"
     if change.role == "test":
         start += " (a test set, scored once)"
-    interval = f", 95 % interval {format_signed(change.low)} to {format_signed(change.high)}"
+    interval = f", {_ends_text(change, format_signed)}"
     if before and after:
         losses = f"{format_fixed(before.nats)} \u2192 {format_fixed(after.nats)} {unit}"
         move = f"{losses} ({format_signed(change.difference)}{interval})"
     else:
         move = f"{format_signed(change.difference)} {unit}{interval}"
-    if main := main_metric(before, after):
+    if main := main_metric(change, before, after):
         metric, was, now = main
-        ends = f"95 % interval {format_fixed(now.low)} to {format_fixed(now.high)}"
+        ends = _ends_text(now)
         move = f"{escape_html(metric, 30)} {format_fixed(was)} \u2192 {format_fixed(now.value)} ({ends}), loss {move}"
     return f"{start}: {move}."
+
+
+def _ends_text(entry: HasEnds, write: Callable[[float | None], str] = format_fixed) -> str:
+    """`95 % interval 0.1 to 0.2`, or that there is none."""
+    text = format_interval(entry.low, entry.high, write)
+    return text if text == no_interval() else f"95 % interval {text}"
 
 
 def _last_evaluation(record: Record, curves: Curves) -> str:
@@ -93,9 +102,9 @@ def verdict_cards(record: Record) -> str:
 def _verdict_card(record: Record, name: str, change: SetChange) -> str:
     before, after = record.scores.before.get(name), record.scores.after.get(name)
     big, unit, lines = format_signed(change.difference), loss_unit(record), []
-    if main := main_metric(before, after):
+    if main := main_metric(change, before, after):
         metric, was, now = main
-        lines = [f"95 % interval {format_fixed(now.low)} to {format_fixed(now.high)}", f"Loss {big} {unit}"]
+        lines = [_ends_text(now), f"Loss {big} {unit}"]
         big, unit = f"{format_fixed(was)} \u2192 {format_fixed(now.value)}", escape_html(metric, 30)
     elif before and after and before.perplexity is not None and after.perplexity is not None:
         lines = [f"Perplexity {format_fixed(before.perplexity, 2)} \u2192 {format_fixed(after.perplexity, 2)}"]

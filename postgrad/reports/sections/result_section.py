@@ -8,11 +8,13 @@ from postgrad.reports.html.document import details, figure, side_by_side
 from postgrad.reports.html.notation import format_signed
 from postgrad.reports.sections.curves import change_estimates
 from postgrad.reports.sections.held_out_tables import (
+    class_tables,
     loss_unit,
     metrics_table,
     pseudo_perplexity_table,
     score_table,
     set_names,
+    unknown_tokens_table,
 )
 
 _GLOSSARY = (
@@ -27,7 +29,10 @@ def result_section(record: Record) -> str:
     """The section of a run's page; empty without held-out sets."""
     if not set_names(record):
         return ""
-    tables = (score_table(record), pseudo_perplexity_table(record), metrics_table(record))
+    tables = (
+        score_table(record), pseudo_perplexity_table(record), metrics_table(record), *class_tables(record),
+        unknown_tokens_table(record),
+    )  # fmt: skip
     return (
         "".join(table.html() for table in tables if table)
         + details("How to read these numbers", _GLOSSARY)

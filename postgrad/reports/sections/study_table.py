@@ -28,10 +28,13 @@ def study_arms_table(study: StudyResults, *, brief: bool = False) -> Table:
     # The cost of a base that the study did not train is unknown.
     has_total = not brief and any(arm.tokens_in_all for arm in study.arms)
     has_memory = not brief and any(arm.peak_memory for arm in study.arms)
+    has_skipped = any(arm.skipped_steps for arm in study.arms)
     columns = _arm_columns(study, has_seeds, has_total, has_memory)
+    columns += [Column("skipped steps")] if has_skipped else []
     rows = [[*_base_row(study, has_seeds), *([_tokens_cell(study.base.tokens)] if has_total else [])]]
     for arm in study.arms:
         cost = [*([_tokens_cell(arm.tokens_in_all)] * has_total), *([_memory_cell(arm)] * has_memory)]
+        cost += [text_cell(arm.skipped_steps or "")] * has_skipped
         rows.append([*_arm_row(arm, study, has_seeds), *(cost if arm.loss else [])])
     notes = ["Losses and changes in nats per token; intervals resample documents, paired over arms; lower is better."]
     if has_seeds:
@@ -157,7 +160,7 @@ def claims_table(study: StudyResults) -> Table | None:
     return Table("Claims and measurements", columns, tuple(body), (note,))
 
 
-_COSTS = ("tokens", "tokens_in_all", "seconds", "peak_memory")
+_COSTS = ("tokens", "tokens_in_all", "seconds", "peak_memory", "skipped_steps")
 _CSV_FIELDS = (
     "arm", "seed", "on", "loss", "loss_low", "loss_high", "change", "change_low", "change_high", "removed",
     "removed_low", "removed_high", "against_union", "against_union_low", "against_union_high", "deviation_over_seeds",
@@ -172,7 +175,7 @@ def study_csv(study: StudyResults) -> str:
     writer.writerow(_CSV_FIELDS)
     for kind, loss in study.base.loss.items():
         tokens = study.base.tokens or ""
-        writer.writerow(["(base)", "", kind, *_interval_values(loss), *[""] * 10, tokens, "", *[""] * 3])
+        writer.writerow(["(base)", "", kind, *_interval_values(loss), *[""] * 10, tokens, "", *[""] * 4])
     for arm in study.arms:
         writer.writerows(_csv_rows(arm))
     return out.getvalue()
@@ -183,9 +186,9 @@ def _csv_rows(arm: StudyArm) -> list[Sequence[object]]:
     if name[:1] in "=+-@":
         name = "'" + name
     if not arm.loss:
-        return [[name, "", "", *[""] * 17, arm.status]]
+        return [[name, "", "", *[""] * 18, arm.status]]
     rows: list[Sequence[object]] = [
-        [name, seed, kind, repr(value), *[""] * 16, ""]
+        [name, seed, kind, repr(value), *[""] * 17, ""]
         for seed, losses in arm.by_seed.items()
         for kind, value in losses.items()
     ]

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 
 from postgrad.foreign_text import plain_text
-from postgrad.reports.html.notation import format_compact, format_fixed, format_percent, format_signed
+from postgrad.reports.html.notation import format_compact, format_fixed, format_interval, format_percent, format_signed
 from postgrad.reports.result_models import EstimateInterval, StudyArm, StudyResults
 from postgrad.stats.forgetting import MIN_DOCUMENTS
 
@@ -15,13 +15,14 @@ _NO_ESTIMATE = EstimateInterval()
 
 def interval_text(entry: EstimateInterval, decimals: int = 3) -> str:
     """`+0.120 (+0.110 to +0.130)`."""
-    ends = f"{format_signed(entry.low, decimals)} to {format_signed(entry.high, decimals)}"
+    ends = format_interval(entry.low, entry.high, lambda end: format_signed(end, decimals))
     return f"{format_signed(entry.value, decimals)} ({ends})"
 
 
 def percent_interval_text(entry: EstimateInterval) -> str:
     """`78 % (71 % to 83 %)`."""
-    return f"{format_percent(entry.value, 0)} ({format_percent(entry.low, 0)} to {format_percent(entry.high, 0)})"
+    ends = format_interval(entry.low, entry.high, lambda end: format_percent(end, 0))
+    return f"{format_percent(entry.value, 0)} ({ends})"
 
 
 def join_names(names: Sequence[str]) -> str:
@@ -51,6 +52,7 @@ def study_summary(study: StudyResults) -> list[str]:
     lines += _union_sentences(finished, study)
     lines += _frontier_sentences(finished)
     lines += _gate_sentences(finished)
+    lines += _skipped_sentences(finished)
     return [*lines, *_uncertainty_sentences(finished, study)]
 
 
@@ -77,8 +79,8 @@ def _pair_differences(study: StudyResults, arm: str, other: str) -> dict[str, Es
 def _negate(entry: EstimateInterval) -> EstimateInterval:
     return EstimateInterval(
         value=-(entry.value or 0.0),
-        low=-(entry.high or 0.0),
-        high=-(entry.low or 0.0),
+        low=None if entry.high is None else -entry.high,
+        high=None if entry.low is None else -entry.low,
         by_seed=[-s for s in entry.by_seed],
     )
 
@@ -156,6 +158,12 @@ def _gate_sentences(finished: Sequence[StudyArm]) -> list[str]:
         if arm.gate_failed
     ]
     return [f"The retention gate (max_forgetting) failed: {join_names(failed)}."] if failed else []
+
+
+def _skipped_sentences(finished: Sequence[StudyArm]) -> list[str]:
+    """The arms that trained on fewer tokens than the others, since the loss of some steps was not finite."""
+    skipped = [f"{_name(arm)} ({arm.skipped_steps})" for arm in finished if arm.skipped_steps]
+    return [f"Steps were skipped, since their loss was not finite: {join_names(skipped)}."] if skipped else []
 
 
 def _seed_sentences(finished: Sequence[StudyArm]) -> list[str]:

@@ -80,9 +80,9 @@ def _task_row(task: TaskRecord, metric: str) -> tuple[Cell, ...]:
         count_cell(task.items),
         text_cell(_metric_text(task, metric)),
         verdict_cell(change),
-        interval_cell(before, decimals),
-        interval_cell(after, decimals),
-        difference_cell(change, decimals, tone_of(change)),
+        interval_cell(before, decimals, unit="item"),
+        interval_cell(after, decimals, unit="item"),
+        difference_cell(change, decimals, tone_of(change), "item"),
         value_cell(before.std if before else None, decimals),
         value_cell(after.std if after else None, decimals),
         text_cell(omissions_text(task) or "none"),
@@ -97,7 +97,7 @@ def task_score_table(tasks: Sequence[TaskScore], caption: str) -> Table:
             text_cell(prompting_text(task)),
             count_cell(task.items),
             text_cell(_metric_text(task, metric)),
-            interval_cell(task.scores.get(metric), _metric_decimals(metric)),
+            interval_cell(task.scores.get(metric), _metric_decimals(metric), unit="item"),
             value_cell(task.scores[metric].std if metric in task.scores else None, _metric_decimals(metric)),
             text_cell(omissions_text(task) or "none"),
         )
@@ -134,8 +134,8 @@ def comparison_task_table(records: Sequence[Record]) -> Table | None:
             task, decimals = tasks.get(name), _metric_decimals(metric)
             change = task.changes.get(metric) if task else None
             row += [
-                interval_cell(task.after.get(metric) if task else None, decimals),
-                difference_cell(change, decimals, tone_of(change)),
+                interval_cell(task.after.get(metric) if task else None, decimals, unit="item"),
+                difference_cell(change, decimals, tone_of(change), "item"),
             ]
         body.append(tuple(row))
     notes = ("A change is after minus before on the same items; higher is better.",)
@@ -181,7 +181,7 @@ def cluster_table(record: Record) -> Table | None:
             verdict_cell(entry),
             value_cell(entry.before, _metric_decimals(entry.metric)),
             value_cell(entry.after, _metric_decimals(entry.metric)),
-            difference_cell(entry, _metric_decimals(entry.metric), tone_of(entry)),
+            difference_cell(entry, _metric_decimals(entry.metric), tone_of(entry), "item"),
         )
         for entry in record.task_clusters
     ]
