@@ -40,7 +40,7 @@ What was expected of each causal family was written down before it ran. What cam
 | model type | expected | found | source |
 |---|---|---|---|
 | `persimmon`, `gpt_bigcode`, `ctrl`, `doge` | leak | the first three keep packed documents apart; `doge` attends to later tokens with random weights | tried |
-| `deepseek_v32`, `glm_moe_dsa`, `axk2`, `minimax_m3_vl_text` | leak by their sparse indexers | packed rows are kept apart at rows of 48 tokens | tried |
+| `glm_moe_dsa`, `axk2`, `minimax_m3_vl_text` | leak by their sparse indexers | packed rows are kept apart at rows of 48 tokens | tried |
 | `whisper`, `trocr`, `moshi`, `git`, `fuyu`, `phi4_multimodal`, `got_ocr2`, `hrm_text` | refused | their decoders train on text alone | tried |
 | `afmoe` | packed | leaks | tried |
 | `llama4_text` | packed | packed, once the forward pass of the whole model is used: its `base_model` is itself (`base_model_prefix` is `language_model`, the attribute `model`) | `models/llama4/modeling_llama4.py` |

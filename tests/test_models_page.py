@@ -1,4 +1,4 @@
-"""The table of docs/models.md says what the product does. When this fails: python -m docs.make_models_table, make_models_page."""
+"""The table of docs/models.md says what the product does. When this fails: docs/make_models_table.py, make_models_page.py."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from postgrad.config.document_filters import AnySelection
-from postgrad.config.experts import ExpertsConfig
+from postgrad.config.experts_config import ExpertsConfig
 from postgrad.config.mixing import AnyMixing, fill_shares
 from postgrad.config.objectives import AnyObjective
 from postgrad.config.penalties import AnyPenalty

@@ -354,6 +354,8 @@ def load_full_state(weights: Weights, state: dict[str, Tensor]) -> None:
         for w in weights.entries:
             stored = next((state[name] for name in (w.name, *names[id(w.parameter)]) if name in state), None)
             if stored is None:
-                raise CheckpointError(f"it lacks {w.name}", where="checkpoint", expected="every weight of the model")
+                raise CheckpointError(
+                    "the checkpoint lacks this weight", where=w.name, expected="every weight of the model"
+                )
             local_shard(w.master.detach()).copy_(local_shard_like(stored, w.master))
     weights.write_back()

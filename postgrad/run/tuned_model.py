@@ -15,7 +15,7 @@ from postgrad.models.model import Model, wrap_model
 from postgrad.models.prefix_lm_attention import mark_prefix_lm
 from postgrad.objectives.balancing import BalancingLoss
 from postgrad.plan.plan import Plan
-from postgrad.run.experts import choose_balancing, router_names
+from postgrad.run.routers import choose_balancing, router_names
 from postgrad.tuning.attach import attach
 from postgrad.tuning.extra_trainable import base_parameter_name
 from postgrad.tuning.open_model import LoadedModel, open_model

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from postgrad.config.experts import ExpertsConfig
+from postgrad.config.experts_config import ExpertsConfig
 from postgrad.data.layouts.rows import IGNORED
 from postgrad.data.loading.batch import Batch
 from postgrad.distributed.world import World
@@ -25,7 +25,7 @@ from postgrad.models.task import Task
 from postgrad.objectives.balancing import BalancingLoss
 from postgrad.reports.sections.drift_section import expert_load_table
 from postgrad.run.build import build_run, make_loader
-from postgrad.run.experts import choose_balancing
+from postgrad.run.routers import choose_balancing
 from postgrad.run.tuned_model import make_tuned_model
 from postgrad.training.loop import train_steps
 from postgrad.training.step import StepReport

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedModel
 
-from postgrad.config.experts import ExpertsConfig
+from postgrad.config.experts_config import ExpertsConfig
 from postgrad.errors import StageError
 from postgrad.models.experts import find_balancing, router_parameters
 from postgrad.models.model import CausalModel, Model
