@@ -191,17 +191,6 @@ def test_other_tokens_behind_the_table_are_refused() -> None:
         make_encoder(tokenizer, VOCABULARY)
 
 
-def test_a_mixture_that_asks_for_a_balancing_loss_is_told(tmp_path: Path) -> None:
-    for asks in (False, True):
-        config = transformers.MixtralConfig(**DECODER, num_local_experts=2, output_router_logits=asks)
-        folder = tmp_path / str(asks)
-        save_pretrained(
-            make_model(transformers.AutoModelForCausalLM, config), make_tokenizer(), folder, dtype=torch.float32
-        )
-        notes = open_model(ModelLocation("mixture", folder)).notes
-        assert bool(notes) == asks and all("balances its experts" in note for note in notes)
-
-
 @pytest.mark.parametrize(
     ("family", "cause"),
     [("OPT", "OPTAttention: attention, which takes no notice"), ("Mamba", "MambaMixer: a recurrent layer")],
