@@ -67,13 +67,14 @@ def prepare(home: Path, size: str, length: int) -> None:
     encoded = [encoding.ids for encoding in tokenizer.encode_batch_fast(pieces)]
     stream = np.array(list(itertools.chain.from_iterable(encoded)))
     whole = stream[: len(stream) // (length - 1) * (length - 1)].reshape(-1, length - 1)  # its EOS fills the row
-    _write(home / "dense.jsonl", ({"input_ids": ids} for ids in whole.tolist()))
-    _write(home / "packed.jsonl", ({"text": piece} for piece in pieces))
+    write_jsonl(home / "dense.jsonl", ({"input_ids": ids} for ids in whole.tolist()))
+    write_jsonl(home / "packed.jsonl", ({"text": piece} for piece in pieces))
     parted = (piece.partition("\n") for piece in pieces)
-    _write(home / "answers.jsonl", ({"prompt": first + end, "completion": rest} for first, end, rest in parted))
+    write_jsonl(home / "answers.jsonl", ({"prompt": first + end, "completion": rest} for first, end, rest in parted))
 
 
-def _write(path: Path, rows: Iterator[dict[str, Any]]) -> None:
+def write_jsonl(path: Path, rows: Iterator[dict[str, Any]]) -> None:
+    """A file with a row on each line."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 

@@ -8,12 +8,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
+    AutoModelForCausalLM,
     BertConfig,
     BertForMaskedLM,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
@@ -150,3 +153,67 @@ def make_t5(vocabulary: int, seed: int = 0) -> T5ForConditionalGeneration:
         eos_token_id=1,
     )
     return T5ForConditionalGeneration(config).eval()
+
+
+_DECODER: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+}
+_GATED: dict[str, Any] = {**_DECODER, "intermediate_size": 48, "num_key_value_heads": 2}
+_EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_LINEAR: dict[str, Any] = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+UNPACKED_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mamba2": (
+        "Mamba2Config",
+        {
+            **{key: _DECODER[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers")},
+            "num_heads": 8,
+            "head_dim": 8,
+            "state_size": 8,
+            "n_groups": 1,
+            "chunk_size": 8,
+        },
+    ),
+    "falcon_h1": (
+        "FalconH1Config",
+        {
+            **_GATED,
+            "mamba_d_ssm": 32,
+            "mamba_n_heads": 4,
+            "mamba_d_head": 8,
+            "mamba_d_state": 8,
+            "mamba_n_groups": 1,
+            "mamba_chunk_size": 8,
+        },
+    ),
+    "qwen3_next": (
+        "Qwen3NextConfig",
+        {**_GATED, **_LINEAR, **_EXPERTS, "head_dim": 8, "num_experts": 4, "shared_expert_intermediate_size": 16},
+    ),
+    "lfm2": ("Lfm2Config", {**_GATED, "layer_types": ["conv", "full_attention"]}),
+    "gpt_oss": (
+        "GptOssConfig",
+        {**_GATED, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
+    ),
+    "opt": ("OPTConfig", {**_DECODER, "ffn_dim": 48, "word_embed_proj_dim": 32}),
+    "bloom": ("BloomConfig", {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
+}
+"""Families whose packed documents see each other, with tiny configurations: recurrent, hybrid, convolutional; with attention
+sinks; without a mask or with biases that follow position ids."""
+
+
+def make_unpacked(family: str, **changes: Any) -> PreTrainedModel:
+    """A two-layer model of a family of `UNPACKED_FAMILIES`, with random weights."""
+    torch.manual_seed(0)
+    name, options = UNPACKED_FAMILIES[family]
+    ids = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": None}
+    return AutoModelForCausalLM.from_config(getattr(transformers, name)(**{**options, **ids, **changes})).eval()

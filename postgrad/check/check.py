@@ -45,7 +45,12 @@ def _check_stage(plan: Plan, cache: Path, show: int) -> dict[str, Any]:
     subject = make_tuned_model(plan, world)
     execution = choose_execution(plan, subject, world)
     subject.model.pretrained.set_attn_implementation(execution.attention)
-    verify_model(subject.model, prefix_tokens=plan.prefix_length)
+    verify_model(
+        subject.model,
+        packed=execution.packed,
+        row_length=plan.model.context_length,
+        prefix_tokens=plan.prefix_length,
+    )
     counts = subject.counts()
     teachers = check_teachers(plan, subject, execution, world)
     memory = _estimate_memory(plan, subject, execution, sum(cost.bytes for cost in teachers))
@@ -61,13 +66,16 @@ def _check_stage(plan: Plan, cache: Path, show: int) -> dict[str, Any]:
         *sharding_notes(plan.evaluation.tasks),
         *relearning_notes(plan),
     )
+    padding = make_loader(plan, execution, world).measure_padding(plan.steps)
+    padding_lines = [] if execution.packed else [f"  padding: {padding:.1%} of the positions of unpacked rows"]
     lines = [
         *plan_lines(plan, sources),
         *(f"note: {note}" for note in model_notes),
         "",
-        *_model_lines(plan, counts),
+        *_model_lines(plan, counts, execution),
         *update_lines(plan, update),
         *_execution_lines(execution),
+        *padding_lines,
         _memory_line(memory),
         *(line for cost in (*teachers, *penalties) for line in cost.lines),
         f"time: about {format_duration(execution.seconds)} without evaluation, from timed micro-batches"
@@ -80,6 +88,7 @@ def _check_stage(plan: Plan, cache: Path, show: int) -> dict[str, Any]:
         "tuning": plan.stage.tuning.kind,
         "task": plan.model.task,
         "execution": execution.as_dict(),
+        "padding_share": padding,
         "memory": {**asdict(memory), "total": memory.total},
         "seconds": execution.seconds,
         "teachers": [cost.record for cost in teachers],
@@ -107,10 +116,11 @@ def _estimate_memory(plan: Plan, subject: TunedModel, execution: Execution, teac
     return replace(memory, teachers=teachers)
 
 
-def _model_lines(plan: Plan, counts: ParameterCounts) -> list[str]:
+def _model_lines(plan: Plan, counts: ParameterCounts, execution: Execution) -> list[str]:
     """The model with its task layer and tuning, and what the probe of its attention has verified."""
     model = plan.model
-    probes = "; packed documents do not attend to each other (verified)" if model.task == Task.CAUSAL else ""
+    is_probed = model.task == Task.CAUSAL and execution.packed
+    probes = "; packed documents do not attend to each other (verified)" if is_probed else ""
     probes += "; attention to prefixes is bidirectional (verified)" if plan.prefix_length else ""
     lines = [f"model: {counts.parameters:,} weights, vocabulary of {model.vocab_size:,} tokens{probes}"]
     if model.task_layer and model.task_layer.form:

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from postgrad.data.layouts.rows import IGNORED
 from postgrad.data.loading.batch import Batch
 from postgrad.data.loading.loader import Loader, MicroBatchPlan, MixtureRow
+from postgrad.data.loading.unpacked_rows import PACKED_LAYOUTS
 from postgrad.plan.data_plan import DataPlan
 from postgrad.plan.model_plan import ModelPlan
 from postgrad.plan.plan import Plan
@@ -110,14 +111,14 @@ def preview_rows(plan: Plan, loader: Loader, count: int) -> list[PreviewSource]:
             for micro_batch, batch in zip(loader.micro_batches(step), loader.read_batches(step), strict=True)
             for row in _split_micro_batch(micro_batch, batch)
         ]
-        for row, arrays in sorted(rows, key=lambda row: row[0].position):
+        for row, arrays in sorted(rows, key=lambda row: (row[0].position, row[0].first_label)):
             if len(previews[row.source]) < count:
-                segments, label = _make_row_segments(plan.model, plan.data.rows[row.source].layout, arrays)
+                segments, label = _make_row_segments(plan.model, plan.data.rows[row.source].layout, row, arrays)
                 previews[row.source].append(PreviewRow(step, row.position, row.row, segments, label))
     return [
         PreviewSource(
             name,
-            rows.layout,
+            rows.layout if loader.packed or rows.layout not in PACKED_LAYOUTS else "unpacked",
             " and ".join(plan.objectives[number].kind for number in indices),
             len(rows),
             tuple(previews[source]),
@@ -149,13 +150,18 @@ def _split_micro_batch(micro_batch: MicroBatchPlan, batch: Batch) -> Iterator[tu
 
 
 def _make_row_segments(
-    model: ModelPlan, layout: str, arrays: dict[str, np.ndarray]
+    model: ModelPlan, layout: str, row: MixtureRow, arrays: dict[str, np.ndarray]
 ) -> tuple[tuple[RowSegment, ...], str | None]:
     """The segments of a row, by its layout, and the label of the whole row."""
     decode = TokenDecoder(model.tokenizer, model.vocab_size)
     names = model.task_layer.labels if model.task_layer else ()
     ids_T, labels = arrays["input_ids"], arrays["labels"]
-    if layout in ("packed", "prefix"):
+    if row.document is not None:
+        size = len(row.document.row.labels)
+        tokens = _predicted_tokens(ids_T[:size], labels[:size], decode)
+        padding = tuple(Token(int(token), "", "padding") for token in ids_T[size:])
+        return (RowSegment("1", tokens), *([RowSegment("pad", padding)] if padding else [])), None
+    if layout in PACKED_LAYOUTS:
         return tuple(_document_segments(ids_T, labels, arrays["position_ids"], decode)), None
     if layout == "masked":
         return (RowSegment("input", _masked_tokens(ids_T, labels, arrays["attention_mask"], decode)),), None

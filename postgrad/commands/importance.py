@@ -17,6 +17,7 @@ from postgrad.config.objectives import AnyObjective
 from postgrad.config.quantities import parse_token_count
 from postgrad.data.layouts.rows import Row, Rows
 from postgrad.data.loading.batch import Batch, collate
+from postgrad.data.loading.unpacked_rows import PACKED_LAYOUTS, split_documents
 from postgrad.data.problem_type import ProblemType
 from postgrad.data.random_streams import derive_key, permute_indices
 from postgrad.errors import DataError, ModelError, StageError, suggest_nearest
@@ -32,7 +33,7 @@ from postgrad.evaluation.fisher import (
 from postgrad.hardware import machine
 from postgrad.hardware.memory import memory_errors
 from postgrad.models.location import ModelLocation, locate_model
-from postgrad.models.model import wrap_model
+from postgrad.models.model import CausalModel, find_model_leak, wrap_model
 from postgrad.penalties.importance_file import (
     ImportanceFile,
     ImportanceKind,
@@ -252,7 +253,8 @@ def _estimate(
     batch_tokens = min(_TOKENS_PER_BATCH[device.type], tokens // _MIN_BATCHES) if kind in _BATCHED_KINDS else 1
     batch_size = max(1, batch_tokens // rows.model_inputs.length)
     estimate: ImportanceEstimate | None = None
-    batches = _batches(rows.sets, batch_size, rows.model_inputs.pad_id, seed)
+    is_packed = not isinstance(model, CausalModel) or not find_model_leak(model, rows.model_inputs.length)
+    batches = _batches(rows.sets, batch_size, rows.model_inputs.pad_id, seed, packed=is_packed)
     steps = (
         estimate_activation_importance(model, block_layers(model.pretrained), batches, tokens)
         if kind == "activation"
@@ -267,21 +269,26 @@ def _estimate(
     return estimate, "label" if opened.task.is_classifier else "token"
 
 
-def _batches(sets: Sequence[Rows], batch_size: int, pad: int, seed: int) -> Iterator[Batch]:
-    """The rows of all files, each once, in seeded order; a batch holds rows of one layout."""
+def _batches(sets: Sequence[Rows], batch_size: int, pad: int, seed: int, *, packed: bool) -> Iterator[Batch]:
+    """The rows of all files, each once, in seeded order; a batch holds rows of one layout.
+
+    Unless they are `packed`, a batch holds the documents of rows.
+    """
     offsets = np.cumsum([0, *(len(rows) for rows in sets)])
     order = permute_indices(np.arange(offsets[-1]), int(offsets[-1]), derive_key(seed, 0x1397))
     pending: dict[str, list[Row]] = {}
     for position, number in enumerate(order.tolist()):
         k = int(np.searchsorted(offsets, number, side="right")) - 1
         row = sets[k].get_row(number - int(offsets[k]), position)
-        if not row.label_count:
-            continue
-        group = pending.setdefault(sets[k].layout, [])
-        group.append(row)
-        if len(group) == batch_size:
-            yield collate(group, [0] * len(group), pad_token_id=pad)
-            group.clear()
+        is_whole = packed or sets[k].layout not in PACKED_LAYOUTS
+        for each in [row] if is_whole else [document.row for document in split_documents(row)]:
+            if not each.label_count:
+                continue
+            group = pending.setdefault(sets[k].layout, [])
+            group.append(each)
+            if len(group) == batch_size:
+                yield collate(group, [0] * len(group), pad_token_id=pad)
+                group.clear()
     for group in pending.values():
         if group:
             yield collate(group, [0] * len(group), pad_token_id=pad)

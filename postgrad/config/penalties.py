@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 from postgrad.config.quantities import Method, reject_bool
 
 
-def _strength_tag(value: Any) -> str:
+def number_or_word(value: Any) -> str:
     """Tag of a word or a number, so that errors concern that alternative alone."""
     return "word" if isinstance(value, str) and not re.fullmatch(r"[\d.eE+-]+", value) else "number"
 
@@ -18,7 +18,7 @@ def _strength_tag(value: Any) -> str:
 AnyStrength = Annotated[
     Annotated[Annotated[float, Field(ge=0, le=1e30), BeforeValidator(reject_bool)], Tag("number")]
     | Annotated[Literal["auto"], Tag("word")],
-    Discriminator(_strength_tag),
+    Discriminator(number_or_word),
 ]
 
 

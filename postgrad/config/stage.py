@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from postgrad.config.document_filters import AnySelection
+from postgrad.config.experts_config import ExpertsConfig
 from postgrad.config.mixing import AnyMixing, fill_shares
 from postgrad.config.objectives import AnyObjective
 from postgrad.config.penalties import AnyPenalty
@@ -124,6 +125,9 @@ class DataConfig(ConfigModel):
     """The sources and their shares."""
     sequence_length: Annotated[int, Field(ge=2, le=MAX_ROW), BeforeValidator(reject_bool)] = 1024
     """Tokens in a row."""
+    packing: Annotated[bool | None, omit_unset] = None
+    """Whether documents share a row in the model; if not, each document, or what of it is in a row, is a row of its own, and
+    rows of similar length are padded together. Default: where a probe shows that packed documents do not see each other."""
     mixing: AnyMixing | None = None
     """How several sources without a `share` divide the remainder."""
     curriculum: list[CurriculumPhase] = []
@@ -398,6 +402,8 @@ class Stage(ConfigModel):
     """Penalties that pull the weights to a reference."""
     tuning: AnyTuning = FullTuning(kind="full")
     """Which weights are trained."""
+    experts: Annotated[ExpertsConfig | None, omit_unset] = None
+    """Routers and balancing loss of a mixture of experts. Default: as the model's configuration asks."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """What is evaluated."""
     max_forgetting: Share | None = None

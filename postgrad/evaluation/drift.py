@@ -28,6 +28,7 @@ from postgrad.data.loading.batch import Batch, collate
 from postgrad.evaluation.held_out import HeldOutSet
 from postgrad.evaluation.length_batches import length_batches
 from postgrad.lineage.record import Interval, SetDrift
+from postgrad.models.experts import record_load
 from postgrad.models.interpolate import block_parameter_names
 from postgrad.models.layers import get_embedding_weight, get_layer_stacks
 from postgrad.models.model import Model, Output
@@ -54,6 +55,8 @@ class Drift:
     won_W: np.ndarray
     relative_change_L: np.ndarray
     cosine_L: np.ndarray
+    expert_loads: tuple[list[list[float]], list[list[float]]] = ([], [])
+    """The shares of the tokens of each expert, by layer, before and after."""
 
     def summary(self, role: str = "") -> SetDrift:
         """The measures with their 95 % intervals over documents."""
@@ -76,6 +79,8 @@ class Drift:
             wrong_to_correct=mean(self.won_W),
             relative_output_change=[None if np.isnan(v) else float(v) for v in self.relative_change_L],
             output_cosines=[None if np.isnan(v) else float(v) for v in self.cosine_L],
+            expert_load_before=self.expert_loads[0],
+            expert_load_after=self.expert_loads[1],
         )
 
 
@@ -99,7 +104,12 @@ def compute_drift(before: Model, after: Model, sets: tuple[HeldOutSet, HeldOutSe
     lengths = [max(len(p.row.inputs["input_ids"]) for p in pair) for pair in rows]
     training = before.training, after.training
     before.eval(), after.eval()
-    with torch.compiler.set_stance("force_eager"), layers.record_outputs():
+    with (
+        torch.compiler.set_stance("force_eager"),
+        layers.record_outputs(),
+        record_load(before.pretrained) as load_before,
+        record_load(after.pretrained) as load_after,
+    ):
         for part in length_batches(lengths, _TOKENS_AT_ONCE):
             batches = [
                 collate([rows[i][side].row for i in part], [0] * len(part), pad_token_id=sets[side].pad).to(
@@ -107,6 +117,7 @@ def compute_drift(before: Model, after: Model, sets: tuple[HeldOutSet, HeldOutSe
                 )
                 for side, model in enumerate((before, after))
             ]
+            load_before.mask_N, load_after.mask_N = (_label_mask(batch) for batch in batches)
             outputs = [model(**batch.inputs) for model, batch in zip((before, after), batches, strict=True)]
             layers.add(batches)
             measures, row_P = _compare_outputs(outputs, batches)
@@ -114,7 +125,8 @@ def compute_drift(before: Model, after: Model, sets: tuple[HeldOutSet, HeldOutSe
                 sums_W[number, part] = np.bincount(row_P, values_P.double().cpu().numpy(), len(part))
     before.train(training[0]), after.train(training[1])
     relative_L, cosine_L = layers.compute_changes()
-    return Drift(document_W, *sums_W, relative_change_L=relative_L, cosine_L=cosine_L)
+    loads = load_before.shares(), load_after.shares()
+    return Drift(document_W, *sums_W, relative_change_L=relative_L, cosine_L=cosine_L, expert_loads=loads)
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -3,8 +3,9 @@
 Legend: B batch, T time.
 
 Prompts of a decoder are padded on the left, so that all answers begin in one column; padding is masked, so an answer does not
-depend on the other rows of its batch. Prompts of an encoder-decoder are padded on the right. A prefix language model gets
-prompts of one length together, with bidirectional attention.
+depend on the other rows of its batch; where a model does not support that, prompts of one length go together. Prompts of an
+encoder-decoder are padded on the right. A prefix language model gets prompts of one length together, with bidirectional
+attention.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
+from postgrad.models.decoding import takes_left_padding
+from postgrad.models.model import CausalModel
 from postgrad.models.prefix_lm_attention import is_prefix_lm, prefill_prompt
 
 _TOKENS_AT_ONCE = 16_384
@@ -76,10 +79,11 @@ def generate_answers(
     stops = sorted({*eos_ids, *([own] if isinstance(own, int) else own or [])})
     was_training = model.training
     model.eval()
+    lengths = [len(prompt) for prompt in prompts]
     with torch.compiler.set_stance("force_eager"):
-        for group in _length_batches(
-            [len(prompt) for prompt in prompts], stopping.max_new_tokens, same_length=prefix_lm
-        ):
+        is_ragged = not encoder_decoder and len(set(lengths)) > 1
+        same_length = prefix_lm or (is_ragged and not takes_left_padding(CausalModel(model)))
+        for group in _length_batches(lengths, stopping.max_new_tokens, same_length=same_length):
             arrays = _pad_prompts([prompts[i] for i in group], pad, left=not encoder_decoder)
             ids_BT, mask_BT = (array.to(device) for array in arrays)
             cache: dict[str, Any] = {"past_key_values": prefill_prompt(model, ids_BT)} if prefix_lm else {}

@@ -3,7 +3,8 @@
 Legend: B documents of a batch, K tokens of a prompt, T tokens sampled, V vocabulary, D width.
 
 The random numbers of a document are a function of (seed, its number) alone, so batching and interruptions change nothing but
-rounding. Prompts are padded on the left, and the padding is masked. A document that has ended leaves the batch.
+rounding. Prompts are padded on the left, and the padding is masked; where a model does not support that, prompts of one length
+go together. A document that has ended leaves the batch.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
 
 from postgrad.data.random_streams import RandomStreams
-from postgrad.models.model import CausalModel
+from postgrad.models.decoding import Decoder, find_decoding_way, takes_left_padding
+from postgrad.models.model import CausalModel, OutputHead
 
 
 class GeneratedDocument(NamedTuple):
@@ -45,42 +46,68 @@ def generate_documents(
     `document_numbers` select the random streams, `stream` one of several for a document. `temperature` divides the logits;
     `top_p` below one is nucleus sampling (Holtzman et al. 2020, arXiv 1904.09751), which never samples the tail.
     """
+    numbers = list(document_numbers)
     draws, device = RandomStreams(seed), next(model.parameters()).device
     uniforms_BT = torch.from_numpy(
-        np.stack([draws.generator(number, stream).random(max_new_tokens) for number in document_numbers])
+        np.stack([draws.generator(number, stream).random(max_new_tokens) for number in numbers])
     ).to(device)
+    was_training = model.training
+    model.eval()
+    out: dict[int, GeneratedDocument] = {}
+    with torch.compiler.set_stance("force_eager"):
+        for group in _group_prompts(model, prompts):
+            decoder = Decoder(model, find_decoding_way(model, padded=len({len(prompts[i]) for i in group}) > 1))
+            generated = _generate_group(
+                model.head(), decoder, [prompts[i] for i in group], uniforms_BT[group], stop_ids, temperature, top_p
+            )
+            out.update(zip(group, generated, strict=True))
+    model.train(was_training)
+    return [out[i] for i in range(len(numbers))]
+
+
+def _group_prompts(model: CausalModel, prompts: Sequence[np.ndarray] | np.ndarray) -> list[list[int]]:
+    """Prompts that are read together: all of them, or those of each length where a model takes no padding on the left."""
+    by_length: dict[int, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        by_length.setdefault(len(prompt), []).append(i)
+    if len(by_length) == 1 or takes_left_padding(model):
+        return [list(range(len(prompts)))]
+    return list(by_length.values())
+
+
+def _generate_group(
+    head: OutputHead,
+    decoder: Decoder,
+    prompts: Sequence[np.ndarray],
+    uniforms_BT: Tensor,
+    stop_ids: Collection[int],
+    temperature: float,
+    top_p: float,
+) -> list[GeneratedDocument]:
+    max_new_tokens = uniforms_BT.shape[1]
     out_BT = np.zeros((len(prompts), max_new_tokens), np.int64)
     size_B = np.full(len(prompts), max_new_tokens, np.int64)
     ended_B = np.zeros(len(prompts), bool)
     alive_B = np.arange(len(prompts))
-    cache = DynamicCache(config=model.pretrained.config)
-    ids, mask_BK = (table.to(device) for table in _pad_left(prompts))
+    ids, mask_BK = (table.to(uniforms_BT.device) for table in _pad_left(prompts))
     ragged = not bool(mask_BK.all())
-    was_training = model.training
-    model.eval()
-    with torch.compiler.set_stance("force_eager"):
-        for step in range(max_new_tokens):
-            # Without padding no mask is passed: most attention kernels are faster so.
-            padding = {"attention_mask": mask_BK, "position_ids": _positions(mask_BK, ids.shape[1])} if ragged else {}
-            output = model(input_ids=ids, past_key_values=cache, **padding)
-            head = output.head
-            assert head is not None
-            logits_BV = head.logits(output.hidden[:, -1]).float()
-            chosen_B = sample_tokens(logits_BV, uniforms_BT[:, step], temperature, top_p)
-            tokens_B = chosen_B.cpu().numpy()
-            over = np.isin(tokens_B, list(stop_ids))
-            size_B[alive_B[over]], ended_B[alive_B[over]] = step, True
-            out_BT[alive_B[~over], step] = tokens_B[~over]
-            if over.any():
-                stay = torch.from_numpy(np.flatnonzero(~over)).to(device)
-                alive_B = alive_B[~over]
-                if not len(alive_B):
-                    break
-                cache.batch_select_indices(stay)
-                chosen_B, uniforms_BT, mask_BK = chosen_B[stay], uniforms_BT[stay], mask_BK[stay]
-            ids = chosen_B[:, None]
-            mask_BK = torch.cat([mask_BK, torch.ones_like(ids)], 1)
-    model.train(was_training)
+    for step in range(max_new_tokens):
+        # Without padding no mask is passed: most attention kernels are faster so.
+        logits_BV = head.logits(decoder(ids, mask_BK if ragged else None)).float()
+        chosen_B = sample_tokens(logits_BV, uniforms_BT[:, step], temperature, top_p)
+        tokens_B = chosen_B.cpu().numpy()
+        over = np.isin(tokens_B, list(stop_ids))
+        size_B[alive_B[over]], ended_B[alive_B[over]] = step, True
+        out_BT[alive_B[~over], step] = tokens_B[~over]
+        if over.any():
+            stay = torch.from_numpy(np.flatnonzero(~over)).to(uniforms_BT.device)
+            alive_B = alive_B[~over]
+            if not len(alive_B):
+                break
+            decoder.select(stay)
+            chosen_B, uniforms_BT, mask_BK = chosen_B[stay], uniforms_BT[stay], mask_BK[stay]
+        ids = chosen_B[:, None]
+        mask_BK = torch.cat([mask_BK, torch.ones_like(ids)], 1)
     return [
         GeneratedDocument(row[:size], bool(ended)) for row, size, ended in zip(out_BT, size_B, ended_B, strict=True)
     ]
@@ -95,11 +122,6 @@ def _pad_left(prompts: Sequence[np.ndarray] | np.ndarray) -> tuple[Tensor, Tenso
         ids_BK[row, longest - len(ids) :] = torch.from_numpy(np.asarray(ids, np.int64))
         mask_BK[row, longest - len(ids) :] = 1
     return ids_BK, mask_BK
-
-
-def _positions(mask_BK: Tensor, count: int) -> Tensor:
-    """The positions of the last `count` ids, counted from the end of the padding, of shape (B, count)."""
-    return (mask_BK.cumsum(1) - 1).clamp(min=0)[:, -count:]
 
 
 def sample_tokens(logits_BV: Tensor, uniforms_B: Tensor, temperature: float, top_p: float = 1.0) -> Tensor:

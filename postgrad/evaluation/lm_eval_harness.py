@@ -23,7 +23,8 @@ from transformers import PreTrainedTokenizerBase
 
 from postgrad.errors import DataError, MissingExtra, ModelError, PostgradError, StageError, first_line, suggest_nearest
 from postgrad.evaluation.choices.loglikelihood import ChoiceItem, score_choices
-from postgrad.models.model import Model
+from postgrad.models.decoding import takes_left_padding
+from postgrad.models.model import CausalModel, Model
 from postgrad.models.prefix_lm_attention import is_prefix_lm
 from postgrad.stats import bootstrap
 
@@ -225,6 +226,10 @@ def _make_lm(
                     where="--harness",
                     expected="multiple-choice tasks",
                 )
+            mask_BK = options.get("attention_mask")
+            is_ragged = mask_BK is not None and not bool(mask_BK.bool().all())
+            if is_ragged and isinstance(model, CausalModel) and not takes_left_padding(model):
+                return self._generate_one_by_one(context, mask_BK, max_length, stop, **options)
             self.request_count += len(context)
             if not added:
                 return super()._model_generate(context, max_length, stop, **options)
@@ -237,6 +242,18 @@ def _make_lm(
             out = super()._model_generate(ids, max_length + more, stop, attention_mask=mask, **options)
             # lm-eval strips as many positions as it passed.
             return out[:, more:] if self.backend == "causal" else out
+
+        def _generate_one_by_one(
+            self, context: Tensor, mask_BK: Tensor, max_length: int, stop: list[str], **options: Any
+        ) -> Tensor:
+            """The output for prompts that are padded on the left, each read without its padding."""
+            rows: list[Tensor] = []
+            for ids_K, mask_K in zip(context, mask_BK.bool(), strict=True):
+                size = int((~mask_K).sum())
+                own = {**options, "attention_mask": torch.ones_like(ids_K[mask_K])[None]}
+                out = self._model_generate(ids_K[mask_K][None], max_length - size, stop, **own)
+                rows.append(torch.cat([ids_K[:size], out[0]]))
+            return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
 
     return HarnessModel()
 

@@ -6,19 +6,22 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
+from postgrad.data.loading.unpacked_rows import drop_positions
 from postgrad.errors import StageError
 from postgrad.hardware import machine
 from postgrad.hardware.memory import ModelDimensions, estimate_memory
 from postgrad.models.cpu_attention import CAUSAL_BLOCKS, is_supported
 from postgrad.models.layers import get_embedding_weight, get_layers
-from postgrad.models.model import CausalModel, Model
+from postgrad.models.model import CausalModel, Model, find_model_leak
 
 MIN_BF16_SPEEDUP = 1.3
 """Minimum speed-up of bf16 products to accept their rounding."""
@@ -47,6 +50,8 @@ class ExecutionRequest:
     """Whether all rows have the same length; compiled code is compiled again for each length."""
     is_causal: bool = True
     """Whether tokens attend to earlier ones only; false for a prefix language model."""
+    packing: bool | None = None
+    """Whether documents share a row. Default: where they do not see each other."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,8 @@ class Execution:
     activation_checkpointing: bool
     seconds: float
     """Estimated training time without compilation, from timed micro-batches."""
+    packed: bool = True
+    """Whether the documents of a packed row go through the model together; false: each in a row of its own."""
     reasons: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -76,17 +83,32 @@ class Execution:
 def get_model_dimensions(model: Model) -> ModelDimensions:
     """A model's sizes, from the configuration keys of its architecture."""
     config = model.pretrained.config.get_text_config()
-    width = int(getattr(config, "hidden_size", 0) or getattr(config, "n_embd", 0) or 1)
-    inner = int(getattr(config, "intermediate_size", 0) or getattr(config, "n_inner", 0) or 4 * width)
+    width = _read_size(config, "hidden_size", "n_embd") or 1
+    inner = _read_size(config, "intermediate_size", "n_inner") or 4 * width
     return ModelDimensions(
         parameters=sum(p.numel() for p in model.parameters()),
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         layers=len(get_layers(model.pretrained)),
         width=width,
         inner=inner,
-        heads=int(getattr(config, "num_attention_heads", 0) or getattr(config, "n_head", 0) or 1),
+        heads=_read_size(config, "num_attention_heads", "n_head") or 1,
         vocabulary=get_embedding_weight(model.pretrained).shape[0],
     )
+
+
+def _read_size(config: PreTrainedConfig, *names: str) -> int:
+    """The first of these keys that is set; the largest where it has a value for each layer."""
+    parts = [config, *(getattr(config, "per_layer_config", None) or ())]
+    for name in names:
+        values: list[int] = []
+        for part in parts:
+            # Reading a key that differs between layers raises an error of transformers' own.
+            with suppress(Exception):
+                value = getattr(part, name)
+                values += value if isinstance(value, list) else [value]
+        if sizes := [int(value) for value in values if value]:
+            return max(sizes)
+    return 0
 
 
 def select_execution(
@@ -113,11 +135,16 @@ def select_execution(
         reasons["micro"] = f"as many rows as fit in memory, about {tokens:,} tokens"
     attention = _choose_attention(request, model, device, reasons)
     model.pretrained.set_attn_implementation(attention)
+    packed = _choose_packing(request, model, reasons)
+    if not packed:
+        request = replace(request, is_fixed_length=False)
+    inputs = make_inputs(micro) if packed else drop_positions(make_inputs(micro))
     steps = (rank_rows // micro) * request.steps
-    seconds = _micro_batch_seconds(model, make_inputs(micro), dtype, device) * steps
+    seconds = _micro_batch_seconds(model, inputs, dtype, device) * steps
     return Execution(
         dtype=dtype,
         compile=_choose_compile(request, seconds, device, reasons),
+        packed=packed,
         attention=attention,
         threads=threads,
         micro=micro,
@@ -206,6 +233,22 @@ def _choose_attention(request: ExecutionRequest, model: Model, device: torch.dev
         return CAUSAL_BLOCKS
     reasons["attention"] = "the default of transformers for this architecture"
     return model.pretrained.config._attn_implementation or "eager"
+
+
+def _choose_packing(request: ExecutionRequest, model: Model, reasons: dict[str, str]) -> bool:
+    """Whether documents share rows: where they do not see each other. Raises `ModelError` if they must, and do."""
+    if not isinstance(model, CausalModel):
+        return True
+    if request.packing is False:
+        reasons["packing"] = "each document is a row of its own, set in the stage"
+        return False
+    leak = find_model_leak(model, request.length)
+    if leak is None:
+        return True
+    if request.packing is True:
+        raise leak.as_error(model.pretrained)
+    reasons["packing"] = f"each document is a row of its own, since {leak.describe()}"
+    return False
 
 
 def _choose_compile(request: ExecutionRequest, seconds: float, device: torch.device, reasons: dict[str, str]) -> bool:

@@ -40,8 +40,14 @@ class StepRow(RecordPart):
     """Before clipping."""
     loss_grad_norm: float | None = None
     """Without the penalties."""
+    balancing_loss: float | None = None
+    """Of a mixture of experts, times its coefficient; `loss` does not include it."""
     updated_weights: int | None = None
     """Weights that a sparse update changed."""
+    positions: int | None = None
+    """Positions of the first rank's unpacked rows."""
+    padding: int | None = None
+    """Those of them that only fill a row."""
     seconds: float = 0.0
 
 

@@ -199,6 +199,8 @@ class ExecutionSummary(RecordPart):
 
     model_config = ConfigDict(extra="allow")
 
+    packed: bool = True
+    """Whether the documents of a packed row went through the model together."""
     dtype: str = ""
     compile: bool = False
     attention: str = ""
@@ -315,6 +317,8 @@ class TrainingTotals(RecordPart):
     sources: list[TrainedSource] = []
     skipped_steps: list[SkippedStep] = []
     """Counted in `steps`, but not in `tokens`."""
+    padding_share: float | None = None
+    """Padding among the positions of unpacked rows; none for packed ones."""
 
 
 class PublishedCheckpoint(RecordPart):
@@ -468,6 +472,10 @@ class SetDrift(RecordPart):
     """By block."""
     output_cosines: list[float | None] = []
     """By block."""
+    expert_load_before: list[list[float]] = []
+    """Of a mixture of experts: the share of the tokens of each expert, by layer, in the start model."""
+    expert_load_after: list[list[float]] = []
+    """The same in the trained model."""
 
 
 class DriftRecord(RecordPart):

@@ -131,13 +131,16 @@ def make_model(auto_class: Any, config: PreTrainedConfig, **options: Any) -> Pre
     return auto_class.from_config(config, **options, **_NO_CODE)
 
 
-def make_meta_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The backbone of a configuration, without memory for its weights. Raises `ModelError` where there is none."""
+def make_meta_model(config: PreTrainedConfig, auto_class: Any = AutoModel) -> PreTrainedModel:
+    """The backbone of a configuration, without memory for its weights. Raises `ModelError` where there is none.
+
+    `auto_class`: for a family whose backbone has no class of its own.
+    """
     with (
         _as_model_error(f"no {config.model_type} can be made", "model", "a complete configuration"),
         torch.device("meta"),
     ):
-        return make_model(AutoModel, config)
+        return make_model(AutoModel if type(config) in AutoModel._model_mapping else auto_class, config)
 
 
 @contextmanager

@@ -7,37 +7,28 @@ Whether hidden states and head give the logits of an architecture is verified, n
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from postgrad.errors import ModelError
-from postgrad.models.layers import get_embedding_weight
+from postgrad.models.isolation import (
+    SHORT_DOCUMENT,
+    Leak,
+    document_arguments,
+    find_leak,
+    random_ids,
+    verify_right_padding,
+)
+from postgrad.models.output_head import ModelRun, OutputHead, find_head_function, make_head, run_body
 from postgrad.models.prefix_lm_attention import attention_window, model_prefix_mask
 from postgrad.models.task import Task
 
-_LOGITS_BIAS = "final_logits_bias"
-"""Its name in transformers."""
-
-
-@dataclass(frozen=True)
-class OutputHead:
-    """Hidden states to logits: `softcap(scale (h W^T + b))`."""
-
-    weight_VD: Tensor
-    bias_V: Tensor | None = None
-    scale: float = 1.0
-    softcap: float | None = None
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits of shape (..., V) for hidden states of shape (..., D)."""
-        bias = None if self.bias_V is None else self.bias_V.to(hidden.dtype)
-        out = nn.functional.linear(hidden, self.weight_VD.to(hidden.dtype), bias) * self.scale
-        return out if self.softcap is None else torch.tanh(out / self.softcap) * self.softcap
+_TOLERANCE = 1e-4
+"""Difference of logits that is rounding."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +40,8 @@ class Output:
 
     hidden: Tensor
     head: OutputHead | None
+    router_logits: tuple[Tensor, ...] = ()
+    """Of each layer of a mixture of experts, where they are recorded."""
 
     def logits(self) -> Tensor:
         """All logits at once; objectives should work in chunks where they can."""
@@ -76,16 +69,31 @@ class Model(nn.Module):
         return None
 
 
-class CausalModel(Model):
-    """A causal language model as a body and a head."""
+class LanguageModel(Model):
+    """A language model as its own forward pass up to the output embedding, and a head."""
 
     def __init__(self, pretrained: PreTrainedModel) -> None:
         super().__init__(pretrained)
-        config = pretrained.config.get_text_config()
-        # Granite divides its logits, Cohere multiplies them, Gemma caps them; `verify_model` tests whether this covers a model.
-        scaling = getattr(config, "logits_scaling", None)
-        self.scale: float = 1.0 / scaling if scaling else float(getattr(config, "logit_scale", None) or 1.0)
-        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        self.head_function = find_head_function(pretrained)
+
+    def run(self, **inputs: Any) -> ModelRun:
+        """The input of the output embedding, of shape (B, T, D), and all that the model returns, such as its cache."""
+        return run_body(self.pretrained, **inputs)
+
+    def head(self) -> OutputHead:
+        """The head with the current weights."""
+        return make_head(self.pretrained, self.head_function)
+
+
+class CausalModel(LanguageModel):
+    """A causal language model; `records_routers`: the output has the routers' logits."""
+
+    records_routers = False
+
+    def __init__(self, pretrained: PreTrainedModel) -> None:
+        super().__init__(pretrained)
+        self.passes_documents = False
+        """Whether the borders of packed documents are arguments of the model; see `find_model_leak`."""
 
     def forward(self, *, prefix: Tensor | None = None, **inputs: Tensor) -> Output:
         """Hidden states of packed rows, whose documents are separated by position ids that restart.
@@ -93,23 +101,29 @@ class CausalModel(Model):
         Without a cache and an attention mask, transformers keeps such documents apart; with either it does not. Attention among
         the tokens of a `prefix` (B, T) is bidirectional, which needs position ids.
         """
+        shape_BT = inputs["input_ids"].shape
         if prefix is not None:
             inputs["attention_mask"] = model_prefix_mask(self.pretrained, prefix, inputs["position_ids"])
-        hidden = self.body(**inputs, use_cache=False).last_hidden_state
-        return Output(hidden, self.head())
+        elif self.passes_documents and "position_ids" in inputs:
+            inputs = _join_rows(**inputs)
+        options = {"output_router_logits": True} if self.records_routers else {}
+        run = self.run(**inputs, use_cache=False, **options)
+        hidden_BTD = run.hidden.reshape(*shape_BT, -1)
+        return Output(hidden_BTD, self.head(), run.output.router_logits if self.records_routers else ())
 
-    def head(self) -> OutputHead:
-        """The head with the current weights."""
-        layer = _output_layer(self.pretrained)
-        return OutputHead(layer.weight, layer.bias, self.scale, self.softcap)
+    def compute_hidden(self, **inputs: Tensor) -> Tensor:
+        """The last hidden states (B, T, D)."""
+        return self(**inputs).hidden
 
 
-class HeadedModel(Model):
-    """A masked or encoder-decoder language model, whose forward ends in its output embedding.
+def _join_rows(input_ids: Tensor, position_ids: Tensor) -> dict[str, Any]:
+    """Packed rows joined to one: kernels take the borders of documents of a single row."""
+    joined = {"input_ids": input_ids.reshape(1, -1), "position_ids": position_ids.reshape(1, -1)}
+    return {**joined, **document_arguments(position_ids)}
 
-    The layers before that embedding (a transform, a scaling) differ between architectures, so the model's own forward pass runs
-    with an identity in place of the embedding. The bias that BART and others add afterwards belongs to the head.
-    """
+
+class HeadedModel(LanguageModel):
+    """A masked or encoder-decoder language model."""
 
     def __init__(self, pretrained: PreTrainedModel) -> None:
         super().__init__(pretrained)
@@ -117,15 +131,7 @@ class HeadedModel(Model):
 
     def forward(self, **inputs: Tensor) -> Output:
         """The input of the output embedding, of shape (B, T, D)."""
-        with _identity_output_layer(self.pretrained):
-            hidden = self.pretrained(**inputs, **self.options).logits
-        return Output(hidden, self.head())
-
-    def head(self) -> OutputHead:
-        """The head with the current weights."""
-        layer = _output_layer(self.pretrained)
-        biases = [bias.flatten() for bias in (layer.bias, _get_logits_bias(self.pretrained)) if bias is not None]
-        return OutputHead(layer.weight, sum(biases[1:], biases[0]) if biases else None)
+        return Output(self.run(**inputs, **self.options).hidden, self.head())
 
 
 def wrap_model(pretrained: PreTrainedModel, task: Task) -> Model:
@@ -135,91 +141,58 @@ def wrap_model(pretrained: PreTrainedModel, task: Task) -> Model:
     return Model(pretrained) if task.is_classifier else HeadedModel(pretrained)
 
 
-def _output_layer(pretrained: PreTrainedModel) -> nn.Linear:
-    layer = pretrained.get_output_embeddings()
-    if not isinstance(layer, nn.Linear):
-        raise ModelError(f"{type(pretrained).__name__} has no output embedding", where="model")
-    return layer
-
-
-def _get_logits_bias(pretrained: PreTrainedModel) -> Tensor | None:
-    """The bias of shape (1, V) that a model adds after its output embedding: a buffer, which is not trained."""
-    return getattr(pretrained, _LOGITS_BIAS, None)
-
-
-@contextmanager
-def _identity_output_layer(pretrained: PreTrainedModel) -> Iterator[None]:
-    """Inside, the output embedding is the identity, and no bias is added."""
-    layer: nn.Module = _output_layer(pretrained)
-    bias = _get_logits_bias(pretrained)
-    layer.forward = lambda hidden: hidden
-    if bias is not None:
-        setattr(pretrained, _LOGITS_BIAS, bias.new_zeros(()))  # of no dimension, so that no dtype is changed by it
-    try:
-        yield
-    finally:
-        del layer.forward
-        if bias is not None:
-            setattr(pretrained, _LOGITS_BIAS, bias)
-
-
-def verify_model(model: Model, *, length: int = 24, tolerance: float = 1e-4, prefix_tokens: int = 0) -> None:
+def verify_model(
+    model: Model, *, packed: bool = True, row_length: int = 2 * SHORT_DOCUMENT, prefix_tokens: int = 0
+) -> None:
     """Verify on random ids that hidden states and head give the model's logits.
 
-    For a causal model also that packed documents do not attend to each other, and, with `prefix_tokens`, that attention over
-    prefixes of rows of that length is bidirectional. Raises `ModelError` for an architecture that fails: recurrent and hybrid
-    models carry state across documents, others ignore the mask or transform the logits.
+    For a causal model also that documents of `packed` rows of `row_length` do not attend to each other, or of unpacked rows
+    that padding changes nothing, and, with `prefix_tokens`, that attention over prefixes of rows of that length is
+    bidirectional. Raises `ModelError` for an architecture that fails: recurrent and hybrid models carry state across
+    documents, others ignore the mask or transform the logits.
     """
-    device = next(model.parameters()).device
+    length = min(SHORT_DOCUMENT, row_length)
     was_training = model.training
     model.eval()
     with torch.no_grad():
         if isinstance(model, CausalModel):
-            _verify_packing(model, length, tolerance, device)
+            _verified_logits(model, {"input_ids": random_ids(model.pretrained, (2, length))}, use_cache=False)
+            if not packed:
+                verify_right_padding(model.pretrained, model.compute_hidden, length)
+            elif leak := find_model_leak(model, row_length):
+                raise leak.as_error(model.pretrained)
             if prefix_tokens:
-                _verify_prefixes(model, length, prefix_tokens, tolerance, device)
+                _verify_prefixes(model, length, prefix_tokens)
         elif isinstance(model, HeadedModel):
-            ids = _random_ids(model, (2, length), device)
+            ids = random_ids(model.pretrained, (2, length))
             inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
             if model.pretrained.config.is_encoder_decoder:
                 inputs["decoder_input_ids"] = ids.flip(0)
-            _verified_logits(model, inputs, tolerance)
+            _verified_logits(model, inputs, **model.options)
     model.train(was_training)
 
 
-def _verify_packing(model: CausalModel, length: int, tolerance: float, device: torch.device) -> None:
-    ids = _random_ids(model, (1, 2 * length), device)
-    other = ids.clone()
-    other[:, :length] = ids[:, length:].flip(1)
-    positions = torch.arange(length, device=device).repeat(2)[None]
-    ours = _verified_logits(model, {"input_ids": ids, "position_ids": positions}, tolerance, use_cache=False)
+def find_model_leak(model: CausalModel, row_length: int) -> Leak | None:
+    """The leak between packed documents of rows of `row_length`, or None.
 
-    def off(ids: Tensor, positions: Tensor) -> float:
-        second = model(input_ids=ids, position_ids=positions).logits()[:, -length:].float()
-        return (second - ours[:, length:]).abs().max().item()
-
-    leak = max(off(other, positions), off(ids[:, length:], positions[:, length:]))
-    if leak > tolerance * max(1.0, ours.abs().max().item()):
-        raise ModelError(
-            f"packed documents attend to each other in this architecture ({model.pretrained.config.model_type}): logits of the "
-            f"second change by {leak:.2g} with the first, since {_leak_cause(model.pretrained)}",
-            where="model",
-            expected="attention within a document",
-            hint="use a model with attention layers and rotary or learned positions, such as Llama, Qwen or GPT-2",
-        )
+    A model that leaks gets the borders of documents as arguments, where its kernels on this machine keep to them.
+    """
+    model.passes_documents = False
+    leak = find_leak(model.pretrained, model.compute_hidden, row_length)
+    if leak is None:
+        return None
+    model.passes_documents = True
+    try:
+        # Transformers refuses these arguments where only its reference implementation is at hand.
+        model.passes_documents = find_leak(model.pretrained, model.compute_hidden, row_length) is None
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, NotImplementedError):
+        model.passes_documents = False
+    return None if model.passes_documents else leak
 
 
-def _leak_cause(pretrained: PreTrainedModel) -> str:
-    """Why an architecture does not keep packed documents apart."""
-    kinds = getattr(pretrained.config.get_text_config(), "layer_types", None) or ()
-    if pretrained._is_stateful or any("linear" in kind or "mamba" in kind for kind in kinds):
-        return "its recurrent layers carry a state across documents"
-    return "in transformers it takes no notice of position ids that restart with each document"
-
-
-def _verify_prefixes(
-    model: CausalModel, length: int, prefix_tokens: int, tolerance: float, device: torch.device
-) -> None:
+def _verify_prefixes(model: CausalModel, length: int, prefix_tokens: int) -> None:
     """Verify on two packed documents that attention follows the mask of a prefix language model."""
     config = model.pretrained.config
     window = attention_window(config)
@@ -232,8 +205,8 @@ def _verify_prefixes(
         )
     length = length if window is None else min(length, window)
     half = length // 2
-    ids = _random_ids(model, (1, 2 * length), device)
-    positions = torch.arange(length, device=device).repeat(2)[None]
+    ids = random_ids(model.pretrained, (1, 2 * length))
+    positions = torch.arange(length, device=ids.device).repeat(2)[None]
     other_prefix, other_rest = ids.clone(), ids.clone()
     other_prefix[:, length + 1 : length + half] = ids[:, 1:half]
     other_rest[:, length + half :] = ids[:, half:length]
@@ -244,7 +217,7 @@ def _verify_prefixes(
     try:
         plain = model(input_ids=ids, position_ids=positions).logits().float()
         alone, ours = logits(ids, 1), logits(ids, half)
-        size = tolerance * max(1.0, plain.abs().max().item())
+        size = _TOLERANCE * max(1.0, plain.abs().max().item())
 
         def off(one: Tensor, two: Tensor, begin: int, end: int) -> float:
             return (one - two)[:, begin:end].abs().max().item()
@@ -268,24 +241,15 @@ def _verify_prefixes(
         )
 
 
-def _verified_logits(model: Model, inputs: dict[str, Tensor], tolerance: float, **options: bool) -> Tensor:
-    """Logits of hidden states and head. Raises `ModelError` unless they equal the model's own."""
-    try:
-        ours = model(**inputs).logits().float()
-    except RuntimeError:  # a layer after the output embedding needs full logits
-        ours = None
+def _verified_logits(model: Model, inputs: dict[str, Tensor], **options: bool) -> None:
+    """Verify that hidden states and head give the model's own logits. Raises `ModelError`."""
+    ours = model(**inputs).logits().float()
     plain = model.pretrained(**inputs, **options).logits.float()
     size = max(1.0, plain.abs().max().item())
-    if ours is None or (ours - plain).abs().max().item() > tolerance * size:
+    if ours.shape != plain.shape or not (ours - plain).abs().max().item() <= _TOLERANCE * size:
         raise ModelError(
             f"the logits of this architecture ({model.pretrained.config.model_type}) are not its output embedding applied "
             "to its last hidden states",
             where="model",
             expected="a language model with a plain, scaled or soft-capped head",
         )
-    return ours
-
-
-def _random_ids(model: Model, shape: tuple[int, int], device: torch.device) -> Tensor:
-    vocabulary = get_embedding_weight(model.pretrained).shape[0]
-    return torch.randint(0, vocabulary, shape, generator=torch.Generator().manual_seed(0)).to(device)

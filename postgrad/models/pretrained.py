@@ -131,6 +131,7 @@ def detect_config_task(config: PreTrainedConfig) -> Task:
     """The task of a configuration, from the architecture that it names."""
     name = (getattr(config, "architectures", None) or [""])[0]
     endings: dict[str, Task] = {
+        "ForCausalLM": Task.CAUSAL,
         "ForMaskedLM": Task.MASKED,
         "ForPreTraining": Task.MASKED,
         "ForSequenceClassification": Task.CLASSIFY,
@@ -172,12 +173,12 @@ def load_pretrained(
             warnings.simplefilter("ignore")
             config = load_config(start.name_or_path)
             folder = start.full_model.folder
+            auto = _auto_class(config, task)
             if folder and state is None:
                 layers = getattr(config.get_text_config(), "num_hidden_layers", None)
-                check_weight_file(folder, layers, lambda: count_parameters(make_meta_model(config)), start.name)
+                check_weight_file(folder, layers, lambda: count_parameters(make_meta_model(config, auto)), start.name)
             own = load_task_head_config(folder)
             form = layer.form if layer else own if task.is_classifier else None
-            auto = _auto_class(config, task)
             where, make = (start.name_or_path, auto) if state is None else (None, auto._model_mapping[type(config)])
             make = make_model_class(config, form) if form else make
             options = {}
@@ -269,10 +270,15 @@ def make_random_model(config: PreTrainedConfig, task: Task) -> PreTrainedModel:
 
 
 def _auto_class(config: PreTrainedConfig, task: Task) -> Any:
-    """The Auto class of a task; composite decoders (Mistral 3, Qwen 2.5 VL) have no other class than that with images."""
-    is_composite = type(config) in AutoModelForImageTextToText._model_mapping
-    if task == Task.CAUSAL and is_composite and type(config) not in AutoModelForCausalLM._model_mapping:
-        return AutoModelForImageTextToText
+    """The Auto class of a task; that with images for composite decoders that have no other (Mistral 3), or are saved with them.
+
+    The class of Qwen 3.5 or Llama 4 without images would lose the vision part of the folder.
+    """
+    with_images = AutoModelForImageTextToText._model_mapping
+    if task == Task.CAUSAL and type(config) in with_images:
+        is_saved_whole = with_images[type(config)].__name__ in (config.architectures or ())
+        if is_saved_whole or type(config) not in AutoModelForCausalLM._model_mapping:
+            return AutoModelForImageTextToText
     return _CLASSES[task]
 
 
@@ -313,8 +319,13 @@ def save_pretrained(
     *,
     dtype: torch.dtype,
     state: dict[str, Tensor] | None = None,
+    original_names: bool = True,
 ) -> None:
-    """A plain Hugging Face folder: safetensors weights in `dtype`, config, generation config and tokenizer."""
+    """A plain Hugging Face folder: safetensors weights in `dtype`, config, generation config and tokenizer.
+
+    `original_names`: those of published checkpoints, which transformers renames for some families as it loads them (and stacks
+    the weights of experts); False: the names in the model.
+    """
     weights = model.state_dict() if state is None else state
     # Tied weights share one storage: cast once, they stay tied and are written once.
     by_storage: dict[int, Tensor] = {}
@@ -322,7 +333,7 @@ def save_pretrained(
         name: by_storage.setdefault(tensor.data_ptr(), tensor.to(dtype)) if tensor.is_floating_point() else tensor
         for name, tensor in weights.items()
     }
-    model.save_pretrained(folder, state_dict=cast)
+    model.save_pretrained(folder, state_dict=cast, save_original_format=original_names)
     tokenizer.save_pretrained(folder)
     _make_readable(folder / "tokenizer_config.json", tokenizer)
     config = json.loads((folder / "config.json").read_text())

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from postgrad.models.cpu_attention import CAUSAL_BLOCKS
+from postgrad.models.decoding import Decoder, find_decoding_way
 from postgrad.models.model import CausalModel
 from postgrad.models.sublayers import eval_mode
 
@@ -28,19 +29,16 @@ def sample_continuations(
 
     The i-th token is where the i-th uniform number falls in the cumulated softmax(logits / temperature).
     """
-    rows, length = prompt_BP.shape
+    rows = len(prompt_BP)
     sampled_BN = torch.full(uniform_BN.shape, eos, dtype=torch.int64, device=prompt_BP.device)
     size_B = torch.full((rows,), uniform_BN.shape[1], dtype=torch.int64, device=prompt_BP.device)
     uniform = torch.from_numpy(uniform_BN).to(prompt_BP.device)
     active_B = torch.ones(rows, dtype=torch.bool, device=prompt_BP.device)
-    ids, positions, cache = prompt_BP, torch.arange(length, device=prompt_BP.device), None
+    ids = prompt_BP
     with eval_mode(model), _cache_capable_attention(model), torch.compiler.set_stance("force_eager"):
+        decoder = Decoder(model, find_decoding_way(model))
         for i in range(uniform_BN.shape[1]):
-            output = model.body(
-                input_ids=ids, position_ids=positions.expand(rows, -1), past_key_values=cache, use_cache=True
-            )
-            cache = output.past_key_values
-            logits_BV = model.head().logits(output.last_hidden_state[:, -1]).double() / temperature
+            logits_BV = model.head().logits(decoder(ids)).double() / temperature
             sums_BV = logits_BV.softmax(-1).cumsum(-1)
             at_B1 = uniform[:, i : i + 1] * sums_BV[:, -1:]
             token_B = torch.searchsorted(sums_BV, at_B1, right=True)[:, 0].clamp(max=sums_BV.shape[1] - 1)
@@ -49,7 +47,7 @@ def sample_continuations(
             active_B = active_B & (token_B != eos)
             if not active_B.any():
                 break
-            ids, positions = sampled_BN[:, i : i + 1], positions[-1:] + 1
+            ids = sampled_BN[:, i : i + 1]
     return sampled_BN, size_B
 
 

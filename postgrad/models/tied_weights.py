@@ -33,7 +33,11 @@ def record_separate_output(model: PreTrainedModel) -> None:
     Otherwise resizing the model would tie the two, and its output embedding would be lost.
     """
     output = model.get_output_embeddings()
-    if output is None or output_is_tied(model) or not model.config.get_text_config().tie_word_embeddings:
+    if (
+        output is None
+        or output_is_tied(model)
+        or not getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    ):
         return
     prefix = next(name for name, module in model.named_modules() if module is output)
     if f"{prefix}.weight" in {*(model.all_tied_weights_keys or ()), *(model._tied_weights_keys or ())}:
@@ -44,10 +48,11 @@ def record_separate_output(model: PreTrainedModel) -> None:
 def separate_output(model: PreTrainedModel) -> Iterator[None]:
     """Inside, an output embedding of its own stays one when the model is resized, also where the key ties other weights."""
     config = model.config.get_text_config()
-    before = config.tie_word_embeddings
-    if not output_is_tied(model):
+    before = getattr(config, "tie_word_embeddings", False)
+    if before and not output_is_tied(model):
         config.tie_word_embeddings = False
     try:
         yield
     finally:
-        config.tie_word_embeddings = before
+        if before:
+            config.tie_word_embeddings = before

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from postgrad.distributed.shards import full_tensor, local_shard, local_shard_like, to_dtensor
-from postgrad.errors import ResumeError
+from postgrad.errors import CheckpointError, ResumeError
 from postgrad.models.layers import get_embedding_weight
 from postgrad.models.model import Model
 from postgrad.optim.sparse_update import FullMask, UpdateMask
@@ -343,8 +343,19 @@ def _group_weights(entries: Sequence[Weight], weight_decay: float, decay_tables:
 
 
 def load_full_state(weights: Weights, state: dict[str, Tensor]) -> None:
-    """Copy an unsharded fp32 state dict into the masters; each rank takes its rows."""
+    """Copy an unsharded fp32 state dict into the masters; each rank takes its rows.
+
+    A tied weight has any of its names in the state.
+    """
+    names: dict[int, list[str]] = {}
+    for name, parameter in weights.model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
     with torch.no_grad():
         for w in weights.entries:
-            local_shard(w.master.detach()).copy_(local_shard_like(state[w.name], w.master))
+            stored = next((state[name] for name in (w.name, *names[id(w.parameter)]) if name in state), None)
+            if stored is None:
+                raise CheckpointError(
+                    "the checkpoint lacks this weight", where=w.name, expected="every weight of the model"
+                )
+            local_shard(w.master.detach()).copy_(local_shard_like(stored, w.master))
     weights.write_back()

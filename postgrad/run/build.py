@@ -13,12 +13,11 @@ from torch import Tensor
 
 from postgrad.config.objectives import OnPolicyObjective
 from postgrad.config.tunings import LoraTuning
-from postgrad.data.layouts.packed_text import PackedRows
-from postgrad.data.layouts.prefix_lm import PrefixRows
 from postgrad.data.layouts.rows import Row, Rows
 from postgrad.data.loading.batch import collate
 from postgrad.data.loading.loader import Loader
 from postgrad.data.loading.teacher_cache import TeacherCache
+from postgrad.data.loading.unpacked_rows import PACKED_LAYOUTS
 from postgrad.distributed import fsdp
 from postgrad.distributed.world import InputFile, World
 from postgrad.errors import ResumeError, StageError
@@ -114,21 +113,20 @@ def choose_execution(plan: Plan, tuned_model: TunedModel, world: World) -> Execu
         sequences=batch.global_batch_size,
         length=_row_length(longest),
         steps=plan.steps,
-        is_fixed_length=all(rows.layout in _FIXED_LENGTH_LAYOUTS for rows in plan.data.rows),
+        is_fixed_length=all(rows.layout in PACKED_LAYOUTS for rows in plan.data.rows),
         is_causal=not plan.prefix_length,
+        packing=plan.stage.data.packing,
     )
     return select_execution(request, tuned_model.model, make_inputs, world.device, world.size)
 
 
-_FIXED_LENGTH_LAYOUTS = (PackedRows.layout, PrefixRows.layout)
-"""Layouts whose rows all have the same length."""
 _MAX_ROWS_SAMPLED = 256
 """Rows of a source examined for the longest one."""
 
 
 def _sample_rows(rows: Rows) -> Iterator[Row]:
     """Rows spread evenly over a source; one row of a layout with fixed length."""
-    count = 1 if rows.layout in _FIXED_LENGTH_LAYOUTS else min(len(rows), _MAX_ROWS_SAMPLED)
+    count = 1 if rows.layout in PACKED_LAYOUTS else min(len(rows), _MAX_ROWS_SAMPLED)
     return (rows.get_row(i * len(rows) // count, i) for i in range(count))
 
 
@@ -193,6 +191,7 @@ def build_run(plan: Plan, tuned_model: TunedModel, execution: Execution, world: 
             tokens=plan.tokens,
         ),
         penalties=penalties,
+        balancing=tuned_model.balancing,
         schedule=plan.schedule,
         world=world,
         sources=plan.data.source_names,
@@ -252,6 +251,7 @@ def make_loader(
         micro_batch_size=execution.micro,
         objectives=plan.data.objective_indices,
         pad_token_id=plan.model.inputs.pad_id,
+        packed=execution.packed,
         rank=world.rank,
         world_size=world.size,
         skip_steps=plan.stage.data.skip_steps,

@@ -110,4 +110,4 @@ def prepare_model(plan: Plan, model: Model, execution: Execution) -> None:
     """Select the attention implementation, and check that the model can be trained here."""
     if model.pretrained.config._attn_implementation != execution.attention:
         model.pretrained.set_attn_implementation(execution.attention)
-    verify_model(model, prefix_tokens=plan.prefix_length)
+    verify_model(model, packed=execution.packed, row_length=plan.model.context_length, prefix_tokens=plan.prefix_length)

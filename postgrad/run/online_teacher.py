@@ -19,7 +19,7 @@ from postgrad.hardware.execution import Execution
 from postgrad.models.auto_classes import load_config
 from postgrad.models.cpu_attention import CAUSAL_BLOCKS, is_supported
 from postgrad.models.location import ModelLocation
-from postgrad.models.model import Model, wrap_model
+from postgrad.models.model import CausalModel, Model, find_model_leak, wrap_model
 from postgrad.objectives.distillation import LossWeight
 from postgrad.objectives.teacher import OnlineTeacher
 from postgrad.optim import lr_schedules
@@ -91,6 +91,7 @@ def load_teacher(plan: Plan, teacher: ModelLocation, number: int, execution: Exe
     freeze(opened.model)
     model = wrap_model(opened.model, opened.task).to(world.device)
     _set_attention(model, opened, execution.attention)
+    packed = not isinstance(model, CausalModel) or not find_model_leak(model, plan.model.context_length)
     for parameter in model.parameters():  # buffers such as rotary frequencies keep their precision
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(execution.compute)
@@ -98,7 +99,7 @@ def load_teacher(plan: Plan, teacher: ModelLocation, number: int, execution: Exe
         fsdp.shard(model, world.size, torch.float32)  # already in the dtype of the computation
     if execution.compile:
         fsdp.compile_layers(model)
-    return OnlineTeacher(model, vocabulary_size=vocabulary_size)
+    return OnlineTeacher(model, vocabulary_size=vocabulary_size, packed=packed, is_sharded=world.is_distributed)
 
 
 def _teacher_labels(teacher: ModelLocation) -> tuple[str, ...]:

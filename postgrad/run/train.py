@@ -147,6 +147,9 @@ def _step_row(report: StepReport | SkippedStepRow, seconds: float) -> StepRow | 
         grad_norm=report.gradient_norm,
         loss_grad_norm=report.loss_gradient_norm,
         updated_weights=report.num_updated,
+        balancing_loss=report.balancing_loss,
+        positions=report.positions,
+        padding=report.padding,
         seconds=round(seconds, 4),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -12,7 +13,9 @@ from postgrad.distributed.world import World
 from postgrad.errors import TuningError
 from postgrad.models.model import Model, wrap_model
 from postgrad.models.prefix_lm_attention import mark_prefix_lm
+from postgrad.objectives.balancing import BalancingLoss
 from postgrad.plan.plan import Plan
+from postgrad.run.routers import choose_balancing, router_names
 from postgrad.tuning.attach import attach
 from postgrad.tuning.extra_trainable import base_parameter_name
 from postgrad.tuning.open_model import LoadedModel, open_model
@@ -37,6 +40,8 @@ class TunedModel:
     """Options of the stage's tuning."""
     base_names: dict[str, str]
     """Current names of the start model's parameters to their original names."""
+    balancing: BalancingLoss | None
+    """Of a mixture of experts; None without one."""
 
     @property
     def attention(self) -> str | None:
@@ -53,10 +58,13 @@ def make_tuned_model(plan: Plan, world: World, *, attention: str | None = None) 
     """Load the start model, and attach the stage's tuning; on this rank's device."""
     loaded = open_model(plan.model.start, plan.model.task, layer=plan.model.task_layer, attention=attention)
     loaded = replace(loaded, notes=(*loaded.notes, *plan.model.inputs.notes()))
-    options = tuning_options(plan, loaded)
+    routers = router_names(plan.stage.experts, loaded.model)
+    options = tuning_options(plan, loaded, routers)
     mark_prefix_lm(loaded.model.config, bool(plan.prefix_length))
     start_parameters = dict(loaded.model.named_parameters(remove_duplicate=False))
     tuning = attach(loaded.model, options, seed=plan.stage.seed, tokenizer=plan.model.tokenizer)
+    if plan.stage.experts and plan.stage.experts.router == "frozen":
+        tuning.freeze_weights(routers)
     base_names = _match_base_names(loaded.model, start_parameters)
     if tuning.is_full or tuning.is_merged_on_export:
         _check_plain_base(plan, loaded)
@@ -69,7 +77,9 @@ def make_tuned_model(plan: Plan, world: World, *, attention: str | None = None) 
             hint=f"train the new model with `full` first; `{plan.stage.tuning.kind}` can continue from that run",
         )
     model = wrap_model(loaded.model, loaded.task).to(world.device)
-    return TunedModel(model, loaded, tuning, {**options, "seed": plan.stage.seed}, base_names)
+    balancing, notes = choose_balancing(plan.stage.experts, model)
+    loaded = replace(loaded, notes=(*loaded.notes, *notes))
+    return TunedModel(model, loaded, tuning, {**options, "seed": plan.stage.seed}, base_names, balancing)
 
 
 def _check_plain_base(plan: Plan, loaded_model: LoadedModel) -> None:
@@ -98,10 +108,13 @@ def _match_base_names(model: nn.Module, start_parameters: dict[str, nn.Parameter
     }
 
 
-def tuning_options(plan: Plan, loaded_model: LoadedModel) -> dict[str, Any]:
-    """Keyword arguments of the stage's tuning, with lengths in steps; a new task layer is trained, too."""
+def tuning_options(plan: Plan, loaded_model: LoadedModel, routers: Sequence[str] = ()) -> dict[str, Any]:
+    """Keyword arguments of the stage's tuning, with lengths in steps; a new task layer is trained too, as are `routers` that
+    the stage trains."""
     spec = plan.stage.tuning
     options = spec.options(plan.steps, plan.tokens)
-    if loaded_model.new_weights and not isinstance(spec, FullTuning):
-        options["also_train"] = [*options.get("also_train", ()), *loaded_model.new_weights]
+    trained_routers = routers if plan.stage.experts and plan.stage.experts.router == "trained" else ()
+    also_train = [*loaded_model.new_weights, *trained_routers]
+    if also_train and not isinstance(spec, FullTuning):
+        options["also_train"] = [*options.get("also_train", ()), *also_train]
     return options

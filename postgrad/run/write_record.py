@@ -153,7 +153,14 @@ def summarize_training(metrics: Metrics, plan: Plan, outcome: TrainingOutcome) -
             for source, tokens, row_count, rows in columns
         ],
         skipped_steps=metrics.skipped_steps,
+        padding_share=_padding_share(metrics),
     )
+
+
+def _padding_share(metrics: Metrics) -> float | None:
+    """Padding among the positions of unpacked rows."""
+    positions = sum(row.positions or 0 for row in metrics.steps)
+    return sum(row.padding or 0 for row in metrics.steps) / positions if positions else None
 
 
 def _consumed_sources(plan: Plan, tokens_by_source: list[int]) -> dict[str, ConsumedSource]:

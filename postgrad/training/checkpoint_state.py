@@ -91,7 +91,8 @@ def write_checkpoint(folder: Path, run: Run, tokenizer: PreTrainedTokenizerBase,
     if not run.world.is_main:
         return
     if is_full:
-        save_pretrained(run.model.pretrained, tokenizer, folder, dtype=torch.float32, state=state)
+        model = run.model.pretrained
+        save_pretrained(model, tokenizer, folder, dtype=torch.float32, state=state, original_names=False)
     else:
         write_tuning(folder, metadata.options, state, metadata.base)
         save_chat_template(tokenizer, folder)

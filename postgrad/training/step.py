@@ -23,6 +23,7 @@ from postgrad.data.loading.batch import Batch
 from postgrad.distributed.fsdp import synchronise_gradients
 from postgrad.distributed.world import World
 from postgrad.models.model import Model
+from postgrad.objectives.balancing import BalancingLoss
 from postgrad.objectives.objective import Objective, combine_losses
 from postgrad.optim.loss_adaptive_lr import ConstantLRScale, LRScale
 from postgrad.optim.lr_schedules import Schedule
@@ -44,6 +45,8 @@ class Run:
     sources: Sequence[str]
     max_grad_norm: float
     seed: int
+    balancing: BalancingLoss | None = None
+    """Of the routers of a mixture of experts."""
     lr_scale: LRScale = field(default_factory=ConstantLRScale)
     """Factor on the scheduled learning rate, given the step's loss."""
     max_skipped_steps: int = 0
@@ -62,7 +65,8 @@ class StepReport:
 
     `tokens`: trained tokens of this step; `trained_tokens`: of all steps. `losses_by_source`: sum in nats and token count of
     each source. `loss_gradient_norm`: without the penalties' gradient, if there are penalties. `num_updated`: weights that a
-    sparse update changed.
+    sparse update changed. `balancing_loss`: of experts, times its coefficient; not part of `loss`. `positions`, `padding`: of
+    this rank's unpacked rows, and those of them that only fill a row.
     """
 
     step: int
@@ -76,6 +80,9 @@ class StepReport:
     gradient_norm: float
     loss_gradient_norm: float | None = None
     num_updated: int | None = None
+    balancing_loss: float | None = None
+    positions: int | None = None
+    padding: int | None = None
 
 
 @dataclass(frozen=True)
@@ -109,7 +116,9 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepReport | StepWit
     counts = _count_tokens(run, micro_batches)
     token_count = int(counts.sum())
 
-    sums = torch.zeros(len(run.objectives), dtype=torch.float64, device=run.world.device)
+    # The last sum is the balancing loss of experts, which is no objective.
+    all_sums = torch.zeros(len(run.objectives) + 1, dtype=torch.float64, device=run.world.device)
+    sums, balancing = all_sums[:-1], all_sums[-1]
     by_source = torch.zeros(len(run.sources), dtype=torch.float64, device=run.world.device)
     row_losses: list[Tensor] = []
     for index, batch in enumerate(micro_batches):
@@ -118,13 +127,15 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepReport | StepWit
         with run.optimizer.update_mask.observe(batch):
             output = run.model(**batch.inputs)
         combined = combine_losses([run.objectives[i] for i in batch.objectives], output, batch)
-        combined.loss.div(token_count).backward()
+        term = run.balancing(output, batch) if run.balancing else torch.zeros_like(combined.loss)
+        (combined.loss + term).div(token_count).backward()
+        balancing += term.detach()
         run.weights.accumulate_gradients()
         sums[list(batch.objectives)] += combined.sums_J
         by_source.index_add_(0, torch.from_numpy(batch.source_B).to(combined.rows_B.device), combined.rows_B)
         row_losses.append(combined.rows_B)
 
-    run.world.all_reduce(sums)
+    run.world.all_reduce(all_sums)
     run.world.all_reduce(by_source)
     loss_gradient_norm = float(run.weights.gradient_norm()) if run.penalties else None
     penalties = {penalty.name: float(penalty()) for penalty in run.penalties}
@@ -156,7 +167,15 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepReport | StepWit
         gradient_norm=gradient_norm,
         loss_gradient_norm=loss_gradient_norm,
         num_updated=num_updated,
+        balancing_loss=float(balancing) / token_count if run.balancing else None,
+        **_count_padding(micro_batches),
     )
+
+
+def _count_padding(micro_batches: Sequence[Batch]) -> dict[str, int]:
+    """Positions and padding of unpacked rows; empty without any."""
+    unpacked = [(batch.labels.numel(), batch.padding) for batch in micro_batches if batch.padding is not None]
+    return {"positions": sum(n for n, _ in unpacked), "padding": sum(p for _, p in unpacked)} if unpacked else {}
 
 
 def _count_tokens(run: Run, micro_batches: Sequence[Batch]) -> torch.Tensor:
@@ -175,7 +194,7 @@ def _positions_not_finite(world: World, losses: Iterable[tuple[Batch, Tensor]]) 
         for batch, rows_B in losses
     ]
     gathered: Any = world.all_gather([position for positions in own for position in positions])
-    return tuple(sorted(position for positions in gathered for position in positions))
+    return tuple(sorted({position for positions in gathered for position in positions}))
 
 
 def _derive_seed(*parts: int) -> int:

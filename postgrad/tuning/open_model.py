@@ -200,8 +200,7 @@ def open_model(
     if start.base is None or start.folder is None:
         task = task or detect_task(start)
         pretrained = load_pretrained(start, task, layer=layer, attention=attention, dtype=dtype)
-        notes = _expert_notes(start, pretrained.model)
-        return LoadedModel(pretrained.model, task, layer, pretrained.new_weights, notes=notes)
+        return LoadedModel(pretrained.model, task, layer, pretrained.new_weights)
     reference = BaseReference.read_folder(start)
     assert reference is not None
     base = open_model(start.base, reference.task, layer=reference.layer, attention=attention, dtype=dtype)
@@ -236,16 +235,6 @@ def open_model(
     if task == reference.task and (layer is None or layer == reference.layer):
         return loaded
     return _replace_task_layer(loaded, start, task, layer, attention, dtype)
-
-
-def _expert_notes(start: ModelLocation, model: PreTrainedModel) -> tuple[str, ...]:
-    """A note on a mixture of experts whose configuration asks for a balancing loss."""
-    if not getattr(model.config.get_text_config(), "output_router_logits", False):
-        return ()
-    return (
-        f"the configuration of {start.name} asks for a loss that balances its experts (output_router_logits: true), which no "
-        "objective has: its routers are trained by the objectives alone",
-    )
 
 
 def _replace_task_layer(

@@ -126,6 +126,11 @@ class Tuning(ABC):
         """The learning-rate multiplier of a parameter."""
         return 1.0
 
+    def freeze_weights(self, names: Iterable[str]) -> None:
+        """Stop training weights of the base that the tuning trains, if it does."""
+        for name in names:
+            self.model.get_parameter(name).requires_grad_(False)
+
     def on_step_begin(self, step: int) -> None:  # noqa: B027 (most kinds have nothing to do)
         """Called before every step (from 1); gradual unfreezing acts here, as a pure function of the step."""
 

@@ -67,6 +67,11 @@ class WeightSubset(Tuning):
         """Every trained weight, by its name in the model."""
         return {name: get_parameter(location) for name, location in self.locations.items()}
 
+    def freeze_weights(self, names: Iterable[str]) -> None:
+        """Leave weights out of the selection. Raises `TuningError` when nothing is left."""
+        super().freeze_weights(names)
+        self.locations = {name: locate_parameter(self.model, name) for name in trainable_parameters(self.model)}
+
     def detach(self) -> None:
         """Restore `requires_grad`; the weights keep their trained values."""
         self._requires_grad.restore()

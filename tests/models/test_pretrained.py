@@ -97,7 +97,7 @@ def test_positions_that_do_not_restart_would_leak() -> None:
 
 def test_a_head_that_is_not_understood_is_refused() -> None:
     model = CausalModel(make_llama())
-    model.scale = 0.5
+    model.head_function = model.head_function._replace(scale=0.5)
     with pytest.raises(ModelError, match="not its output embedding"):
         verify_model(model)
 

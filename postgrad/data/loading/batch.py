@@ -61,6 +61,8 @@ class Batch:
     """Training step, counted from 1."""
     teacher_targets: Mapping[str, TeacherTargets] = field(default_factory=dict)
     """Cached teacher predictions, by name of the objective."""
+    padding: int | None = None
+    """Of unpacked rows: positions that fill them to a common length."""
 
     @property
     def label_count(self) -> int:
@@ -98,30 +100,35 @@ def collate_teacher_targets(
 
 
 def collate(
-    rows: Sequence[Row], sources: Sequence[int], objectives: tuple[int, ...] = (0,), pad_token_id: int = 0
+    rows: Sequence[Row],
+    sources: Sequence[int],
+    objectives: tuple[int, ...] = (0,),
+    pad_token_id: int = 0,
+    *,
+    length: int | None = None,
 ) -> Batch:
-    """Stack rows of one layout, padding shorter ones on the right.
+    """Stack rows of one layout, padding shorter ones on the right: to `length`, or to that of the longest.
 
     Labels are padded with `IGNORED`, ids with `pad_token_id` (some models locate the end of a text by it), others with 0.
     """
     padding = {"input_ids": pad_token_id}
     return Batch(
         {
-            name: torch.from_numpy(_stack_padded([row.inputs[name] for row in rows], padding.get(name, 0)))
+            name: torch.from_numpy(_stack_padded([row.inputs[name] for row in rows], padding.get(name, 0), length))
             for name in rows[0].inputs
         },
-        torch.from_numpy(_stack_padded([row.labels for row in rows], IGNORED)),
+        torch.from_numpy(_stack_padded([row.labels for row in rows], IGNORED, length)),
         np.asarray(sources, np.int64),
         np.array([row.label_count for row in rows], np.int64),
         objectives,
     )
 
 
-def _stack_padded(arrays: Sequence[np.ndarray], padding: int) -> np.ndarray:
-    if len({array.shape[:1] for array in arrays}) == 1:
+def _stack_padded(arrays: Sequence[np.ndarray], padding: int, length: int | None) -> np.ndarray:
+    if length is None and len({array.shape[:1] for array in arrays}) == 1:
         return np.stack(arrays)
-    longest = -(-max(len(array) for array in arrays) // _MULTIPLE) * _MULTIPLE
-    out = np.full((len(arrays), longest, *arrays[0].shape[1:]), padding, arrays[0].dtype)
+    length = length or -(-max(len(array) for array in arrays) // _MULTIPLE) * _MULTIPLE
+    out = np.full((len(arrays), length, *arrays[0].shape[1:]), padding, arrays[0].dtype)
     for row, array in zip(out, arrays, strict=True):
         row[: len(array)] = array
     return out

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from postgrad.foreign_text import plain_text
-from postgrad.lineage.record import DriftRecord, Record
+from postgrad.lineage.record import DriftRecord, Record, SetDrift
 from postgrad.reports.html.charts import Series, line_chart
 from postgrad.reports.html.document import figure, intro_paragraph, side_by_side
 from postgrad.reports.html.notation import format_count, format_percent
@@ -54,6 +54,58 @@ def drift_table(record: Record) -> Table | None:
         " predictions. Top-1 token: share of tokens whose most likely prediction is correct.",
     )
     return Table("Predictions of the trained model against those of the start model", columns, tuple(body), notes)
+
+
+def expert_load_table(record: Record) -> Table | None:
+    """How evenly the tokens of each held-out set are spread over the experts, before and after; None without experts."""
+    sets = {
+        name: drift for name, drift in (record.drift.sets if record.drift else {}).items() if drift.expert_load_after
+    }
+    if not sets:
+        return None
+    body = [
+        (
+            text_cell(name),
+            text_cell(drift.role),
+            *(
+                share_cell(figure(loads))
+                for figure in (_largest_load, _unused_experts)
+                for loads in (drift.expert_load_before, drift.expert_load_after)
+            ),
+            share_cell(_moved_load(drift)),
+        )
+        for name, drift in sets.items()
+    ]
+    columns = (
+        Column("set", is_text=True),
+        Column("role", is_text=True),
+        Column("largest share before", "of a layer's tokens"),
+        Column("largest share after", "of a layer's tokens"),
+        Column("unused before", "experts"),
+        Column("unused after", "experts"),
+        Column("moved", "tokens"),
+    )
+    notes = (
+        "Largest share: of the busiest expert, mean over layers. Unused: experts without a token of the set. Moved: half of the"
+        " sum of the changes of the shares.",
+    )
+    return Table(
+        "Load of the experts in the trained model against that in the start model", columns, tuple(body), notes
+    )
+
+
+def _largest_load(loads: Sequence[Sequence[float]]) -> float:
+    return sum(max(shares) for shares in loads) / len(loads)
+
+
+def _unused_experts(loads: Sequence[Sequence[float]]) -> float:
+    return sum(share == 0 for shares in loads for share in shares) / sum(map(len, loads))
+
+
+def _moved_load(drift: SetDrift) -> float:
+    layers = list(zip(drift.expert_load_before, drift.expert_load_after, strict=True))
+    moved = (abs(was - now) for before, after in layers for was, now in zip(before, after, strict=True))
+    return sum(moved) / (2 * len(layers))
 
 
 def changed_weights_sentence(record: Record) -> str | None:
@@ -106,7 +158,8 @@ def drift_section(record: Record) -> str:
     intro = intro_paragraph(
         "A loss can stay the same while the predictions change. Measured on a part of each held-out set."
     )
-    return f"{intro}{table.html()}{side_by_side(*charts)}"
+    loads = expert_load_table(record)
+    return f"{intro}{table.html()}{loads.html() if loads else ''}{side_by_side(*charts)}"
 
 
 def _output_series(drift: DriftRecord) -> list[Series]:
