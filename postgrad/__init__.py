@@ -21,7 +21,9 @@ from postgrad.version import __version__ as __version__
 if TYPE_CHECKING:
     from postgrad.commands.advise import Advice as Advice
     from postgrad.commands.advise import advise as advise
+    from postgrad.commands.blend import AverageOptions as AverageOptions
     from postgrad.commands.blend import Blend as Blend
+    from postgrad.commands.blend import MergeOptions as MergeOptions
     from postgrad.commands.blend import blend as blend
     from postgrad.commands.check import StageCheck as StageCheck
     from postgrad.commands.check import check_stage as check_stage
@@ -88,7 +90,7 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "commands.advise": ("Advice", "advise"),
-    "commands.blend": ("Blend", "blend"),
+    "commands.blend": ("AverageOptions", "Blend", "MergeOptions", "blend"),
     "commands.check": ("StageCheck", "check_stage"),
     "commands.compare": (
         "ModelComparison", "RunComparison", "TaskComparison", "compare_models", "compare_runs", "compare_tasks",

@@ -14,9 +14,10 @@ import typer
 
 from postgrad.cli.main import app
 from postgrad.config.stage import Stage
-from postgrad.config.stage_file import json_schema, load_stage, parse_stage, read_yaml
+from postgrad.config.stage_file import json_schema, load_stage, parse_stage
 from postgrad.errors import StageError
 from postgrad.lineage.record import record_schema
+from postgrad.storage.read_yaml import read_yaml
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])

@@ -17,7 +17,6 @@ from postgrad.config.objectives import (
 )
 from postgrad.data.problem_type import ProblemType
 from postgrad.data.read.documents import detect_source_columns
-from postgrad.data.read.files import format_names
 from postgrad.data.read.labels import Labels
 from postgrad.data.read.row_kinds import RUNNING_TEXT_KINDS
 from postgrad.data.render.chat import ChatRenderer
@@ -25,7 +24,7 @@ from postgrad.data.render.demonstrations import Demonstrations
 from postgrad.data.render.renderer import Renderer
 from postgrad.data.render.renderers import ClassRenderer, PlainRenderer, TagRenderer
 from postgrad.data.tokens.source_files import read_all_labels
-from postgrad.errors import DataError
+from postgrad.errors import DataError, format_names
 from postgrad.foreign_text import plain_text
 from postgrad.plan.sources import ResolvedSource
 

@@ -83,10 +83,41 @@ def export(
 
 
 def blend(
-    run: Annotated[Path, typer.Argument(help="A finished run.")],
-    weights: Annotated[str, typer.Option(help="Weights of the trained model.")] = "0,0.2,0.4,0.5,0.6,0.7,0.8,0.9,1",
+    run: Annotated[str, typer.Argument(help="A finished run; in a merge also RUN=WEIGHT.")],
+    weights: Annotated[
+        str, typer.Option(help="Weights of the trained model, or of the merge; 0 is the start.")
+    ] = "0,0.2,0.4,0.5,0.6,0.7,0.8,0.9,1",
     granularity: Annotated[str, typer.Option(help="model, or block: also each block alone.")] = "model",
-    average: Annotated[int | None, typer.Option(min=1, help="Blend with the mean of so many last checkpoints.")] = None,
+    block_weights: Annotated[
+        str | None,
+        typer.Option(help="Factors of the weight of the blocks, first to last; fewer are interpolated, e.g. 1,0.5,0."),
+    ] = None,
+    merge_with: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Another model of the same start, MODEL, MODEL=WEIGHT or MODEL=WEIGHT,WEIGHT; may be repeated. An instruct "
+            "model of the base is a chat vector."
+        ),
+    ] = None,
+    method: Annotated[
+        str, typer.Option(help="linear, ties, dare_linear, dare_ties, model_stock, slerp; several with commas.")
+    ] = "linear",
+    density: Annotated[str, typer.Option(help="Fraction of the values that ties and dare keep.")] = "20%",
+    seed: Annotated[int, typer.Option(help="Seed of the values that dare drops.")] = 0,
+    start: Annotated[str | None, typer.Option(help="The start of all models. Default: that of the run.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Subtract a start that a model was not trained from.")] = False,
+    average: Annotated[
+        str | None, typer.Option(help="Blend with the mean of so many last checkpoints; several with commas.")
+    ] = None,
+    decay: Annotated[
+        str,
+        typer.Option(
+            help="With --average: the decay of the learning rate that the weights of the checkpoints stand for: linear (the "
+            "plain mean), cosine, 1-sqrt, inverse-sqrt, exponential, inverse-linear; several with commas."
+        ),
+    ] = "linear",
+    floor: Annotated[str, typer.Option(help="With --decay: its end, as a fraction of the constant rate.")] = "0",
+    until: Annotated[int | None, typer.Option(help="With --average: the step of the last checkpoint.")] = None,
     max_forgetting: Annotated[
         str | None,
         typer.Option(help="Choose the most learning within this rise on retained sets, e.g. 1%."),
@@ -96,18 +127,43 @@ def blend(
     report: Report = None,
     as_json: Json = False,
 ) -> None:
-    """Score the models between a run's start and its end, and write one of them."""
+    """Score the models between a run's start and its end, or a merge of several models, and write one of them."""
     require_training()
     check_report(report)
     from postgrad.cli.render import blend_text
     from postgrad.commands import blend as commands
+    from postgrad.commands.weighted_models import parse_weights
     from postgrad.config.quantities import parse_share
 
+    if average is None:
+        for option, is_set in (
+            ("--decay", decay != "linear"),
+            ("--floor", floor != "0"),
+            ("--until", until is not None),
+        ):
+            if is_set:
+                raise StageError(f"{option} requires --average", where=option, hint="add --average N")
     result = commands.blend(
         run,
-        weights=commands.parse_weights(weights),
+        weights=parse_weights(weights),
         granularity=granularity,
-        average=average,
+        merge=commands.MergeOptions(
+            tuple(merge_with or ()),
+            tuple(method.split(",")),
+            parse_share(density, "--density"),
+            seed,
+            start,
+            force,
+            tuple(parse_weights(block_weights, "--block-weights")) if block_weights else (),
+        ),
+        average=None
+        if average is None
+        else commands.AverageOptions(
+            tuple(_parse_count(part) for part in average.split(",")),
+            tuple(decay.split(",")),
+            parse_share(floor, "--floor"),
+            until,
+        ),
         max_forgetting=None if max_forgetting is None else parse_share(max_forgetting, "--max-forgetting"),
         weight=weight,
         out=out,
@@ -117,6 +173,13 @@ def blend(
 
         write_page(result, report)
     print_result(result, as_json, blend_text(result, report))
+
+
+def _parse_count(text: str) -> int:
+    """A number of checkpoints. Raises `StageError`."""
+    if not (text.isascii() and text.isdecimal() and int(text) > 0):
+        raise StageError(f"{text!r} is no number of checkpoints", where="--average", expected="5, or 4,8,16")
+    return int(text)
 
 
 def grow(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from postgrad.commands.probe_page import probe_table
+from postgrad.commands.weighted_models import parse_weighted_model
 from postgrad.data.problem_type import ProblemType
 from postgrad.foreign_text import plain_text
 from postgrad.hardware.memory import format_bytes
@@ -303,7 +304,7 @@ def _objective_text(best: LayerView, result: LayerProbe) -> str:
 
 
 def importance_text(result: MeasuredImportance) -> str:
-    """The importance of a model's weights, and the penalty that uses it."""
+    """The importance of a model's weights, and the keys of a stage that use it."""
     from postgrad.penalties.importance_file import KIND_DESCRIPTIONS
 
     metadata = result.metadata
@@ -324,7 +325,11 @@ def importance_text(result: MeasuredImportance) -> str:
     ]
     if metadata.onto:
         lines.append(f"added to {metadata.onto['decay']:g} x the importance measured on {metadata.onto['model']}")
-    stage = f"penalties: [{{kind: anchor, strength: auto, importance: {result.out}}}]"
+    stage = (
+        f"optimizer: {{sparse_update: {{kind: ssu, importance: {result.out}}}}}"
+        if metadata.kind == "activation"
+        else f"penalties: [{{kind: anchor, strength: auto, importance: {result.out}}}]"
+    )
     return "\n".join([*lines, f"wrote {result.out}", f"next, in a stage that starts from {metadata.model}: {stage}"])
 
 
@@ -376,17 +381,18 @@ def export_text(result: ExportedModel) -> str:
 
 
 def blend_text(result: Blend, report: Path | None) -> str:
-    """The models between a run's start and its end, and the one that was chosen."""
+    """The models between a run's start and its ends, and the one that was chosen."""
     first = result.points[0].changes
-    end = f"the mean of its last {result.average} checkpoints" if result.average else str(result.run)
+    width = max(16, *(len(point.name) + 2 for point in result.points))
     lines = [
-        f"between {result.start} (0) and {end} (1); change in nats/token from the start, 95 % interval",
-        "  " + f"{'weight':<16}" + "".join(f"{f'{name} ({item.role})':>32}" for name, item in first.items()),
+        f"between {result.start} (0) and {result.describe_end()} (1); change in nats/token from the start, 95 % interval",
+        "  " + f"{'weight':<{width}}" + "".join(f"{f'{name} ({item.role})':>32}" for name, item in first.items()),
     ]
     for point in result.points:
         changes = [point.changes[name].change for name in first]
         cells = [f"{c.difference:+.4f} ({_ends(c)})" for c in changes]
-        lines.append(f"  {point.name:<16}" + "".join(f"{cell:>32}" for cell in cells))
+        lines.append(f"  {point.name:<{width}}" + "".join(f"{cell:>32}" for cell in cells))
+    lines += [f"note: {note}" for note in result.notes]
     if result.chosen:
         bound = result.max_forgetting
         reason = f", the most learning within {bound:.2%} of forgetting" if bound is not None else ""
@@ -400,15 +406,43 @@ def blend_text(result: Blend, report: Path | None) -> str:
 
 
 def _blend_command(result: Blend) -> Sequence[object]:
-    """The command that writes a model of this sweep: the one within the bound, or the middle one."""
-    weights, bound = result.weights, result.max_forgetting
-    words: list[object] = ["blend", result.run, "--weights", ",".join(f"{weight:g}" for weight in weights)]
-    if bound is not None and result.granularity != "model":
-        words += ["--granularity", result.granularity]
-    if result.average:
-        words += ["--average", result.average]
+    """The command that writes a model of this sweep: the one within the bound, or the middle one of the last end."""
+    weights, bound, merge, average = result.weights, result.max_forgetting, result.merge, result.average
+    ends = result.ends if bound is not None else result.ends[-1:]
+    names = [result.run, *(parse_weighted_model(model, "--merge-with")[0] for model in merge.models)]
+    run, *models = [
+        name if set(own) == {1} else f"{name}={_joined(own)}"
+        for name, own in zip(names, zip(*(end.model_weights for end in ends), strict=True), strict=True)
+    ]
+    methods = _joined(end.method for end in ends)
+    options = {
+        "--weights": _joined(weights),
+        "--granularity": result.granularity if bound is not None and result.granularity != "model" else "",
+        "--method": methods if methods != "linear" else "",
+        "--density": f"{merge.density:g}" if "ties" in methods or "dare" in methods else "",
+        "--seed": merge.seed or "",
+        "--start": merge.start or "",
+        "--block-weights": ",".join(f"{factor:g}" for factor in merge.block_weights),
+    }
+    if average:
+        options |= {
+            "--average": _joined(end.average or 0 for end in ends),
+            "--decay": _joined(end.decay for end in ends),
+            "--floor": f"{average.floor:g}" if average.floor else "",
+            "--until": average.until or "",
+        }
+    words: list[object] = ["blend", run]
+    for model in models:
+        words += ["--merge-with", model]
+    words += [word for option, value in options.items() if value != "" for word in (option, value)]
+    words += ["--force"] if merge.is_forced else []
     words += ["--weight", f"{weights[len(weights) // 2]:g}"] if bound is None else ["--max-forgetting", f"{bound:g}"]
     return [*words, "--out", f"{result.run}-blend"]
+
+
+def _joined(values: Iterable[float | str]) -> str:
+    """Values of an option, each once, with commas between them."""
+    return ",".join(dict.fromkeys(f"{value:g}" if isinstance(value, float | int) else value for value in values))
 
 
 def grown_text(result: GrownModel) -> str:

@@ -43,7 +43,10 @@ def demo(
 
 def init(
     name: Annotated[str, typer.Argument(help="The stage's name; NAME.yaml is written.")],
-    data: Annotated[str | None, typer.Option(help="The new text, or rows: a file, folder or glob.")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="The new text, or rows: a file, folder or glob. The template `mixed` takes one of each."),
+    ] = None,
     model: Annotated[str | None, typer.Option(help="The model to continue: a folder, a run or a Hub name.")] = None,
     replay: Annotated[str | None, typer.Option(help="Old text to replay.")] = None,
     test: Annotated[
@@ -65,14 +68,17 @@ def init(
     from postgrad.cli import render
 
     path = _yaml_path(name)
+    if data and len(data) > (1 if template is None else 2):
+        raise StageError(f"{len(data)} texts", where="--data", expected="one; a folder or a pattern for several files")
+    first, second = (*(data or ()), None, None)[:2]
     if template is not None:
         from postgrad.commands.init_templates import TemplateRequest, write_template
 
-        request = TemplateRequest(name, data, model, replay, test)
+        request = TemplateRequest(name, first, model, replay, test, second)
         written = write_template(path, template, request, force=force, notify=lambda line: print(line, file=sys.stderr))
         print_result(written, as_json, render.template_text(written))
         return
-    if data is None or model is None:
+    if first is None or model is None:
         raise StageError(
             "a stage needs a text and a model",
             where="init",
@@ -83,7 +89,7 @@ def init(
         raise StageError("--test requires --template", where="--test", expected="a --template")
     from postgrad.commands.init import write_stage
 
-    stage = write_stage(path, data=data, model=model, replay=replay, force=force)
+    stage = write_stage(path, data=first, model=model, replay=replay, force=force)
     print_result(stage, as_json, render.stage_text(stage))
 
 

@@ -46,6 +46,7 @@ from postgrad.plan.plan import Plan, make_plan
 from postgrad.run.events import CheckpointSaved, EvaluationCompleted, InfoMessage, RunEvent, RunFinished, RunStopped
 from postgrad.run.run import run_stage
 from postgrad.run.run_folder import MODEL, Interrupt
+from postgrad.stats.forgetting import MIN_LOSS
 from postgrad.storage.atomic import write_atomically
 from postgrad.storage.cache_folder import cache_folder
 from postgrad.storage.fingerprint import fingerprint
@@ -382,7 +383,7 @@ def _pilot_result(advice_plan: AdvicePlan, pilot: Pilot) -> PilotResult:
 def _start_losses(advice_plan: AdvicePlan) -> dict[str, float]:
     """The start model's loss on each retained set."""
     record = _read_pilot_record(advice_plan, advice_plan.exploring_pilots[0])
-    return {name: record.scores.before[name].nats for name in record.changes_with_role("retained")}
+    return {name: max(record.scores.before[name].nats, MIN_LOSS) for name in record.changes_with_role("retained")}
 
 
 def _fit_laws(advice_plan: AdvicePlan, pilots: Sequence[Pilot]) -> Laws:

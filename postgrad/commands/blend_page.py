@@ -18,27 +18,32 @@ if TYPE_CHECKING:
 
 def blend_page(result: Blend) -> str:
     """The page of a sweep."""
-    end = f"the mean of its last {result.average} checkpoints" if result.average else str(result.run)
     chosen = f" Selected: <b>{escape_html(result.chosen.name)}</b>." if result.chosen else ""
-    between = f"Between {escape_html(result.start, 120)} (weight 0) and {escape_html(end, 120)} (weight 1)."
+    between = (
+        f"Between {escape_html(result.start, 120)} (weight 0) and {escape_html(result.describe_end(), 120)} (weight 1)."
+    )
     labelled = {"0", "0.5", "1", *([result.chosen.name] if result.chosen else [])}
+    labelled |= {f"{end.name} at 1" for end in result.ends}
+    ends = [end.name for end in result.ends] if len(result.ends) > 1 else [""]
+    frontier = _frontier_section(result.points, ends, labelled)
     sections = [
-        ("frontier", "Frontier", "Recovered forgetting against lost gain", _frontier_section(result.points, labelled)),
+        ("frontier", "Frontier", "Recovered forgetting against lost gain", frontier),
         ("numbers", "Numbers", "Every point", _points_table(result.points)),
     ]
-    return render_page("Blend", "blend", str(result.run), f'<p class="lead">{between}{chosen}</p>', sections)
+    return render_page("Blend", "blend", result.run, f'<p class="lead">{between}{chosen}</p>', sections)
 
 
-def _frontier_section(points: Sequence[BlendedModel], labelled_points: Container[str]) -> str:
-    """The loss by weight, and gain against forgetting; only `labelled_points` have a label."""
-    whole = [point for point in points if point.block is None]
+def _frontier_section(points: Sequence[BlendedModel], ends: Sequence[str], labelled_points: Container[str]) -> str:
+    """The loss by weight towards each of `ends`, and gain against forgetting; only `labelled_points` have a label."""
     series = [
         Series(
-            f"{name} ({item.role})",
+            f"{name} ({item.role})" + (f", {end}" if end else ""),
             [(p.weight, p.changes[name].change.difference) for p in whole],
             [(p.weight, *drawn_ends(p.changes[name].change)) for p in whole],
             has_markers=True,
         )
+        for number, end in enumerate(ends)
+        if (whole := [p for p in points if p.block is None and (p.weight == 0 or p.end == number)])
         for name, item in points[0].changes.items()
     ]
     spots = [

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from postgrad.commands.results import Result
+from postgrad.commands.weighted_models import parse_weighted_model
 from postgrad.errors import ModelError, StageError
 from postgrad.models.layers import get_embedding_weight
 from postgrad.models.location import TUNING_FILE, ModelLocation, locate_model
@@ -139,10 +140,7 @@ def _merge_adapters(
 
 def _parse_weighted_run(text: str) -> tuple[str, float]:
     """`RUN=WEIGHT`, or a run alone, which has weight 1."""
-    name, separator, weight = text.rpartition("=")
-    if not separator:
-        return text, 1.0
-    try:
-        return name, float(weight)
-    except ValueError:
-        raise StageError(f"{weight!r} is not a weight", where="--merge-with", expected="RUN=0.5") from None
+    name, weights = parse_weighted_model(text, "--merge-with")
+    if len(weights) > 1:
+        raise StageError(f"{text!r} has {len(weights)} weights", where="--merge-with", expected="RUN=0.5")
+    return name, weights[0]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shlex
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -14,10 +16,11 @@ from postgrad.analysis.shift_advice import usual_peak_rate
 from postgrad.commands.results import Result
 from postgrad.config.stage import OptimizerConfig
 from postgrad.config.stage_file import parse_recorded_stage
-from postgrad.data.read.documents import read_documents
+from postgrad.data.read.documents import detect_kind, read_documents
 from postgrad.data.read.files import RawSource as Files
+from postgrad.data.read.row_kinds import RUNNING_TEXT_KINDS
 from postgrad.data.tokens.tokenize import build_store
-from postgrad.errors import StageError
+from postgrad.errors import StageError, format_names
 from postgrad.lineage.record import RECORD, read_record
 from postgrad.models.auto_classes import load_config
 from postgrad.models.families import count_weights
@@ -33,6 +36,9 @@ _REPLAY_SHARE = 0.10
 _MIN_DOCUMENTS = 40
 """With fewer documents a held-out part is too small to measure."""
 
+_STRATEGIES = {**dict.fromkeys(RUNNING_TEXT_KINDS, "continue"), "labelled": "classify", "tagged": "classify"}
+"""The strategy for rows of each kind; for the others `instruct`."""
+
 _TEMPLATE = """\
 # {head}
 #   check:  postgrad check {file}
@@ -43,7 +49,7 @@ tokens: {tokens}                # the budget in trained tokens, replay included:
 data:
   sequence_length: {length}        # tokens in a row; at most the model's {positions} positions
   sources:
-    - {{name: new, path: {data}{new_share}{new_cut}}}
+    - {{name: new, path: {data}{new_cut}}}
 {replay}schedule:
   kind: rewarm                  # warm up, then cosine to the floor; others: infinite, wsd, from-floor, constant
   peak: {peak}                 # {rate}
@@ -94,6 +100,8 @@ def write_stage(
     encoder = make_encoder(tokenizer, sizes.vocab_size)
     positions = sizes.positions or 1024
     files = Files("new", data, root=root, where="--data")
+    if (kind := detect_kind(files)) not in RUNNING_TEXT_KINDS:
+        raise row_kind_error("--data", data, kind, RUNNING_TEXT_KINDS, init_command(name, kind, data, model, replay))
     store = build_store(files, encoder, cache)
     unit = ""
     if len(store) < _MIN_DOCUMENTS and store.kind == "text":
@@ -117,7 +125,7 @@ def write_stage(
     else:
         replay_lines = (
             "    # Without old text the model forgets. Uncomment, and name text of the kind it was trained on:\n"
-            "    # - {name: replay, path: old-text/*.jsonl, share: 10%, role: replay}    # and give `new` a share of 90%\n"
+            "    # - {name: replay, path: old-text/*.jsonl, share: 10%, role: replay}\n"
         )
     peak, floor, rate = _suggested_rates(start, model)
     tokens = max(1000, round(store.tokens * 0.98 / share))
@@ -133,7 +141,6 @@ def write_stage(
         why="about one pass over the new text",
         length=length,
         positions=f"{positions:,}",
-        new_share=f", share: {share:.0%}" if replay else "",
         new_cut=unit,
         replay=replay_lines,
         peak=peak,
@@ -171,6 +178,28 @@ def _suggested_warmup(tokens: int, step_tokens: int) -> str:
     steps = max(1, tokens // step_tokens)
     shortest = shortest_warmup(steps, OptimizerConfig().betas[1])
     return "1%" if steps >= 100 * shortest else f"{shortest} steps"
+
+
+def row_kind_error(option: str, path: str, kind: str, accepted: Sequence[str], command: str = "") -> StageError:
+    """The error of rows of a kind that is not accepted; `command` writes a stage for them."""
+    return StageError(
+        f"{path} has rows of `{kind}`",
+        where=option,
+        expected=f"rows of {format_names(accepted, limit=8)}",
+        hint=command,
+    )
+
+
+def init_command(name: str, kind: str, data: str, model: str | None, replay: str | None) -> str:
+    """The command that writes the stage of the strategy that trains on rows of a kind."""
+    return template_command(name, _STRATEGIES.get(kind, "instruct"), (data,), model, replay)
+
+
+def template_command(name: str, template: str, data: Sequence[str], model: str | None, replay: str | None) -> str:
+    """The command that writes the stage of a strategy."""
+    options = [*(("--data", path) for path in data), ("--model", model), ("--replay", replay)]
+    given = [word for option, value in options if value is not None for word in (option, value)]
+    return shlex.join(["postgrad", "init", name, "--template", template, *given])
 
 
 def check_name(stage_path: Path) -> None:

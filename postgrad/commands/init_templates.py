@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from itertools import islice
@@ -19,11 +20,13 @@ from typing import NamedTuple
 from postgrad.analysis import domain_shift
 from postgrad.analysis.shift_advice import LARGE_RATE, make_proposals, shift_strength, usual_peak_rate
 from postgrad.commands.builtin_corpus import ROW_GENERATORS, write_rows, write_texts
-from postgrad.commands.init import check_name
+from postgrad.commands.init import check_name, init_command, row_kind_error, template_command
 from postgrad.commands.results import Result
+from postgrad.config.objectives import ANSWER_KINDS
 from postgrad.config.stage_file import load_stage
-from postgrad.data.read.documents import read_documents
+from postgrad.data.read.documents import detect_kind, detect_source_columns, read_documents
 from postgrad.data.read.files import RawSource
+from postgrad.data.read.row_kinds import RUNNING_TEXT_KINDS
 from postgrad.data.read.train_test_split import split_rows
 from postgrad.errors import DataError, StageError, suggest_nearest
 from postgrad.models.auto_classes import load_config
@@ -46,6 +49,8 @@ class TemplateRequest:
     model: str | None = None
     replay: str | None = None
     test: str | None = None
+    answers: str | None = None
+    """Of `mixed`: the rows with answers, beside the running text in `data`."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +154,13 @@ So small a model cannot answer; give --model and --data.""",
 """The strategies by name."""
 
 
+_ROW_KINDS: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(("continue", "mlm", "from-scratch", "mixed"), RUNNING_TEXT_KINDS),
+    **dict.fromkeys(("instruct", "text2text", "few-shot"), ANSWER_KINDS),
+    **dict.fromkeys(("classify", "probe"), ("labelled", "tagged")),
+}
+"""The kinds of rows that each strategy trains on (`mixed` also on rows with answers)."""
+
 _KINDS_WITH_TEST = ("classify", "probe", "few-shot")
 """The strategies with test rows; for the last two a user's rows are split if `--test` is not given."""
 
@@ -192,7 +204,14 @@ def write_template(
     if existing and not force:
         raise StageError(f"{existing[0]} already exists", where="init", hint="choose another name, or add --force")
     _check_test(kind, request)
-    written = _write_files(stage_path, kind, request, notify)
+    _check_answers(kind, request)
+    if (
+        request.answers is not None
+        and detect_kind(RawSource("rows", request.data, root=Path.cwd(), where="--data")) not in RUNNING_TEXT_KINDS
+    ):
+        request = replace(request, data=request.answers, answers=request.data)
+    row_kind = _detect_rows(kind, request)
+    written = _write_files(stage_path, kind, request, row_kind, notify)
     return WrittenTemplate(tuple(written.files), tuple(written.commands), tuple(written.notes))
 
 
@@ -229,7 +248,63 @@ def _extra_suffixes(kind: str, request: TemplateRequest) -> list[str]:
     return [*base, *(["-tasks"] if kind == "few-shot" else [])]
 
 
-def _write_files(stage_path: Path, kind: str, request: TemplateRequest, notify: Notify) -> _TemplateFiles:
+def _check_answers(kind: str, request: TemplateRequest) -> None:
+    """Raise `StageError` for a second `--data` of another template than `mixed`, and for `mixed` with one alone."""
+    if request.answers is not None and kind != "mixed":
+        raise StageError(
+            f"{kind} trains on one file of rows", where="--data", expected="a folder or a pattern for several files"
+        )
+    if kind == "mixed" and request.data is not None and request.answers is None:
+        raise StageError(
+            "mixed trains on text and on rows with answers, and one --data is given",
+            where="--data",
+            expected="both, each with an option of its own",
+            hint=template_command(request.name, kind, (request.data, "ROWS"), request.model, request.replay),
+        )
+
+
+class _RowKind(NamedTuple):
+    """The kind of the user's rows, and whether it must be written: rows with `text` and `label` count as running text."""
+
+    name: str
+    is_detected: bool
+
+    @property
+    def key(self) -> str:
+        """The key of a source, where it is needed."""
+        return "" if self.is_detected else f", kind: {self.name}"
+
+
+def _detect_rows(kind: str, request: TemplateRequest) -> _RowKind | None:
+    """The kind of the user's rows with answers or labels. Raises `StageError` for rows that the strategy cannot train on."""
+    accepted = _ROW_KINDS[kind]
+    found = None if request.data is None else _match_row_kind("--data", request.data, accepted, request)
+    if request.answers is not None:
+        found = _match_row_kind("--data", request.answers, ANSWER_KINDS, request)
+    if request.replay is not None and kind in ("mlm", "text2text", "few-shot"):
+        _match_row_kind("--replay", request.replay, RUNNING_TEXT_KINDS, request)
+    if request.test is not None:
+        _match_row_kind("--test", request.test, accepted, request)
+    return found
+
+
+def _match_row_kind(option: str, path: str, accepted: Sequence[str], request: TemplateRequest) -> _RowKind:
+    """The kind of some rows, one of `accepted`."""
+    rows = RawSource("rows", path, root=Path.cwd(), where=option)
+    detected = detect_kind(rows)
+    if detected in accepted:
+        return _RowKind(detected, is_detected=True)
+    for other in accepted if detected in RUNNING_TEXT_KINDS else ():
+        with suppress(DataError):
+            if detect_source_columns(replace(rows, kind=other)):
+                return _RowKind(other, is_detected=False)
+    command = init_command(request.name, detected, path, request.model, request.replay)
+    raise row_kind_error(option, path, detected, accepted, command if option == "--data" else "")
+
+
+def _write_files(
+    stage_path: Path, kind: str, request: TemplateRequest, row_kind: _RowKind | None, notify: Notify
+) -> _TemplateFiles:
     spec = TEMPLATE_KINDS[kind]
     folder = f"{request.name}-data"
     request, notes = _split_rows(kind, request, stage_path.parent / folder)
@@ -237,7 +312,9 @@ def _write_files(stage_path: Path, kind: str, request: TemplateRequest, notify: 
         _make_texts(stage_path.parent / folder, notify)
     values = {
         **_common_values(stage_path, kind, request, folder),
-        **_KIND_VALUES.get(kind, _no_values)(request, folder),
+        "kind": row_kind.name if row_kind else "labelled",
+        "kind_key": row_kind.key if row_kind else "",
+        **_KIND_VALUES.get(kind, _no_values)(request, folder, row_kind),
     }
     texts: dict[Path, str] = {}
     commands: list[str] = []
@@ -325,7 +402,6 @@ def _common_values(stage_path: Path, kind: str, request: TemplateRequest, folder
         "figures": _comment(spec.measurements) if is_builtin and (own_model or spec.base is None) else "",
         "held": ", held_out: 0" if is_builtin else "",
         "chooser": "valid" if is_builtin else "rows",
-        "new_share": "90%",
         "replay_share": "10%",
         "why": "old text, against forgetting",
         "rate": "1e-6 is usual for all weights of a large model"
@@ -376,19 +452,20 @@ def _quote_path(path: str) -> str:
     return path if re.fullmatch(r"[\w./*-]+", path) else "'" + path.replace("'", "''") + "'"
 
 
-def _no_values(request: TemplateRequest, folder: str) -> dict[str, str]:
+def _no_values(request: TemplateRequest, folder: str, row_kind: _RowKind | None) -> dict[str, str]:
     return {}
 
 
-def _mixed_values(request: TemplateRequest, folder: str) -> dict[str, str]:
-    return {"instructions": f"{folder}/instructions.train.jsonl"}
+def _mixed_values(request: TemplateRequest, folder: str, row_kind: _RowKind | None) -> dict[str, str]:
+    return {"instructions": _quote_path(request.answers or f"{folder}/instructions.train.jsonl")}
 
 
-def _probe_values(request: TemplateRequest, folder: str) -> dict[str, str]:
+def _probe_values(request: TemplateRequest, folder: str, row_kind: _RowKind | None) -> dict[str, str]:
     """The arguments of the verb `probe`, in a line and wrapped for the head of the file."""
     model = request.model or f"runs/{request.name}-base"
     if request.data:
-        arguments = shlex.join([model, request.data, str(request.test)])
+        kind = ["--kind", row_kind.name] if row_kind else []
+        arguments = shlex.join([model, request.data, str(request.test), *kind])
     else:
         parts = {part: f"{folder}/labelled.{part}.jsonl" for part in ("train", "test", "valid")}
         arguments = f"{model} {parts['train']} {parts['test']} --dev {parts['valid']} --kind labelled"
@@ -396,11 +473,12 @@ def _probe_values(request: TemplateRequest, folder: str) -> dict[str, str]:
     return {"probed": arguments, "probed_lines": arguments.replace(" --dev", " \\\n#             --dev")}
 
 
-def _text2text_values(request: TemplateRequest, folder: str) -> dict[str, str]:
+def _text2text_values(request: TemplateRequest, folder: str, row_kind: _RowKind | None) -> dict[str, str]:
     """Three built-in tasks, or the user's own."""
     if request.data:
+        key = row_kind.key if row_kind else ""
         return {
-            "tasks": f"    - {{name: rows, path: {_quote_path(request.data)}, max_passes: 20}}",
+            "tasks": f"    - {{name: rows, path: {_quote_path(request.data)}{key}, max_passes: 20}}",
             "task_names": "rows",
         }
     lines = [
@@ -419,12 +497,12 @@ def _text2text_values(request: TemplateRequest, folder: str) -> dict[str, str]:
     return {"tasks": "\n".join(lines), "task_names": "summary, part, choice", "sets": _sets_yaml(sets)}
 
 
-def _few_shot_values(request: TemplateRequest, folder: str) -> dict[str, str]:
+def _few_shot_values(request: TemplateRequest, folder: str, row_kind: _RowKind | None) -> dict[str, str]:
     """The questions of the tasks file, repeated in the stage."""
     values = {
         "train": _quote_path(request.data or f"{folder}/choices.train.jsonl"),
         "test": _quote_path(request.test or f"{folder}/choices.test.jsonl"),
-        "kind": "auto" if request.data else "choices",
+        "kind": row_kind.name if row_kind else "choices",
         "name": request.name,
     }
     text = _fill_template("few-shot-tasks", values)
@@ -432,7 +510,7 @@ def _few_shot_values(request: TemplateRequest, folder: str) -> dict[str, str]:
     return {**values, "questions": "\n".join(lines)}
 
 
-def _continue_values(request: TemplateRequest, folder: str) -> dict[str, str]:
+def _continue_values(request: TemplateRequest, folder: str, row_kind: _RowKind | None) -> dict[str, str]:
     """A replay share that follows the shift between the two texts."""
     old, new = request.replay or f"{folder}/old.jsonl", request.data or f"{folder}/new.jsonl"
     try:
@@ -449,7 +527,6 @@ def _continue_values(request: TemplateRequest, folder: str) -> dict[str, str]:
     title = {"none": "no shift", "weak": "a weak shift", "strong": "a strong shift"}[strength]
     return {
         "replay_share": share,
-        "new_share": f"{100 - int(share.removesuffix('%'))}%",
         "why": f"{title}: {distance.value:.2f} bits (details: postgrad shift)",
     }
 
@@ -461,7 +538,7 @@ def _read_passages(where: str, path: str) -> domain_shift.Passages:
     )
 
 
-_KIND_VALUES: Mapping[str, Callable[[TemplateRequest, str], dict[str, str]]] = {
+_KIND_VALUES: Mapping[str, Callable[[TemplateRequest, str, _RowKind | None], dict[str, str]]] = {
     "continue": _continue_values,
     "mixed": _mixed_values,
     "probe": _probe_values,

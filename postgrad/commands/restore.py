@@ -31,6 +31,7 @@ from postgrad.plan.plan import Plan, make_plan
 from postgrad.plan.seen_sources import make_replay_source
 from postgrad.run.events import RunEvent, RunFinished
 from postgrad.run.run import run_stage
+from postgrad.stats.forgetting import MIN_LOSS
 from postgrad.storage.cache_folder import cache_folder
 from postgrad.tuning.open_model import open_model, start_fingerprint
 
@@ -151,20 +152,15 @@ def _restore_stage(request: RestoreRequest, record: Record, root: Path) -> dict[
     stage = parse_recorded_stage(record.stage, record.name).model_dump(mode="json")
     origin = Path(record.stage_folder or ".")
     new_sources = _new_sources(request) if request.self_distill_share else []
-    prompts = _prompt_sources(request, root)
-    share = 1.0 - (request.self_distill_share if new_sources else 0.0)
-    per_row = share / NEW_TOKENS + (1 - share) / stage["data"]["sequence_length"]
-    sequences = stage["batch"]["global_batch_size"]
-    name = request.output or f"{request.run.name}-restored"
     old_sets = [_held_out_file(path, root) for path in request.retained] or _absolute_sets(
         stage["evaluation"]["retained"], origin
     )
-    if not old_sets:
-        raise StageError(
-            f"{request.run} has no retained set in a file",
-            where="--retained",
-            expected="held-out text of the kind that was forgotten",
-        )
+    prompts = _prompt_sources(request, root, has_sets=bool(old_sets))
+    share = 1.0 - (request.self_distill_share if new_sources else 0.0)
+    prompt_tokens, new_tokens, length = _row_lengths(stage["data"]["sequence_length"], record.model.context_length)
+    per_row = share / new_tokens + (1 - share) / stage["data"]["sequence_length"]
+    sequences = stage["batch"]["global_batch_size"]
+    name = request.output or f"{request.run.name}-restored"
     return {
         "name": Path(name).name,
         "model": str(request.run.resolve()),
@@ -172,7 +168,7 @@ def _restore_stage(request: RestoreRequest, record: Record, root: Path) -> dict[
         "tokens": max(1, round(request.steps * sequences / per_row)),
         "seed": stage["seed"],
         "data": {
-            "sequence_length": max(stage["data"]["sequence_length"], PROMPT_TOKENS + NEW_TOKENS + 32),
+            "sequence_length": length,
             "overlap": "off",
             "on_exhausted": "repeat",
             "sources": [{**source, "share": share / len(prompts)} for source in prompts]
@@ -188,8 +184,8 @@ def _restore_stage(request: RestoreRequest, record: Record, root: Path) -> dict[
             {
                 "kind": "on-policy",
                 "teacher": _teacher_name(request, record),
-                "prompt_tokens": PROMPT_TOKENS,
-                "max_new_tokens": NEW_TOKENS,
+                "prompt_tokens": prompt_tokens,
+                "max_new_tokens": new_tokens,
                 "on": [source["name"] for source in prompts],
             },
             *([{"kind": "distill", "on": [source["name"] for source in new_sources]}] if new_sources else []),
@@ -205,14 +201,25 @@ def _restore_stage(request: RestoreRequest, record: Record, root: Path) -> dict[
     }
 
 
-def _prompt_sources(request: RestoreRequest, root: Path) -> list[dict[str, Any]]:
-    """The prompts: the given files, or the text that the run replayed."""
+def _row_lengths(sequence_length: int, context_length: int) -> tuple[int, int, int]:
+    """Tokens of a prompt, of its continuation and of a row: fewer for a model of few positions."""
+    wanted = PROMPT_TOKENS + NEW_TOKENS + 32
+    room = min(wanted, context_length or wanted)
+    return PROMPT_TOKENS * room // wanted, NEW_TOKENS * room // wanted, max(sequence_length, room)
+
+
+def _prompt_sources(request: RestoreRequest, root: Path, *, has_sets: bool) -> list[dict[str, Any]]:
+    """The prompts: the given files, or the text that the run replayed.
+
+    Without sets of old text, a part of the prompts is held out for the evaluation: of replayed text what the run held out.
+    """
     if request.prompts:
         return [
             {
                 "name": _PROMPT_SOURCE_NAME if len(request.prompts) == 1 else f"{_PROMPT_SOURCE_NAME}-{i + 1}",
                 "path": str(root / path),
-                **_PROMPT_SOURCE_DEFAULTS,
+                "role": "new",  # the old text has the role that this stage learns
+                **({"held_out": 0.0} if has_sets else {}),
             }
             for i, path in enumerate(request.prompts)
         ]
@@ -223,13 +230,23 @@ def _prompt_sources(request: RestoreRequest, root: Path) -> list[dict[str, Any]]
             where="--prompts",
             expected="text of the old kind; its first tokens are prompts and are not trained on",
         )
+    held_out = {source["name"]: 0.0 if has_sets else source.get("held_out", 0.0) for source in replayed}
+    if not has_sets and not any(held_out.values()):
+        raise StageError(
+            f"{request.run} held out no old text, so nothing tells what was forgotten",
+            where="--retained",
+            expected="held-out text of the kind that was forgotten",
+            hint=f"postgrad restore {request.run} --retained OLD-TEXT, or --prompts OLD-TEXT, of which a part is held out",
+        )
     return [
-        {**source, **_PROMPT_SOURCE_DEFAULTS, "name": f"{_PROMPT_SOURCE_NAME}-{source['name']}"} for source in replayed
+        {
+            **source,
+            "role": "new",
+            "held_out": held_out[source["name"]],
+            "name": f"{_PROMPT_SOURCE_NAME}-{source['name']}",
+        }
+        for source in replayed
     ]
-
-
-_PROMPT_SOURCE_DEFAULTS: dict[str, Any] = {"role": "new", "held_out": 0.0}
-"""The old text has the role that this stage learns."""
 
 
 def _new_sources(request: RestoreRequest) -> list[dict[str, Any]]:
@@ -320,7 +337,7 @@ def _score_model(plan: Plan, start: ModelLocation, cache: Path) -> before_after.
 
 def _forgetting_limit(target: RestoreTarget, request: RestoreRequest) -> dict[str, Any]:
     """The bound on the rise of the new sets: a fraction of their gain, as a fraction of their loss."""
-    limits = [request.max_cost * (old - new) / new for old, new in target.gains.values() if old > new]
+    limits = [request.max_cost * (old - new) / max(new, MIN_LOSS) for old, new in target.gains.values() if old > new]
     return {"max_forgetting": min(1.0, min(limits))} if limits else {}
 
 

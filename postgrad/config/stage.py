@@ -141,7 +141,7 @@ class DataConfig(ConfigModel):
     """The token that ends a document. Default: that of the tokenizer."""
     overlap: Literal["report", "refuse", "off"] = "report"
     """Search the training text for 13-grams of held-out documents: report them, refuse to train, or skip the search."""
-    workers: Positive | None = None
+    workers: Annotated[Positive, Field(le=1024)] | None = None
     """Processes or threads for tokenisation. Default: one per core."""
 
     @model_validator(mode="after")
@@ -431,7 +431,10 @@ class Stage(ConfigModel):
                     f"data.sources: the shares add up to {given:.4g} and leave nothing for the source without one"
                 )
         elif abs(given - 1) > 1e-6:
-            raise ValueError(f"data.sources: the shares add up to {given:.4g}, not to 1")
+            raise ValueError(
+                f"data.sources: the shares add up to {given:.4g}, not to 1; "
+                "one source may leave out its `share`, and gets the rest"
+            )
         names = [source.name for source in self.data.sources]
         for path, name in (
             *(("objectives", name) for o in self.objectives for name in o.on),

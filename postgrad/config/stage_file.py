@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,78 +14,9 @@ from pydantic import BaseModel, ValidationError
 from postgrad.config.renamed_keys import refuse_earlier_stage_names, upgrade_stage
 from postgrad.config.stage import EvaluationConfig, Stage
 from postgrad.config.tasks import TaskConfig
-from postgrad.errors import PostgradError, StageError, suggest_nearest
+from postgrad.errors import PostgradError, StageError, suggest_nearest, suggest_path
+from postgrad.storage.read_yaml import MAX_BYTES, MAX_DEPTH, read_yaml
 from postgrad.storage.regular_file import read_regular_file
-
-MAX_BYTES, MAX_NODES, MAX_DEPTH, MAX_NUMBER_CHARACTERS = 2**20, 20_000, 50, 100
-"""Limits of a YAML file: its size; its values, where each alias counts as all that it stands for; levels of nesting; the
-length of a number, date or other value that is no text."""
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML without surprises: a key that is a duplicate is an error, where YAML would let the last one win.
-
-    `on` and `off` are words, as they are in YAML 1.2, and a key is never a truth value. Nodes, nesting and aliases are limited.
-    """
-
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self._count, self._depth, self._sizes = 0, 0, dict[int, int]()
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        event, start = self.peek_event(), self._count
-        self._depth += 1
-        if self._depth > MAX_DEPTH:
-            raise _limit_error(f"it is nested more than {MAX_DEPTH} levels deep", event)
-        node = super().compose_node(parent, index)
-        self._depth -= 1
-        if isinstance(event, yaml.AliasEvent):
-            if id(node) not in self._sizes:
-                raise _limit_error(f"the alias *{event.anchor} is part of what it stands for", event)
-            self._count += self._sizes[id(node)]
-        else:
-            self._count += 1
-            self._sizes[id(node)] = self._count - start
-        if self._count > MAX_NODES:
-            raise _limit_error(f"it has more than {MAX_NODES:,} values, aliases written out", event)
-        if (
-            isinstance(node, yaml.ScalarNode)
-            and not node.tag.endswith(":str")
-            and len(node.value) > MAX_NUMBER_CHARACTERS
-        ):
-            raise _limit_error(f"a value of {len(node.value):,} characters that is no text", event)
-        return node
-
-    yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in found if first not in "oO" or tag != "tag:yaml.org,2002:bool"]
-        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *other`, whose keys may be overridden
-                continue
-            if key_node.tag == "tag:yaml.org,2002:bool":
-                key_node.tag = "tag:yaml.org,2002:str"
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, Hashable):
-                continue  # an error of YAML's own
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is a duplicate", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def _limit_error(problem: str, event: yaml.Event) -> yaml.MarkedYAMLError:
-    return yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
-
-
-def read_yaml(text: str) -> Any:
-    """What a text in YAML says, as stage files are read: no key twice, and `on` is a name. Raises what PyYAML raises."""
-    return yaml.load(text, _StrictLoader)
 
 
 def load_stage(path: Path, overrides: list[str] | None = None) -> Stage:
@@ -151,7 +82,8 @@ def _read_yaml_file(path: Path, description: str) -> Any:
         if isinstance(error, UnicodeDecodeError):
             raise StageError(f"{description} is not UTF-8", where=str(path)) from error
         reason = error.strerror if isinstance(error, OSError) else error  # a ValueError: a path with a NUL
-        raise StageError(f"{description} cannot be read ({reason})", where=str(path)) from error
+        hint = suggest_path(path) if isinstance(error, FileNotFoundError) else ""
+        raise StageError(f"{description} cannot be read ({reason})", where=str(path), hint=hint) from error
     return _parse_yaml(text, str(path))
 
 

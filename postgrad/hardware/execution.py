@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -161,6 +162,11 @@ def choose_threads(
     Where the rounds of the measurement disagree, the default is taken: the cores.
     """
     if requested is not None:
+        processors = os.cpu_count() or 1
+        if requested > processors:
+            raise StageError(
+                f"{requested:,} threads", where="compute.threads", expected=f"at most {processors}, the processors here"
+            )
         return requested, "set in the stage"
     if (threads := machine.environment_threads()) is not None:
         return threads, "set by OMP_NUM_THREADS"

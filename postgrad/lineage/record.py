@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from postgrad.errors import StageError
+from postgrad.errors import StageError, suggest_path
 from postgrad.lineage.previous_format import PREVIOUS_FORMAT, upgrade_record
 from postgrad.storage.checked_files import read_cached_json, read_checked_json, write_checked_json
 
@@ -686,15 +686,21 @@ def write_record(run_folder: Path, record: Record) -> None:
     write_checked_json(run_folder / RECORD, record.as_json(), record.id, without_secrets=True)
 
 
+def no_run_error(run_folder: Path) -> StageError:
+    """The error of a folder that is not a run's."""
+    known = sorted(p.parent for p in run_folder.parent.glob(f"*/{RECORD}"))
+    return StageError(
+        f"{run_folder} is not a run folder (it has no {RECORD})",
+        expected="the output folder of `postgrad train`" + (f", such as {known[0]}" if known else ""),
+        hint="" if run_folder.exists() else suggest_path(run_folder),
+    )
+
+
 def read_record(run_folder: Path) -> Record:
     """A run's record. Raises `StageError` when `run_folder` is not a run folder or its record cannot be read."""
     path = run_folder / RECORD
     if not path.exists():
-        known = sorted(p.parent for p in run_folder.parent.glob(f"*/{RECORD}"))[:5]
-        raise StageError(
-            f"{run_folder} is not a run folder (it has no {RECORD})",
-            expected="the output folder of `postgrad train`" + (f", such as {known[0]}" if known else ""),
-        )
+        raise no_run_error(run_folder)
     record = parse_record(
         read_checked_json(path, dict[str, Any], error=StageError, hint=_DAMAGED_RECORD_HINT), str(path)
     )

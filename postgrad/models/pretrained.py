@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,8 +204,19 @@ def load_pretrained(
             f"{start.name} lacks {len(missing)} weights ({missing[0]}, ...), which would be random",
             where="model",
             expected="weights for every parameter of the architecture in its config.json",
+            hint=_missing_head_hint(model, missing, task),
         )
     return LoadResult(model.eval(), tuple(new))
+
+
+def _missing_head_hint(model: PreTrainedModel, missing: Sequence[str], task: Task) -> str:
+    """What to do with a backbone alone, such as an encoder of sentences; empty when weights of the backbone are missing."""
+    if any(key.startswith(f"{model.base_model_prefix}.") for key in missing):
+        return ""
+    return (
+        f"these are the weights of its head: it is a backbone, and not {task.description}. Train a task layer on it with "
+        "objectives: [{kind: classify}], or name the model that it was made from"
+    )
 
 
 def ignored_token_settings(tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:

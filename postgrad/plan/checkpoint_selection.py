@@ -26,6 +26,7 @@ from postgrad.evaluation.perplexity import Scores
 from postgrad.lineage.metrics import EvaluationRow, SelectionRow
 from postgrad.lineage.record import PublishedCheckpoint
 from postgrad.optim import lr_schedules
+from postgrad.stats.forgetting import MIN_LOSS
 
 _STABILITY_GAP_SHARE = 0.02
 """The first share of a stage, in which the stability gap is; see `evaluation_steps`."""
@@ -182,7 +183,7 @@ def summarize_evaluation(
     set_scores = scores[rule.set]
     value = set_scores.nats if rule.metric == "loss" else set_scores.compute_metrics()[rule.metric]["value"]
     rises = [
-        (entry.change if entry.high is None else entry.high) / max(start_scores[name].nats, 1e-12)
+        (entry.change if entry.high is None else entry.high) / max(start_scores[name].nats, MIN_LOSS)
         for name, entry in row.sets.items()
         if entry.role == "retained"
     ]

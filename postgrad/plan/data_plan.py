@@ -104,7 +104,7 @@ def plan_data(
     )
     for source, source_rows in zip(sources, rows, strict=True):
         _refuse_empty(source, source_rows)
-        notes += _source_notes(source, source_rows)
+        notes += _source_notes(source, source_rows, excluded)
     _refuse_untrained_vectors(model, sources)
     shares = _resolve_shares(stage, sources, excluded, notes)
     order = make_data_order(stage, sources, rows, shares, notes, model.start)
@@ -133,13 +133,16 @@ def _refuse_empty(source: ResolvedSource, rows: Rows) -> None:
         )
 
 
-def _source_notes(source: ResolvedSource, rows: Rows) -> list[str]:
+def _source_notes(source: ResolvedSource, rows: Rows, excluded: np.ndarray | None) -> list[str]:
     """Notes about dropped tokens and rows, selected documents and generated text."""
     notes = []
     if rows.ledger.dropped:
-        notes.append(
-            f"{rows.ledger.dropped:,} tokens are dropped (copies of held-out documents, or one-token documents)"
+        unused = select_documents(source.store, held_out=source.held_out, excluded=excluded).dropped
+        rest = rows.ledger.dropped - unused
+        notes += [f"{unused:,} tokens are dropped (copies of held-out documents, or one-token documents)"] * (
+            unused > 0
         )
+        notes += [f"{rest:,} tokens are dropped (of rows that are skipped, see the reasons)"] * (rest > 0)
     if source.selection:
         notes.append(describe_selection(source.selection))
     if source.generated_by:

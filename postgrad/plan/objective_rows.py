@@ -31,10 +31,10 @@ from postgrad.data.layouts.seq2seq import Seq2SeqRows
 from postgrad.data.layouts.span_corruption import SpanCorruptionRows
 from postgrad.data.layouts.windows import TooLongPolicy
 from postgrad.data.problem_type import ProblemType
-from postgrad.data.read.files import RawSource, format_names
+from postgrad.data.read.files import RawSource
 from postgrad.data.tokens.store import TokenStore
 from postgrad.data.tokens.subset import Subset
-from postgrad.errors import StageError
+from postgrad.errors import StageError, format_names
 from postgrad.plan.model_inputs import ModelInputs
 
 

@@ -44,6 +44,13 @@ def resolve_labels(source_specs: Sequence[SourceSpec], cache: Path) -> Labels | 
     if problem == ProblemType.NUMBER:
         return Labels(ProblemType.NUMBER)
     names = set().union(*(labels.names for labels in labels_by_source.values()))
+    if problem != ProblemType.MULTI_LABEL and len({*map(str, names), *(objective.labels or ())}) < 2:
+        raise StageError(
+            f"all rows have the label {next(iter(names))!r}" if names else "no row has a label",
+            where="data.sources",
+            expected="rows of at least two labels",
+            hint="list all labels under objectives.labels if others follow in later stages",
+        )
     if objective.labels is None:
         texts = sorted(name for name in names if isinstance(name, str))
         return Labels(problem, (*sorted(name for name in names if not isinstance(name, str)), *texts))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 
+from postgrad.lineage.record import Record
 from postgrad.reports.sections.drift_section import changed_weights_sentence, drift_table
 from postgrad.reports.sections.held_out_tables import (
     class_tables,
@@ -20,6 +22,21 @@ from postgrad.run.events import RunFinished
 from postgrad.run.run_folder import MODEL, REPORT
 
 _MAX_CLASSES = 8
+
+
+def _gate_remedies(record: Record, folder: Path, max_forgetting: float) -> str:
+    """What helps after a failed retention gate, with the commands."""
+    bound = f"{100 * max_forgetting:.3g}%"
+    blend = [str(folder), "--max-forgetting", bound, "--out", f"{folder}-blend"]
+    remedies = [
+        f"more replay or a lower peak, both found by short runs: postgrad advise STAGE --max-forgetting {bound}",
+        f"a model between start and end: {shlex.join(['postgrad', 'blend', *blend])}",
+    ]
+    if record.model.task == "causal":
+        has_replay = any(source.role == "replay" for source in record.totals.sources)
+        restore = [str(folder), *([] if has_replay else ["--prompts", "OLD-TEXT"])]
+        remedies.append(f"recover old text afterwards: {shlex.join(['postgrad', 'restore', *restore])}")
+    return "\n".join(["what helps:", *(f"  {remedy}" for remedy in remedies)])
 
 
 def summary_text(outcome: RunFinished) -> str:
@@ -45,6 +62,8 @@ def summary_text(outcome: RunFinished) -> str:
             f"\nretention gate {verdict}: the loss on {worst.set} rose by {worst.relative_difference:+.2%} "
             f"(upper end {worst.relative_high:+.2%}), allowed {gate.max_forgetting:.2%}"
         )
+        if not gate.passed:
+            lines.append(_gate_remedies(record, folder, gate.max_forgetting))
     changed = changed_weights_sentence(record) if record.sparse_update else None
     lines += ["", changed] if changed else []
     if record.totals.skipped_steps:

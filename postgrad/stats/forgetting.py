@@ -18,6 +18,9 @@ Verdict = Literal["learnt", "kept", "forgot", "no evidence"]
 KEPT_MARGIN = 0.01
 """A loss is *kept* when the whole interval of its relative change lies within this share."""
 
+MIN_LOSS = 1e-12
+"""A smaller loss counts as this one in a relative change: a rise from zero is large, and no error."""
+
 MIN_DOCUMENTS = 20
 """With fewer documents than this, the bootstrap resamples windows of text."""
 
@@ -67,8 +70,8 @@ def paired_change(
         difference=difference,
         low=low,
         high=high,
-        relative=difference / loss_before,
-        relative_high=(difference if high is None else high) / loss_before,
+        relative=difference / max(loss_before, MIN_LOSS),
+        relative_high=(difference if high is None else high) / max(loss_before, MIN_LOSS),
         share_of_range=difference / spare if (spare := math.log(vocabulary) - loss_before) > 0 else None,
         bits_per_byte_difference=difference * total / (math.log(2) * max(total_bytes, 1)),
         units=units,

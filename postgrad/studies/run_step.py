@@ -264,7 +264,12 @@ def _blend_models(graph: StepGraph, step: Step, folder: StudyFolder, timer: Phas
             f"`{end.tunings[-1].kind}` of {run.name} does not change base weights, so there is nothing to interpolate"
         )
     between = interpolate.copy_weights(start.model), interpolate.copy_weights(end.model)
-    interpolate.refuse_other_shapes(*between, (begun.name, run.name), interpolate.block_parameter_names(end.model))
+    interpolate.refuse_other_shapes(
+        *between,
+        (begun.name, run.name),
+        interpolate.block_parameter_names(end.model),
+        has_task_layer=end.task.is_classifier,
+    )
     interpolate.interpolate_weights(end.model, *between, what["weight"])
     if not (home / MODEL).exists():
         dtype, tokenizer = stored_dtype(begun), load_tokenizer(begun)

@@ -15,9 +15,9 @@ from typing import Any
 
 from postgrad.commands.builtin_corpus import is_builtin_corpus, write_corpus
 from postgrad.commands.init import check_name
-from postgrad.config.stage_file import read_yaml
 from postgrad.errors import StageError, require_choice
 from postgrad.storage.atomic import write_atomically
+from postgrad.storage.read_yaml import read_yaml
 from postgrad.studies.study import parse_study
 
 _PAPER_FILES = ("strong", "weak", "parts", "shifts", "large")

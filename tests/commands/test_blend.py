@@ -14,9 +14,10 @@ from typer.testing import CliRunner
 
 from postgrad.cli.main import app
 from postgrad.cli.render import blend_text
-from postgrad.commands.blend import Blend, BlendSetChange, blend, parse_weights
+from postgrad.commands.blend import Blend, BlendSetChange, blend
 from postgrad.commands.export import export_model
 from postgrad.commands.pages import write_page
+from postgrad.commands.weighted_models import parse_weights
 from postgrad.config.stage_file import parse_stage
 from postgrad.errors import ModelError, StageError
 from postgrad.lineage.record import read_record

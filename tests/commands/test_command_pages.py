@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 
 from postgrad.analysis.domain_shift import Fertility, ShiftEstimate
 from postgrad.analysis.shift_advice import Proposal, ShiftStrength
-from postgrad.commands.blend import Blend, BlendedModel, BlendSetChange
+from postgrad.commands.blend import Blend, BlendedModel, BlendEnd, BlendSetChange
 from postgrad.commands.blend_page import blend_page
 from postgrad.commands.shift import CorpusSummary, MeasuredShift
 from postgrad.commands.shift_page import shift_page
@@ -43,7 +42,8 @@ def blend() -> Blend:
         BlendedModel(f"{w:g}", w, None, {"stories": change("retained", 0.4 * w), "papers": change("learned", -0.9 * w)})
         for w in weights
     ]
-    return Blend(Path("run/a"), "base", "model", None, (), None, weights, tuple(points), points[1])
+    ends = (BlendEnd("run/a", "linear", (1.0,)),)
+    return Blend("run/a", "base", "model", (), None, weights, ends, tuple(points), points[1])
 
 
 @pytest.mark.parametrize("html", [shift_page(shift()), blend_page(blend())], ids=["shift", "blend"])

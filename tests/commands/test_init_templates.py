@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from postgrad.cli.render import template_text
 from postgrad.commands import builtin_corpus
+from postgrad.commands.init import write_stage
 from postgrad.commands.init_templates import TEMPLATE_KINDS, TemplateRequest, WrittenTemplate, write_template
 from postgrad.config.stage_file import load_stage
+from postgrad.data.read.documents import detect_kind
+from postgrad.data.read.files import RawSource
 from postgrad.errors import DataError, StageError
 from postgrad.lineage.record import read_record
 from postgrad.plan.plan import make_plan
 from postgrad.run.events import RunFinished
 from postgrad.run.run import run_stage
 from tests.test_docs import parse
+from tests.tiny_stages import write_rows
 
 TINY = [
     "tokens=2000",
@@ -103,7 +109,7 @@ def test_the_users_own_text_and_model_are_gone_on_with(base: Path, here: Path, m
     assert found.files == (Path("try.yaml"),)
     stage = load_stage(here / "try.yaml")
     assert stage.schedule.peak == 1e-3  # type: ignore[union-attr] # a very small model
-    assert [source.share for source in stage.data.sources] == [0.75, 0.25]  # sums and assignments: a strong shift
+    assert stage.resolve_shares() == (0.75, 0.25)  # sums and assignments: a strong shift
     assert "a strong shift" in (here / "try.yaml").read_text()
     assert trained("try.yaml", here, cache).record.changes.keys() == {"new", "replay"}
 
@@ -155,6 +161,9 @@ def test_one_file_of_the_users_is_parted(kind: str, here: Path, made: Path, cach
 
 def test_rows_to_test_are_named_or_refused(here: Path, made: Path) -> None:
     (here / "mine.jsonl").write_text('{"text": "a", "label": "b"}\n' * 100)
+    for name in ("its test.jsonl", "t.jsonl"):
+        (here / name).write_text((here / "mine.jsonl").read_text())
+    (here / "mine.txt").write_text("a text")
     found = written("few-shot", made, here, data="mine.jsonl", test="its test.jsonl")
     assert not any("split" in note for note in found.notes)
     (zero, two) = yaml.safe_load((here / "try-tasks.yaml").read_text())
@@ -170,14 +179,102 @@ def test_rows_to_test_are_named_or_refused(here: Path, made: Path) -> None:
     assert not (here / "b.yaml").exists() and not (here / "b-data").exists()
 
 
-def test_nothing_is_made_that_no_file_names(here: Path) -> None:
-    said = write_template(Path("try.yaml"), "classify", TemplateRequest("try", "mine.jsonl", "bert", None), force=False)
+def test_nothing_is_made_that_no_file_names(here: Path, made: Path) -> None:
+    shutil.copytree(made, here / "chats-data")
+    write_rows(here / "mine.jsonl", CHATS)
+    for name in ("mine.txt", "old.txt"):
+        (here / name).write_text("a text")
+    write_rows(here / "labelled.jsonl", LABELLED)
+    said = write_template(
+        Path("try.yaml"), "classify", TemplateRequest("try", "labelled.jsonl", "bert", None), force=False
+    )
     assert not (here / "try-data").exists() and not said.notes
     said = write_template(
-        Path("mixed.yaml"), "mixed", TemplateRequest("mixed", "mine.txt", "gpt", "old.txt"), force=False
+        Path("chats.yaml"), "instruct", TemplateRequest("chats", "mine.jsonl", "gpt", None), force=False
     )
-    assert {path.name.split(".")[0] for path in (here / "mixed-data").glob("*.jsonl")} >= {"instructions"}
-    assert template_text(said).startswith("generated mixed-data/ ")
+    assert template_text(said).startswith("generated chats-data/ ")
+
+
+LABELLED = [{"text": f"{word} {n}", "label": word} for n in range(8) for word in ("one", "two")]
+CHATS = [{"messages": [{"role": "user", "content": "a?"}, {"role": "assistant", "content": str(n)}]} for n in range(9)]
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "text": [{"text": f"a text {n}"} for n in range(9)],
+    "chat": CHATS,
+    "instruction": [{"instruction": f"say {n}", "output": str(n)} for n in range(9)],
+    "labelled": LABELLED,
+    "tagged": [{"tokens": ["a", "lamp"], "ner_tags": ["O", "THING"]}] * 3,
+    "choices": [{"question": f"{n}?", "choices": {"A": "yes", "B": "no"}, "answer": "B"} for n in range(9)],
+}
+FITTING = {
+    "text": {"continue", "mlm", "from-scratch"},
+    "chat": {"instruct", "text2text", "few-shot"},
+    "instruction": {"instruct", "text2text", "few-shot"},
+    "labelled": {"continue", "mlm", "from-scratch", "instruct", "text2text", "few-shot", "classify", "probe"},
+    "tagged": {"instruct", "text2text", "few-shot", "classify", "probe"},
+    "choices": {"instruct", "text2text", "few-shot"},
+}
+"""The templates that take rows of each kind; texts with a label are also read as running text."""
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("template", [name for name in TEMPLATE_KINDS if name != "mixed"])
+def test_a_template_reads_rows_of_its_kinds_and_names_another_for_the_rest(
+    template: str, rows: str, here: Path
+) -> None:
+    for name, kind in (("mine.jsonl", rows), ("old.jsonl", "text"), ("test.jsonl", rows)):
+        write_rows(here / name, ROWS[kind])
+    test = "test.jsonl" if template in ("probe", "few-shot") else None
+    request = TemplateRequest("try", "mine.jsonl", "gpt", "old.jsonl", test)
+    if template in FITTING[rows]:
+        write_template(Path("try.yaml"), template, request)
+        stage = load_stage(here / "try.yaml")
+        source = stage.evaluation.tasks[0] if template == "few-shot" else stage.data.sources[0]
+        found = detect_kind(RawSource(source.name, source.path, kind=source.kind, root=here, where="source"))
+        assert found == ("text" if template in ("continue", "mlm", "from-scratch") else rows)
+        return
+    with pytest.raises(StageError, match=f"mine.jsonl has rows of `{rows}`") as caught:
+        write_template(Path("try.yaml"), template, request)
+    assert not (here / "try.yaml").exists()
+    command = caught.value.hint.removeprefix("postgrad")
+    parse(command)
+    (named,) = {*re.findall(r"--template (\S+)", command)}
+    assert named in FITTING[rows]
+
+
+def test_rows_with_answers_are_refused_without_a_template(here: Path, base: Path) -> None:
+    write_rows(here / "mine.jsonl", CHATS)
+    with pytest.raises(StageError, match=r"mine\.jsonl has rows of `chat`") as caught:
+        write_stage("try.yaml", data="mine.jsonl", model=str(base / "base"))
+    assert "--template instruct" in caught.value.hint
+    parse(caught.value.hint.removeprefix("postgrad"))
+
+
+def test_mixed_takes_text_and_rows_in_any_order(here: Path) -> None:
+    for name in ("text", "chat"):
+        write_rows(here / f"{name}.jsonl", ROWS[name])
+    files = ["text.jsonl", "chat.jsonl"]
+    for data, answers in (files, reversed(files)):
+        request = TemplateRequest("try", data, "gpt", "text.jsonl", answers=answers)
+        write_template(Path("try.yaml"), "mixed", request, force=True)
+        assert [source.path for source in load_stage(here / "try.yaml").data.sources] == [*files, "text.jsonl"]
+        assert not (here / "try-data").exists()
+    with pytest.raises(StageError, match="one --data is given"):
+        write_template(Path("b.yaml"), "mixed", TemplateRequest("b", "text.jsonl"))
+    with pytest.raises(StageError, match="continue trains on one file"):
+        write_template(Path("b.yaml"), "continue", TemplateRequest("b", "text.jsonl", answers="chat.jsonl"))
+
+
+@pytest.mark.parametrize("template", ["continue", "instruct", "mixed", "mlm"])
+def test_the_share_of_replay_can_be_overridden(template: str, here: Path) -> None:
+    for name in ("text", "chat"):
+        write_rows(here / f"{name}.jsonl", ROWS[name])
+    data, answers = {"instruct": ("chat.jsonl", None), "mixed": ("text.jsonl", "chat.jsonl")}.get(
+        template, ("text.jsonl", None)
+    )
+    request = TemplateRequest("try", data, "gpt", "text.jsonl", answers=answers)
+    write_template(Path("try.yaml"), template, request)
+    stage = load_stage(here / "try.yaml", ["data.sources.replay.share=5%"])
+    assert stage.resolve_shares()[-1] == 0.05 and sum(stage.resolve_shares()) == pytest.approx(1)
 
 
 def test_what_is_unknown_or_there_is_said(made: Path, here: Path) -> None:

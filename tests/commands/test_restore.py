@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from postgrad.cli.main import app
 from postgrad.cli.render import restored_text
+from postgrad.commands import restore
 from postgrad.commands.restore import (
     RestoreRequest,
     RestoreTarget,
@@ -57,6 +58,45 @@ def wish(shelf: Workspace, **changes: Any) -> RestoreRequest:
         "steps": 8,
     }
     return RestoreRequest(**{**given, **changes})
+
+
+def run_with_replay(shelf: Workspace, name: str, held_out: float) -> Path:
+    """A run that replayed old text and named no held-out file, as `init` writes it."""
+    sources = [
+        shelf.source("new", share=0.95, held_out=held_out),
+        shelf.source("old", share=0.05, role="replay", held_out=held_out),
+    ]
+    evaluation = {"samples": 0} if held_out else {"samples": 0, "learned": [shelf.file("new", held_out=True)]}
+    stage = shelf.stage(name, model="runs/one", sources=sources, tokens=6000, evaluation=evaluation)
+    return shelf.run(stage).run_folder
+
+
+def kept_whole(shelf: Workspace) -> Path:
+    return run_with_replay(shelf, "whole", 0.0)
+
+
+def test_what_the_run_held_out_of_its_replay_is_recovered(shelf: Workspace) -> None:
+    run = run_with_replay(shelf, "split", 0.1)
+    found = plan_restoration(wish(shelf, run=run, prompts=()), shelf.cache)
+    trained = shelf.plan(read_record(run).stage)
+    held_out = {h.name: {d.tobytes() for d in h.documents} for h in trained.evaluation.sets}
+    (old,) = (h for h in found.plan.evaluation.sets if h.role == "learned")
+    assert found.target.set_name == old.name == "prompts-old"
+    assert {d.tobytes() for d in old.documents} == held_out["old"]
+
+
+def test_a_model_of_few_positions_writes_less(shelf: Workspace) -> None:
+    run = run_with_replay(shelf, "short", 0.1)
+    record = read_record(run)
+    model = record.model.model_copy(update={"context_length": 100})
+    raw = restore._restore_stage(wish(shelf, run=run), record.model_copy(update={"model": model}), shelf.folder)
+    assert raw["data"]["sequence_length"] == 100
+    assert (raw["objectives"][0]["prompt_tokens"], raw["objectives"][0]["max_new_tokens"]) == (20, 60)
+
+
+def test_without_sets_a_part_of_the_prompts_is_held_out(shelf: Workspace) -> None:
+    found = plan_restoration(wish(shelf, run=kept_whole(shelf)), shelf.cache)
+    assert found.target.set_name == "prompts" and found.plan.data.sources[0].held_out > 0
 
 
 def test_the_stage_that_is_written(shelf: Workspace) -> None:
@@ -117,10 +157,12 @@ def test_what_cannot_be_restored_is_refused(shelf: Workspace, tmp_path: Path) ->
         plan_restoration(wish(shelf, teacher=str(shelf.folder / "runs" / "naive")), shelf.cache)
     with pytest.raises(StageError, match="replayed no text"):
         plan_restoration(wish(shelf, prompts=()), shelf.cache)
-    with pytest.raises(StageError, match="has no retained set in a file"):
-        plan_restoration(wish(shelf, run=one), shelf.cache)
+    with pytest.raises(StageError, match=r"held out no old text[\s\S]*--retained"):
+        plan_restoration(wish(shelf, run=kept_whole(shelf), prompts=()), shelf.cache)
     with pytest.raises(StageError, match="is not a run folder"):
         plan_restoration(wish(shelf, run=tmp_path), shelf.cache)
+    with pytest.raises(StageError, match=r"is not a run folder[\s\S]*did you mean 'naive'"):
+        plan_restoration(wish(shelf, run=one.with_name("naiv")), shelf.cache)
     for changes, option, said in (
         ({"min_recovered": 0.0}, "--min-recovered", "is no target"),
         ({"self_distill_share": 1.0}, "--self-distill-share", "no tokens for the prompts"),

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
-from postgrad.config import stage_file
-from postgrad.config.stage_file import load_stage, parse_stage, read_stage, read_yaml
+from postgrad.config.stage_file import load_stage, parse_stage, read_stage
 from postgrad.errors import StageError
+from postgrad.storage import read_yaml as yaml_reader
+from postgrad.storage.read_yaml import read_yaml
 from postgrad.studies.study import load_study
 from tests.config.test_stage import GOOD, changed
 
@@ -55,13 +56,13 @@ def test_aliases_that_do_not_multiply_are_kept() -> None:
 
 def test_without_the_limits_aliases_multiply(monkeypatch: pytest.MonkeyPatch) -> None:
     """The mutant, on few levels."""
-    monkeypatch.setattr(stage_file, "MAX_NODES", 2**62)
+    monkeypatch.setattr(yaml_reader, "MAX_NODES", 2**62)
     raw = read_yaml("".join(MULTIPLYING.splitlines(keepends=True)[:4]))
     assert len([item for a in raw["a3"] for b in a for c in b for item in c]) == 10_000
 
 
 def test_values_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage_file, "MAX_NODES", 100)
+    monkeypatch.setattr(yaml_reader, "MAX_NODES", 100)
     assert len(read_yaml(f"[{'x,' * 99}]")) == 99
     with pytest.raises(yaml.YAMLError, match="more than 100 values"):
         read_yaml(f"[{'x,' * 100}]")

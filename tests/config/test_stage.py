@@ -21,12 +21,14 @@ from postgrad.config import stage as s
 from postgrad.config.quantities import ConfigModel, length_in_steps
 from postgrad.config.schedules import DecaySchedule
 from postgrad.config.stage import Stage
-from postgrad.config.stage_file import json_schema, load_stage, parse_stage, read_yaml
+from postgrad.config.stage_file import json_schema, load_stage, load_tasks, parse_stage
 from postgrad.config.tunings import find_tuning, known_tunings
 from postgrad.errors import StageError
 from postgrad.models.location import ModelLocation
 from postgrad.plan.lr_schedule import make_schedule
 from postgrad.plan.plan import make_plan
+from postgrad.storage.read_yaml import read_yaml
+from postgrad.studies.study import load_study
 from postgrad.tuning.attach import _get_tuning_class
 from tests.conftest import StageOf
 
@@ -458,6 +460,11 @@ def test_broken_files_are_named_with_their_line(tmp_path: Path, text: str, said:
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(StageError, match=r"nowhere\.yaml: the stage file cannot be read \(No such file"):
         load_stage(tmp_path / "nowhere.yaml")
+    (tmp_path / "medicine.yaml").write_text("name: x")
+    for read in (load_stage, load_tasks, load_study):
+        with pytest.raises(StageError) as caught:
+            read(tmp_path / "medicin.yaml")
+        assert caught.value.hint == "did you mean 'medicine.yaml'?"
     with pytest.raises(StageError, match="Is a directory"):
         load_stage(tmp_path)
     (tmp_path / "latin.yaml").write_bytes("name: caf\xe9".encode("latin-1"))
@@ -600,15 +607,15 @@ def test_a_fingerprint_is_of_everything_but_where_and_how_often() -> None:
     prints += [
         parse_stage(changed({**rest, **more}), "t").fingerprint() for more in ({}, {"data.mixing": {"kind": "equal"}})
     ]
+    muon = [{"optimizer.kind": "muon"}, {"optimizer.kind": "muon", "optimizer.momentum": 0.9}]
+    prints += [parse_stage(changed(each), "t").fingerprint() for each in muon]
     assert len(set(prints)) == len(prints)
     # Every top-level key and every key of a plain part is in one of the lists above.
     listed = {key.split(".0.")[0] if ".0." not in key else key for key in (*OTHER, *SAME)}
     for part in ("data", "batch", "optimizer", "evaluation", "save", "compute"):
         model = type(getattr(stage(), part))
-        missing = (
-            {f"{part}.{f}" for f in model.model_fields} - listed - {"data.sources", "data.mixing", "optimizer.kind"}
-        )
-        assert missing == set()
+        missing = {f"{part}.{f}" for f in model.model_fields} - listed - {"data.sources", "data.mixing"}
+        assert missing - {key for each in muon for key in each} == set()
 
 
 def test_the_way_a_number_is_written_is_no_other_stage() -> None:

@@ -204,6 +204,9 @@ def test_a_row_that_cannot_be_is_an_error_with_its_place(row: dict[str, Any], to
         ({"text": ["no", "yes"], "label": [1, 2]}, "1", 0),
         ([{"text": "no", "label": "X"}, {"text": "yes", "label": "Y"}], "Y", 1),
         ([{"text": "no"}, {"text": "yes"}], "yes", 1),
+        ({"A": "no", "B": "yes"}, "B", 1),
+        ({"1": "no", "2": "yes"}, "1", 0),
+        ({"x": "no", "y": "yes"}, "yes", 1),
     ],
 )
 def test_an_answer_may_be_an_index_a_letter_a_label_or_a_text(choices: Any, answer: Any, index: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -85,7 +86,7 @@ def test_threads_are_those_that_help(chosen: Choose) -> None:
     assert chosen(cores=1).threads == 1
     assert chosen(cores=4, gain=3.0, ranks=2).threads == 2
     assert chosen(cores=4, gain=3.0, ranks=8).threads == 1
-    assert chosen(cores=4, gain=0.3, threads=3).threads == 3
+    assert chosen(cores=4, gain=0.3, threads=2).threads == 2
 
 
 def threads_by(monkeypatch: pytest.MonkeyPatch, gains: list[float], rounds: int = 5) -> int:
@@ -149,7 +150,10 @@ def test_the_threads_of_the_environment_are_obeyed(
     monkeypatch.setattr(machine, "core_count", lambda: 7)
     chosen, reason = execution.choose_threads(None, (64, 64, 64), CPU, 1)
     assert chosen == (threads or 1) and ("OMP_NUM_THREADS" in reason) == (threads is not None)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
     assert execution.choose_threads(5, (64, 64, 64), CPU, 1)[0] == 5
+    with pytest.raises(StageError, match=r"compute\.threads: 9 threads[\s\S]*at most 8"):
+        execution.choose_threads(9, (64, 64, 64), CPU, 1)
 
 
 def test_long_runs_are_compiled_and_short_ones_are_not(chosen: Choose) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable, Iterator
+
 import pytest
 import torch
 
@@ -40,7 +43,10 @@ def test_a_weight_for_each_block_moves_that_block_alone() -> None:
 def test_what_the_start_does_not_have_stays_the_ends() -> None:
     model, end = make_llama(0), interpolate.copy_weights(make_llama(1))
     start = {name: t for name, t in interpolate.copy_weights(make_llama(2)).items() if "norm" not in name}
-    assert interpolate.refuse_other_shapes(start, end, ("a", "b")) == sorted(name for name in end if "norm" in name)
+    new = interpolate.refuse_other_shapes(start, end, ("a", "b"), has_task_layer=True)
+    assert new == sorted(name for name in end if "norm" in name)
+    with pytest.raises(ModelError, match=r"norm.weight is missing in a and \(32,\) in b"):
+        interpolate.refuse_other_shapes(start, end, ("a", "b"))
     interpolate.interpolate_weights(model, start, end, 0.0)
     assert all(torch.equal(p, end[name] if "norm" in name else start[name]) for name, p in model.named_parameters())
 
@@ -56,5 +62,28 @@ def test_models_of_other_shapes_are_refused_by_name() -> None:
 def test_the_mean_of_states_is_that_of_their_numbers() -> None:
     states = [{"w": torch.full((2,), value, dtype=torch.float32)} for value in (1e8, 1.0, -1e8)]
     assert torch.equal(
-        interpolate.average_weights(states)["w"], torch.full((2,), 1 / 3)
+        interpolate.average_weights(iter(states), [1 / 3] * 3)["w"], torch.full((2,), 1 / 3)
     )  # in float32 the one would be lost
+
+
+def most_in_memory(average: Callable[[Iterator[dict[str, torch.Tensor]], list[float]], object]) -> int:
+    """How many of five states exist at most at one time."""
+    alive: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+
+    def states() -> Iterator[dict[str, torch.Tensor]]:
+        nonlocal most
+        for value in range(5):
+            tensor = torch.full((3,), float(value))
+            alive.append(weakref.ref(tensor))
+            most = max(most, sum(each() is not None for each in alive))
+            yield {"w": tensor}
+            del tensor
+
+    average(states(), [0.2] * 5)
+    return most
+
+
+def test_states_are_averaged_one_after_another() -> None:
+    assert most_in_memory(interpolate.average_weights) == 1
+    assert most_in_memory(lambda states, weights: interpolate.average_weights(list(states), weights)) == 5

@@ -15,8 +15,10 @@ from postgrad.errors import ModelError
 from postgrad.models.cpu_attention import CAUSAL_BLOCKS, causal_blocks, is_supported
 from postgrad.models.location import ModelLocation, locate_model
 from postgrad.models.model import CausalModel, verify_model
-from postgrad.models.pretrained import load_model, load_tokenizer, save_pretrained
+from postgrad.models.pretrained import load_model, load_pretrained, load_tokenizer, save_pretrained
+from postgrad.models.task import Task
 from tests.conftest import VOCABULARY, make_llama, make_tokenizer
+from tests.tiny_models import bert_tokenizer, make_bert
 
 SMALL = {
     "vocab_size": VOCABULARY,
@@ -164,8 +166,17 @@ def test_missing_weights_are_not_made_up(tmp_path: Path) -> None:
     weights = load_file(tmp_path / "m" / "model.safetensors")
     weights.pop("model.layers.1.mlp.up_proj.weight")
     save_file(weights, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match="lacks 1 weights"):
+    with pytest.raises(ModelError, match="lacks 1 weights") as caught:
         load_model(ModelLocation("m", tmp_path / "m"))
+    assert not caught.value.hint
+
+
+def test_an_encoder_without_its_head_can_be_classified_with(tmp_path: Path) -> None:
+    tokenizer = bert_tokenizer()
+    save_pretrained(make_bert(len(tokenizer)).bert, tokenizer, tmp_path / "m", dtype=torch.float32)
+    with pytest.raises(ModelError, match=r"lacks \d+ weights") as caught:
+        load_pretrained(ModelLocation("m", tmp_path / "m"), Task.MASKED)
+    assert "objectives: [{kind: classify}]" in caught.value.hint
 
 
 def test_places_that_hold_no_model_are_named(tmp_path: Path) -> None:

@@ -524,6 +524,18 @@ def test_a_label_that_only_test_rows_have_is_told_with_its_place(shelf: Workspac
     )
 
 
+def test_one_label_alone_cannot_be_trained(shelf: Workspace, tmp_path: Path) -> None:
+    train = write_rows(tmp_path / "train.jsonl", made(["one", "two", "three"], "low"))
+    test = write_rows(tmp_path / "test.jsonl", made(["four", "five"], "low"))
+    for listed in ({}, {"labels": ["low"]}):
+        with pytest.raises(StageError, match=r"all rows have the label 'low'[\s\S]*objectives\.labels"):
+            shelf.plan(classified(shelf, train, test, **listed))
+    assert shelf.plan(classified(shelf, train, test, labels=["low", "high"])).model.task_layer is not None
+    empty = write_rows(tmp_path / "none.jsonl", [{"text": "a b", "label": -1}] * 5)
+    with pytest.raises(PostgradError):
+        shelf.plan(classified(shelf, empty, test))
+
+
 def test_a_label_of_which_every_row_is_a_copy_of_a_test_row_is_told(shelf: Workspace, tmp_path: Path) -> None:
     numbers = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
     rare = made(["yes no yes", "no yes no"], "rare")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from typing import Any, get_args
 
 import numpy as np
@@ -295,3 +296,21 @@ def test_described_objectives_are_all_built() -> None:
         name for name, value in vars(described).items() if name.endswith("Objective") and name != "Objective" and value
     }
     assert len(names - {"AnyObjective", "RowsObjective", "DistillObjective", "TeacherObjective"}) == len(OBJECTIVES)
+
+
+def test_dropped_tokens_are_told_by_their_cause(shelf: Workspace) -> None:
+    """Answers that are too long for a row are no copies of held-out text."""
+    rows = [{"instruction": f"say {i}", "output": "one two three " * (60 if i % 2 else 1)} for i in range(40)]
+    copies = [{"instruction": "say", "output": "seven"}] * 3
+    source = {"name": "x", "path": str(write_rows(shelf.folder / "long.jsonl", [*rows, *copies])), "max_passes": 100}
+    held_out = write_rows(shelf.folder / "long-heldout.jsonl", copies[:1])
+    raw = shelf.stage("dropped", sources=[source], objectives=[{"kind": "next-token", "train_on": "answers"}])
+    raw["evaluation"] = {"learned": [{"name": "held", "path": str(held_out)}]}
+    plan = shelf.plan(raw)
+    told = [
+        int(found[1].replace(",", ""))
+        for cause in ("copies of held-out documents", "rows that are skipped")
+        if (found := re.search(rf"x: ([\d,]+) tokens are dropped \([^)]*{cause}", "\n".join(plan.notes)))
+    ]
+    store = plan.data.sources[0].store.documents["tokens"]
+    assert told == [store[-3:].sum(), store[1:40:2].sum()]

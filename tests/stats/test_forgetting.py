@@ -9,9 +9,9 @@ import pytest
 from scipy import stats
 from scipy.sparse import csr_array
 
-from postgrad.stats import bootstrap
+from postgrad.stats import bootstrap, forgetting
 from postgrad.stats.bootstrap import percentile_interval, ratio_interval, resample_counts, resample_ratio, resample_sums
-from postgrad.stats.forgetting import TransferSummary, loss_verdict, paired_change, summarize_scores
+from postgrad.stats.forgetting import LossChange, TransferSummary, loss_verdict, paired_change, summarize_scores
 
 
 def documents(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -135,6 +135,17 @@ def test_a_change_is_told_in_every_unit() -> None:
     assert change.share_of_range == pytest.approx(0.2 / (math.log(64) - 3))
     assert change.bits_per_byte_difference == pytest.approx(2 / math.log(2) / 50)
     assert (change.units, change.count) == ("windows", 2)
+
+
+def test_a_start_loss_of_zero_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def change() -> LossChange:
+        return paired_change(np.zeros(3), np.array([0.0, 0.2, 0.1]), np.array([4, 2, 3]), total_bytes=9, vocabulary=9)
+
+    found = change()
+    assert found.verdict in ("forgot", "no evidence") and 1e9 < found.relative < math.inf
+    monkeypatch.setattr(forgetting, "MIN_LOSS", 0)  # the mutant
+    with pytest.raises(ZeroDivisionError):
+        change()
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,6 @@ from typer.testing import CliRunner
 from postgrad.cli.main import app
 from postgrad.cli.study_progress import StudyProgress, progress_table
 from postgrad.commands import builtin_corpus
-from postgrad.config.stage_file import read_yaml
 from postgrad.errors import DataError, StageError
 from postgrad.evaluation import before_after
 from postgrad.lineage.metrics import EvaluationRow, SetRow
@@ -33,6 +32,7 @@ from postgrad.reports.result_models import StudyResults
 from postgrad.reports.sections.study_table import claims_table, study_arms_table, study_csv
 from postgrad.reports.sections.study_text import join_names, study_summary
 from postgrad.stats.bootstrap import resample_ratio
+from postgrad.storage.read_yaml import read_yaml
 from postgrad.studies import results as found_in
 from postgrad.studies import step_graph as study_arms
 from postgrad.studies import study_plan as study_plan

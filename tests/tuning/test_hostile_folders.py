@@ -22,15 +22,18 @@ from postgrad.tuning.adapter_folder import save_tuning
 from postgrad.tuning.attach import attach
 from postgrad.tuning.open_model import open_model
 from tests.conftest import make_llama, make_tokenizer
+from tests.tiny_models import bert_tokenizer, make_bert, make_t5, t5_tokenizer
 
 FRAME = {"prefix_ids": [], "separator_ids": [], "suffix_ids": []}
 
 
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base, a LoRA of ours, and the same as PEFT's two files alone."""
+    """A base, a LoRA of ours, and the same as PEFT's two files alone; an encoder and an encoder-decoder."""
     folder = tmp_path_factory.mktemp("shelf")
     save_pretrained(make_llama(), make_tokenizer(), folder / "base", dtype=torch.float32)
+    for name, make, tokenizer in (("bert", make_bert, bert_tokenizer()), ("t5", make_t5, t5_tokenizer())):
+        save_pretrained(make(len(tokenizer)), tokenizer, folder / name, dtype=torch.float32)
     tuning = attach(make_llama(), {"kind": "lora", "rank": 2})
     (folder / "ours").mkdir()
     base = {"name": str(folder / "base"), "relative": "../base", "task": "causal", "frame": FRAME, "base_of_base": None}
@@ -55,8 +58,10 @@ def open_all(folder: Path) -> None:
     start = locate_model(str(folder), folder.parent)
     load_tokenizer(start)
     opened = open_model(start)
+    ids = torch.ones(1, 4, dtype=torch.long)
+    decoder = {"decoder_input_ids": ids} if opened.model.config.is_encoder_decoder else {}
     with torch.no_grad():
-        opened.model(input_ids=torch.ones(1, 4, dtype=torch.long))
+        opened.model(input_ids=ids, **decoder)
 
 
 def change(file: str, *path: str | int, to: Any) -> Callable[[Path], None]:
@@ -189,7 +194,7 @@ HARMLESS = {"config: architectures text", "config: dtype", "tokenizer: no model"
 
 
 def test_the_folders_themselves_open(shelf: Path) -> None:
-    for name in ("base", "ours", "peft"):
+    for name in ("base", "ours", "peft", "bert", "t5"):
         open_all(shelf / name)
 
 
@@ -280,7 +285,10 @@ _VALUES = st.recursive(
 _PLACES = {
     "ours": (OURS, "tuning.safetensors"),
     "peft": (PEFT, "adapter_model.safetensors"),
-    "base": (CONFIG, "tokenizer.json", "tokenizer_config.json", "generation_config.json", "model.safetensors"),
+    **dict.fromkeys(
+        ("base", "bert", "t5"),
+        (CONFIG, "tokenizer.json", "tokenizer_config.json", "generation_config.json", "model.safetensors"),
+    ),
 }
 
 

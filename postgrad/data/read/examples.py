@@ -369,7 +369,9 @@ def _parse_choices(values: Mapping[str, Any], location: str) -> _ParsedFields:
 
 def _options(value: Any, location: str) -> tuple[list[str], list[str]]:
     """The texts of the choices, and the row's own names for them, if it has any."""
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping) and "text" not in value:  # {A: ..., B: ...}
+        texts, names = list(value.values()), list(map(str, value))
+    elif isinstance(value, Mapping):
         texts, names = _list(value.get("text"), "choices.text", location), value.get("label")
     else:
         texts, names = _list(value, "choices", location), None

@@ -5,7 +5,6 @@ A source is a file, a folder, a glob pattern or a Hub data set.
 
 from __future__ import annotations
 
-import fnmatch
 import glob
 import os
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from postgrad.data.read.folders import FileListing, choose_files
+from postgrad.data.read.folders import FileListing, choose_files, matches_pattern
 from postgrad.errors import DataError, format_names, suggest_path
 from postgrad.storage.regular_file import describe_special_file
 
@@ -142,7 +141,7 @@ def matches_path(file: Path, path: str, root: Path) -> bool:
     target = (root / Path(path).expanduser()).resolve()
     if target.is_dir():
         return file.is_relative_to(target) and not any(p.startswith(".") for p in file.relative_to(target).parts)
-    return _matches_parts(file.parts, target.parts)
+    return matches_pattern(str(file), str(target))
 
 
 def _match_pattern(pattern: Path, root: Path) -> list[Path]:
@@ -159,17 +158,8 @@ def _match_pattern(pattern: Path, root: Path) -> list[Path]:
         file
         for folder in heads
         for file in _walk_files(folder)
-        if _matches_parts(file.relative_to(folder).parts, behind)
+        if matches_pattern(str(file.relative_to(folder)), "/".join(behind))
     ]
-
-
-def _matches_parts(parts: tuple[str, ...], patterns: tuple[str, ...]) -> bool:
-    if not patterns:
-        return not parts
-    if patterns[0] == "**":
-        rest = patterns[1:]
-        return not rest or any(_matches_parts(parts[start:], rest) for start in range(len(parts)))
-    return bool(parts) and fnmatch.fnmatch(parts[0], patterns[0]) and _matches_parts(parts[1:], patterns[1:])
 
 
 def _walk_files(folder: Path) -> list[Path]:

@@ -18,6 +18,8 @@ from typing import Any
 import yaml
 
 from postgrad.errors import DataError, suggest_nearest
+from postgrad.storage.read_yaml import read_yaml
+from postgrad.storage.regular_file import open_regular_file
 
 _SPLIT_WORDS = {
     "train": ("train", "training"),
@@ -26,7 +28,8 @@ _SPLIT_WORDS = {
 }
 _SHARD = re.compile(r"data/(\w+(?:\.\w+)*)-\d{5}-of-\d{5}[^/]*\.[^/]*")
 _CARD = "README.md"
-_CARD_BYTES = 2**20
+_CARD_BYTES, _CARD_NODES = 2**20, 200_000
+"""Limits of a card, which may list every label of hundreds of configurations."""
 _METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 """Files of a data set that are no data."""
 
@@ -152,7 +155,7 @@ def _read_card(card: Path) -> list[Any] | None:
     if not card.is_file():
         return None
     try:
-        with card.open("rb") as file:
+        with open_regular_file(card) as file:
             text = file.read(_CARD_BYTES).decode("utf-8", "replace")
     except OSError:
         return None
@@ -160,8 +163,8 @@ def _read_card(card: Path) -> list[Any] | None:
     if match is None:
         return None
     try:
-        values = yaml.safe_load(match[1])
-    except (yaml.YAMLError, RecursionError, ValueError):
+        values = read_yaml(match[1], _CARD_NODES)
+    except (yaml.YAMLError, ValueError):
         return None
     configs = values.get("configs") if isinstance(values, dict) else None
     return configs if isinstance(configs, list) else []
@@ -192,7 +195,7 @@ def _card_splits(folder: Path, configs: list[Any], names: Sequence[str], where: 
         return _find_splits(inside, lenient=False) or {"train": inside}
     by_split: dict[str, list[str]] = {}
     for split, pattern in _patterns(config["data_files"]):
-        found = [name for name in inside if _matches(name.removeprefix(prefix), pattern)]
+        found = [name for name in inside if matches_pattern(name.removeprefix(prefix), pattern)]
         if not found:
             raise DataError(
                 f"the data card of {folder.name} names {pattern}, and no file matches it",
@@ -213,7 +216,7 @@ def _patterns(value: Any) -> Iterator[tuple[str, str]]:
             yield split, str(path).removeprefix("./")
 
 
-def _matches(name: str, pattern: str) -> bool:
+def matches_pattern(name: str, pattern: str) -> bool:
     """Whether a path matches a pattern, in which `**` stands for any folders and `*` for a part of one name."""
 
     def match(parts: list[str], patterns: list[str]) -> bool:

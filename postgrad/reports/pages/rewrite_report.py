@@ -6,9 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from postgrad.config.stage_file import dump_stage
-from postgrad.errors import StageError
 from postgrad.lineage.metrics import METRICS, MetricsRow, read_metrics, read_run_metrics
-from postgrad.lineage.record import LOCK, PLAN, RECORD, Fingerprints, ModelSummary, Record, read_record, validate_part
+from postgrad.lineage.record import (
+    LOCK,
+    PLAN,
+    RECORD,
+    Fingerprints,
+    ModelSummary,
+    Record,
+    no_run_error,
+    read_record,
+    validate_part,
+)
 from postgrad.lineage.saved_plan import read_plan
 from postgrad.reports.html import document
 from postgrad.reports.pages import run_page
@@ -21,7 +30,7 @@ def rewrite_report(run_folder: Path) -> Path:
     metrics = read_run_metrics(run_folder, record) if record else None
     if record is None or metrics is None or _is_resumed(run_folder, record, metrics.rows):
         if not (run_folder / PLAN).exists():
-            raise StageError(f"{run_folder} is not a run folder", expected="the output folder of `postgrad train`")
+            raise no_run_error(run_folder)
         record = _unfinished_record(run_folder)
         metrics = read_metrics(run_folder / METRICS, record.id)
     html = run_page.run_page(record, metrics, metrics.damage)
