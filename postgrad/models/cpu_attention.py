@@ -118,7 +118,9 @@ def is_supported(model: PreTrainedModel) -> bool:
     """Whether this function gives the logits that the model's own plain attention gives, packed rows included."""
     config = model.config
     text = config.get_text_config()
-    if any(float(getattr(text, key, 0) or 0) > 0 for key in ("attention_dropout", "attn_pdrop")):
+    # `attention_dropout`, `attn_pdrop`, `attention_probs_dropout_prob`: each family has its own name for the same.
+    dropouts = (value for key, value in text.to_dict().items() if key.startswith("att") and "drop" in key)
+    if any(isinstance(value, float) and value > 0 for value in [*dropouts, getattr(text, "attn_pdrop", 0.0)]):
         return False
     vocabulary = get_embedding_weight(model).shape[0]
     ids = torch.randint(0, vocabulary, (1, 40), generator=torch.Generator().manual_seed(0)).to(model.device)

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import BioGptConfig, BioGptForCausalLM
 
 from postgrad.errors import ModelError
 from postgrad.models import isolation
+from postgrad.models.cpu_attention import is_supported
 from postgrad.models.isolation import Leak, find_leak
 from postgrad.models.model import CausalModel, find_model_leak, verify_model
 from tests.conftest import make_llama
@@ -144,3 +146,10 @@ def test_the_probe_leaves_the_model_as_it_was() -> None:
     assert not any(module._forward_hooks for module in model.modules())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert torch.is_grad_enabled()
+
+
+def test_attention_with_dropout_of_any_name_is_left_to_transformers() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    for rate in (0.0, 0.1):
+        config = BioGptConfig(vocab_size=320, attention_probs_dropout_prob=rate, **sizes)
+        assert is_supported(BioGptForCausalLM(config).eval()) == (rate == 0.0)
