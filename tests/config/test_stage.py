@@ -570,6 +570,7 @@ def test_every_key_of_a_tuning_is_an_option_of_its_kind() -> None:
 OTHER: dict[str, Any] = {
     "name": "x", "model": "x", "tokens": "21M", "seed": 1, "max_forgetting": "5%", "data.sequence_length": 512,
     "data.on_exhausted": "stop", "data.skip_steps": 3, "data.max_document_tokens": 9, "data.eos": "<e>", "data.overlap": "off",
+    "data.packing": False,
     "data.workers": 3, "data.curriculum": [{"at": "50%", "shares": {"papers": 1.0}}], "data.sources.0.path": "x",
     "data.sources.0.max_passes": 5, "data.sources.0.held_out": "1%", "data.sources.0.prior_tokens": 5,
     "data.sources.0.select": [{"kind": "duplicates"}],

@@ -397,7 +397,8 @@ def test_a_resume_that_forgets_something_is_met(shelf: Workspace, name: str, mon
             for n, p in kept.items():
                 run.model.pretrained.get_parameter(n).copy_(p)
         if not kept:
-            run.optimizer.inner.state.clear()
+            for optimizer in run.optimizer.inner:
+                optimizer.state.clear()
 
     restore = training_session.restore_run
     monkeypatch.setattr(training_session, "restore_run", forgetful)
