@@ -62,7 +62,11 @@ def by_name(found: Found) -> dict[str, Found]:
 
 
 def levers() -> list[str]:
-    return of_levers(read("levers"), ["old", "new", "time"]) + of_levers(read("levers_python"), [])
+    return (
+        of_levers(read("levers"), ["old", "new", "time"])
+        + of_levers(read("levers_python"), [])
+        + of_levers(read("levers_2026"), [])
+    )
 
 
 def of_fewer() -> list[str]:
@@ -300,6 +304,7 @@ HELD = [
     "frozen_layers",
     "layer_probe",
     "levers",
+    "levers_2026",
     "levers_python",
 ]
 HELD += ["penalties", "penalty_speed", "probe", "restore", "tuning_speed", "update_speed"]
