@@ -108,7 +108,7 @@ class CausalModel(LanguageModel):
             inputs = _join_rows(**inputs)
         options = {"output_router_logits": True} if self.records_routers else {}
         run = self.run(**inputs, use_cache=False, **options)
-        hidden_BTD = run.hidden.reshape(*shape_BT, -1)
+        hidden_BTD = run.hidden if run.hidden.shape[:-1] == shape_BT else run.hidden.reshape(*shape_BT, -1)
         return Output(hidden_BTD, self.head(), run.output.router_logits if self.records_routers else ())
 
     def compute_hidden(self, **inputs: Tensor) -> Tensor:

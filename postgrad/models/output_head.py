@@ -92,7 +92,18 @@ def run_body(pretrained: PreTrainedModel, **inputs: Any) -> ModelRun:
         output = pretrained(**inputs)
     if len(seen) != 1:
         raise _not_understood(pretrained, f"its output embedding is used {len(seen)} times")
-    return ModelRun(seen[0], output)
+    return ModelRun(_without_slice(seen[0]), output)
+
+
+def _without_slice(hidden: Tensor) -> Tensor:
+    """The tensor that a slice of all of it was taken from: models slice for `logits_to_keep`, and FSDP2 returns no views."""
+    base = hidden._base
+    is_whole = base is not None and (base.shape, base.stride(), base.storage_offset()) == (
+        hidden.shape,
+        hidden.stride(),
+        hidden.storage_offset(),
+    )
+    return base if base is not None and is_whole else hidden
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from postgrad.storage.read_json import MAX_BYTES, Value, parse_json, read_file, 
 
 CHECKSUM = "checksum"
 OWNER_LENGTH = 8
+_DIGEST_FORM = re.compile(rf"\S{{0,{OWNER_LENGTH}}}-[0-9a-f]{{16}}")
+"""A checksum: the owner's first characters, and the digest."""
 
 
 def add_checksum(document: Mapping[str, Any], owner: str = "") -> dict[str, Any]:
@@ -34,7 +37,8 @@ def find_damage(document: Mapping[str, Any], owner: str = "") -> str:
     """What is wrong with a document by its checksum: empty when nothing is, and without a checksum."""
     found = document.get(CHECKSUM)
     if found is None:
-        return ""
+        last = str(next(reversed(document.values()), ""))
+        return "the key of its checksum is damaged" if _DIGEST_FORM.fullmatch(last) else ""
     own, _, digest = str(found).rpartition("-")
     if digest != _digest({key: value for key, value in document.items() if key != CHECKSUM}):
         return "the content does not match its checksum"

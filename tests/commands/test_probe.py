@@ -132,7 +132,7 @@ def test_spans_are_scored_as_spans(shelf: Workspace) -> None:
     files = [str(write_rows(shelf.folder / f"spans-{seed}.jsonl", sentences(80, seed))) for seed in range(3)]
     found = probe_layers(str(shelf.folder / "bert"), files[0], files[1], dev=files[2], cache=shelf.cache)
     assert found.metric == "span F1"
-    assert set(found.views[0].metrics) == {"span F1", "span precision", "span recall", "accuracy", "macro F1"}
+    assert set(found.views[0].metrics) == {"span F1", "span precision", "span recall", "accuracy", "macro F1", "MCC"}
     assert found.views[1].metrics["span F1"].value > found.guess["span F1"].value == 0
 
 

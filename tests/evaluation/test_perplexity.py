@@ -93,7 +93,7 @@ def test_a_head_without_its_soft_cap_would_be_caught() -> None:
     texts = documents(25, CONTEXT)
     wanted = sum(-plain_log_probabilities(model, t).sum() for t in texts)
     without = CausalModel(model)
-    without.softcap = None
+    without.head_function = without.head_function._replace(softcap=None)
     assert score_held_out(CausalModel(model), set_of(texts), context=CONTEXT).nats_W.sum() == pytest.approx(
         wanted, rel=1e-5
     )
