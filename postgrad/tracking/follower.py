@@ -113,7 +113,7 @@ def _main() -> None:
 
         def report(problem: str) -> None:
             with suppress(BrokenPipeError):
-                print(problem.replace("\n", " "), file=output)
+                output.write(problem.replace("\n", " ") + "\n")
 
         try:
             follow_run(Path(request["run"]), config, _wait_for_end, report)

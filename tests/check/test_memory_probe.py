@@ -63,7 +63,7 @@ def test_the_peak_of_a_run_is_foretold(
 
     memory = in_child_value(tmp_path, checked)
     real = in_child_value(tmp_path, trained)
-    assert memory["is_measured"] and memory["total"] == pytest.approx(real, rel=0.1), (memory, real)
+    assert memory["is_measured"] and memory["total"] == pytest.approx(real, rel=0.15), (memory, real)
     # The mutant: the shapes alone.
     monkeypatch.setattr(check, "measure_memory", lambda plan, execution, world, estimate, process: estimate)
     assert in_child_value(tmp_path, checked)["total"] < 0.7 * real

@@ -16,7 +16,12 @@ from tests.conftest import make_tokenizer
 
 EOS = "<|end|>"
 SPECIAL = {"bos_token": "<|begin|>", "eos_token": EOS}
-TODAY = datetime.datetime.now(tz=datetime.timezone.utc).astimezone().date()  # noqa: UP017
+
+
+def today() -> datetime.date:
+    """What transformers takes as the date; asked for each time, since a run of the tests may pass midnight."""
+    return datetime.datetime.now(tz=datetime.timezone.utc).astimezone().date()  # noqa: UP017
+
 
 _TURN = "{{ '<' ~ m.role ~ '>' ~ m.content ~ eos_token ~ '\n' }}"
 _PROMPT = "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
@@ -184,7 +189,7 @@ def by_transformers(template: str, example: Example) -> str | None:
 def compare(name: str, conversation: str) -> str:
     """`equal`, the cause of a refusal, or `different`."""
     example = make_example("chat", CONVERSATIONS[conversation], "f:1")
-    renderer = ChatRenderer(TEMPLATES[name], SPECIAL, today=TODAY)
+    renderer = ChatRenderer(TEMPLATES[name], SPECIAL, today=today())
     expected = by_transformers(TEMPLATES[name], example)
     try:
         text = renderer.render_text(example.messages, example.fields.get("tools"))
@@ -211,7 +216,7 @@ def test_every_template_renders_every_conversation_as_transformers_does() -> Non
 def test_a_wrong_rendering_would_be_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mutants: another day, keys in another order, and reasoning that is dropped."""
     if name == "date":
-        monkeypatch.setitem(globals(), "TODAY", datetime.date(2000, 1, 1))
+        monkeypatch.setitem(globals(), "today", lambda: datetime.date(2000, 1, 1))
     elif name == "tools":
         monkeypatch.setattr(chat, "_to_json", lambda value, **_: repr(value))
         chat.compile_template.cache_clear()
