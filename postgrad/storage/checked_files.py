@@ -37,8 +37,8 @@ def find_damage(document: Mapping[str, Any], owner: str = "") -> str:
     """What is wrong with a document by its checksum: empty when nothing is, and without a checksum."""
     found = document.get(CHECKSUM)
     if found is None:
-        last = str(next(reversed(document.values()), ""))
-        return "the key of its checksum is damaged" if _DIGEST_FORM.fullmatch(last) else ""
+        last = list(document.values())[-1:]
+        return "the key of its checksum is damaged" if last and _DIGEST_FORM.fullmatch(str(last[0])) else ""
     own, _, digest = str(found).rpartition("-")
     if digest != _digest({key: value for key, value in document.items() if key != CHECKSUM}):
         return "the content does not match its checksum"
