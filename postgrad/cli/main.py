@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from postgrad.cli import home_verbs, measure_verbs, model_verbs, stage_verbs
+from postgrad.cli import measure_verbs, model_verbs, run_verbs, stage_verbs
 from postgrad.cli.options import Verb
 from postgrad.cli.streams import lasting_streams, stop_on_signals
 from postgrad.cli.terminal import guard_streams
@@ -53,10 +53,10 @@ for name, verb in (
     ("importance", measure_verbs.importance),
     ("generate", model_verbs.generate),
     ("export", model_verbs.export),
-    ("push", home_verbs.push),
-    ("track", home_verbs.track),
-    ("runs", home_verbs.runs),
-    ("doctor", home_verbs.doctor),
+    ("push", run_verbs.push),
+    ("track", run_verbs.track),
+    ("runs", run_verbs.runs),
+    ("doctor", run_verbs.doctor),
 ):
     app.command(name=name, cls=Verb)(verb)
 
