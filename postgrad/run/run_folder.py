@@ -131,6 +131,7 @@ class Interrupt:
         self.requested = False
         self._requested_at = 0.0
         self._previous_handlers: dict[int, Any] = {}
+        self._has_ended = False
 
     def __enter__(self) -> Interrupt:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -143,8 +144,18 @@ class Interrupt:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous_handlers.items():
-            signal.signal(number, handler)
+        """Restore the handlers, unless a later run has set its own: an iterator that is left may end after that."""
+        self._has_ended = True
+        for number in self._previous_handlers:
+            owner = getattr(signal.getsignal(number), "__self__", None)
+            if owner is self or not isinstance(owner, Interrupt):
+                signal.signal(number, self._find_previous(number))
+
+    def _find_previous(self, number: int) -> Any:
+        """The handler before this one, of a run that has not ended."""
+        handler = self._previous_handlers[number]
+        owner = getattr(handler, "__self__", None)
+        return owner._find_previous(number) if isinstance(owner, Interrupt) and owner._has_ended else handler
 
     def _handle_signal(self, number: int, _frame: object) -> None:
         if self.requested:

@@ -244,3 +244,15 @@ def test_a_second_ctrl_c_ends_the_command(
     monkeypatch.setattr(progress._PlainScreen, "show", twice)
     done = postgrad("train", stage_file())
     assert done.code == 3 and "stopped at once; what was saved is kept" in done.err
+
+
+def test_a_run_that_is_left_takes_no_handler_from_a_later_one() -> None:
+    """An iterator of events that nobody finishes ends when it is collected, perhaps during the next run."""
+    before = signal.getsignal(signal.SIGTERM)
+    left, later = Interrupt(), Interrupt()
+    left.__enter__()
+    later.__enter__()
+    left.__exit__()
+    assert signal.getsignal(signal.SIGTERM) == later._handle_signal
+    later.__exit__()
+    assert signal.getsignal(signal.SIGTERM) == before
