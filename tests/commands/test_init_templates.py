@@ -125,7 +125,6 @@ def test_rows_of_the_user_are_classified(here: Path, made: Path, cache: Path) ->
     assert record.scores.after["rows"].metrics["accuracy"].value >= 0
 
 
-@pytest.mark.slow
 def test_the_shift_of_our_own_texts_is_told_when_they_are_only_just_made(here: Path) -> None:
     said: list[str] = []
     first, again = (

@@ -1694,14 +1694,16 @@ def _differing_steps(expected: Data, found: Data, within: str) -> Iterator[str]:
 
 def _apart(place: str, expected: Any, found: Any, left_out: set[str]) -> Iterator[str]:
     if isinstance(expected, dict) and isinstance(found, dict):
-        for key in expected:  # what a later version adds is no change of what was
+        for key in [*expected, *(key for key in found if key not in expected)]:
             if key in left_out or (key == "steps" and isinstance(expected.get(key), list)):
                 continue
             where = f"{place}.{key}" if place else str(key)
-            if expected[key] is None and found.get(key) is None:  # an absent value is not written any more
+            if expected.get(key) is None and found.get(key) is None:  # an absent value is not written any more
                 continue
             if key not in found:
                 yield f"{where} is missing"
+            elif key not in expected:
+                yield f"{where} is new"
             else:
                 yield from _apart(where, expected[key], found[key], left_out)
     elif isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
