@@ -61,7 +61,7 @@ class RestoreRequest:
     self_distill_share: float = 0.5
     """The fraction of the trained tokens that distil the model itself on new text."""
     learning_rate: float | None = None
-    """Default: a fifth of the peak rate of the run, which does less damage to begin with."""
+    """Default: a fifth of the peak rate of the run, which gives up less of what was learnt."""
     output: str | None = None
     """The new run's folder. Default: RUN-restored."""
 
