@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TypedDict
 
 import numpy as np
@@ -19,6 +18,7 @@ from scipy import stats
 from scipy.sparse import csr_array, hstack
 
 from postgrad.data.problem_type import ProblemType
+from postgrad.lineage.record import ClassRecord
 from postgrad.stats.bootstrap import percentile_interval, resample_counts, resample_sums, undefined_draws
 
 CountMetric = Callable[[np.ndarray], np.ndarray]
@@ -183,25 +183,9 @@ def _resampled_metrics(
 # --- class by class ---------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class ClassScore:
-    """How well one class is told from the others, as scikit-learn's `precision_recall_fscore_support` defines it."""
-
-    name: str
-    precision: float
-    """The share of the predictions of this class that are right; 0 where there are none."""
-    recall: float
-    """The share of the items of this class that are found; 0 where there are none."""
-    f1: float
-    support: int
-    """Items of this class."""
-    predicted: int
-    """Items that are taken for this class."""
-
-
 def class_scores(
     problem: ProblemType, predictions_I: np.ndarray, labels_I: np.ndarray, names: Sequence[str]
-) -> list[ClassScore]:
+) -> list[ClassRecord]:
     """Each class by itself, in the order of `names`; empty for numbers."""
     if problem == ProblemType.NUMBER or not names:
         return []
@@ -215,7 +199,7 @@ def class_scores(
         right_C, actual_C, predicted_C = counts_CC.diagonal(), counts_CC.sum(1), counts_CC.sum(0)
     rows = zip(names, right_C.tolist(), actual_C.tolist(), predicted_C.tolist(), strict=True)
     return [
-        ClassScore(
+        ClassRecord(
             name=str(name),
             precision=right / max(predicted, 1),
             recall=right / max(actual, 1),

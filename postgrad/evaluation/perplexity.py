@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -111,7 +111,7 @@ class Scores:
             largest = int(max(self.labels_I.max(), self.predictions_I.max()))
             names += [f"class {number}" for number in range(len(names), largest + 1)]
         found: dict[str, Any] = {
-            "classes": [asdict(each) for each in class_scores(problem, self.predictions_I, self.labels_I, names)]
+            "classes": [each.as_json() for each in class_scores(problem, self.predictions_I, self.labels_I, names)]
         }
         if problem != ProblemType.MULTI_LABEL and len(names) <= MAX_CONFUSION_CLASSES:
             found["confusion"] = confusion_counts(self.predictions_I, self.labels_I, len(names)).tolist()

@@ -358,11 +358,13 @@ class MetricValue(RecordPart):
 
 
 class ClassRecord(RecordPart):
-    """How well a classifier tells one class from the others, as scikit-learn defines it."""
+    """How well a classifier tells one class from the others: scikit-learn's `precision_recall_fscore_support`."""
 
     name: str
     precision: float
+    """The share of the predictions of this class that are right; 0 where there are none."""
     recall: float
+    """The share of the items of this class that are found; 0 where there are none."""
     f1: float
     support: int
     """Items of this class."""
