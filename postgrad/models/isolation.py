@@ -24,6 +24,8 @@ from postgrad.models.layers import get_embedding_weight
 
 ForwardFunction = Callable[..., Tensor]
 """The last hidden states (B, T, D) for `input_ids` and, in packed rows, `position_ids`."""
+UNSUPPORTED = (AttributeError, TypeError, ValueError, RuntimeError, LookupError)
+"""What an architecture of transformers raises that does not take an argument or a cache; also for want of memory."""
 SHORT_DOCUMENT = 24
 """Tokens of a document in the test of every model."""
 _ROUNDING = 2e-6

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from postgrad.errors import ModelError
 from postgrad.models.isolation import (
     SHORT_DOCUMENT,
+    UNSUPPORTED,
     Leak,
     document_arguments,
     find_leak,
@@ -187,7 +188,7 @@ def find_model_leak(model: CausalModel, row_length: int) -> Leak | None:
         model.passes_documents = find_leak(model.pretrained, model.compute_hidden, row_length) is None
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, NotImplementedError):
+    except UNSUPPORTED:
         model.passes_documents = False
     return None if model.passes_documents else leak
 
