@@ -330,6 +330,18 @@ class ComputeConfig(ConfigModel):
     """How long one of several processes waits for the others, also while the first one alone writes a checkpoint."""
 
 
+class ParallelConfig(ConfigModel):
+    """How the processes that `torchrun` starts share the model: replicas of it, each in shards (FSDP2, hybrid sharding).
+
+    It decides no number of the result, and may change on resume.
+    """
+
+    replicate: Positive = 1
+    """Replicas, such as one on each node: weights are gathered within a replica, and gradients are summed over all."""
+    shard: Positive | None = None
+    """Processes that hold a replica together. Default: as many as there are for each replica."""
+
+
 def _union_tag(value: Any) -> str:
     return "by parts" if isinstance(value, dict | ConfigModel) else "by name"
 
@@ -413,6 +425,8 @@ class Stage(ConfigModel):
     """Checkpoints."""
     compute: ComputeConfig = ComputeConfig()
     """How to compute."""
+    parallel: Annotated[ParallelConfig | None, omit_unset] = None
+    """How several processes share the model. Default: all of them hold one replica in shards."""
     track: Annotated[list[AnyTracker], omit_unset] = []
     """Experiment trackers that get the metrics while the run goes on. Default: none."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from postgrad.models.layers import get_layers
@@ -29,10 +29,11 @@ def compile_layers(model: Model) -> None:
             part.compile(dynamic=False)
 
 
-def shard(model: Model, ranks: int, compute: torch.dtype) -> None:
-    """Shard weights, gradients and optimizer state over all ranks (FSDP2): fp32 shards, computation in `compute`."""
-    kind = next(model.parameters()).device.type
-    mesh = init_device_mesh(kind, (ranks,))
+def shard(model: Model, mesh: DeviceMesh, compute: torch.dtype) -> None:
+    """Shard weights, gradients and optimizer state over the ranks of a mesh (FSDP2): fp32 shards, computation in `compute`.
+
+    With a mesh of two dimensions the ranks of the first hold replicas (hybrid sharding).
+    """
     policy = (
         MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
         if compute != torch.float32

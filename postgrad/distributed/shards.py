@@ -1,14 +1,14 @@
-"""Local shards of tensors, and sums over ranks. On tensors that are no DTensors all of this does nothing.
+"""Local shards of tensors, and sums over shards or ranks. On tensors that are no DTensors all of this does nothing.
 
-Under FSDP2 every master is split by rows over the ranks. Element-wise work (a penalty, a mask) runs on the local rows; only
-sums are collective.
+Under FSDP2 every master is split by rows over the ranks, or over those of each replica. Element-wise work (a penalty, a mask)
+runs on the local rows; only sums are collective.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 
 def local_shard(tensor: Tensor) -> Tensor:
@@ -42,8 +42,21 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def shard_axis(tensor: DTensor) -> int:
+    """The dimension of its mesh that a tensor is sharded over; the others, if any, hold replicas."""
+    return next(axis for axis, placement in enumerate(tensor.placements) if isinstance(placement, Shard))
+
+
+def sum_over_shards(value: Tensor, like: Tensor) -> Tensor:
+    """The sum of what each rank has computed of its rows of `like`; replicas of the rows count once."""
+    if not isinstance(like, DTensor):
+        return value
+    placements = [Partial() if isinstance(placement, Shard) else Replicate() for placement in like.placements]
+    return DTensor.from_local(value, like.device_mesh, placements).full_tensor()
+
+
 def sum_over_ranks(value: Tensor, like: Tensor) -> Tensor:
-    """The sum over the ranks that `like` is sharded over."""
+    """The sum of what each rank has computed of its own rows of the data; `like`: a weight."""
     if not isinstance(like, DTensor):
         return value
     return DTensor.from_local(value, like.device_mesh, [Partial()] * like.device_mesh.ndim).full_tensor()

@@ -12,9 +12,10 @@ from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from postgrad.distributed.peers import Peers
-from postgrad.errors import DistributedError, PostgradError
+from postgrad.errors import DistributedError, PostgradError, StageError
 
 Result = TypeVar("Result")
 
@@ -26,6 +27,37 @@ class InputFile(NamedTuple):
     fingerprint: str
 
 
+class MeshShape(NamedTuple):
+    """The ranks as `replicate` replicas of the model, each in `shard` shards; None: as many as there are."""
+
+    replicate: int = 1
+    shard: int | None = None
+
+    def make(self, device: torch.device, ranks: int) -> DeviceMesh:
+        """The mesh of all ranks; collective. Raises `StageError`, the same on every rank, for another number of ranks."""
+        self.check(ranks)
+        if self.replicate == 1:
+            return init_device_mesh(device.type, (ranks,), mesh_dim_names=("shard",))
+        sizes = (self.replicate, ranks // self.replicate)
+        return init_device_mesh(device.type, sizes, mesh_dim_names=("replicate", "shard"))
+
+    def check(self, ranks: int) -> None:
+        """Raise `StageError` unless the mesh has as many ranks."""
+        if self.replicate * (self.shard or max(1, ranks // self.replicate)) == ranks:
+            return
+        wanted = self.replicate * (self.shard or 1)
+        error = StageError(
+            f"replicate: {self.replicate}"
+            + (f" and shard: {self.shard}" if self.shard else "")
+            + f" do not divide {ranks} {'processes' if ranks > 1 else 'process'}",
+            where="parallel",
+            expected="replicate x shard processes",
+            hint=f"start {wanted} processes (torchrun --nproc-per-node {wanted} ...), or change `parallel`",
+        )
+        error.reported_by = 0
+        raise error
+
+
 @dataclass(frozen=True)
 class World:
     """This process in its process group (started by `torchrun`), or a single process."""
@@ -34,30 +66,40 @@ class World:
     rank: int = 0
     size: int = 1
     peers: Peers | None = None
+    mesh: DeviceMesh | None = None
+    """The ranks over which the model is sharded; None without a process group."""
 
     @classmethod
     @contextmanager
-    def init_process_group(cls, device: torch.device, timeout: timedelta = timedelta(minutes=10)) -> Iterator[World]:
+    def init_process_group(
+        cls,
+        device: torch.device,
+        timeout: timedelta = timedelta(minutes=10),
+        mesh_shape: MeshShape = MeshShape(),
+    ) -> Iterator[World]:
         """Join the process group that the environment of `torchrun` names; without one, run as a single process.
 
         `timeout`: how long a collective call waits for the other ranks. Inside, an error of one rank ends all of them, with a
-        `DistributedError` on those that did not cause it.
+        `DistributedError` on those that did not cause it. Raises `StageError` for a mesh of another number of ranks.
         """
         if "RANK" not in os.environ:
+            mesh_shape.check(1)
             yield cls(device)
             return
+        mesh_shape.check(int(os.environ.get("WORLD_SIZE", "1")))
         if device.type == "cuda":
             torch.cuda.set_device(device)
         backend = "nccl" if device.type == "cuda" else "gloo"
         store, rank, size = next(iter(dist.rendezvous("env://", timeout=timeout)))
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         try:
+            mesh = mesh_shape.make(device, size)
             if size == 1:
-                yield cls(device)
+                yield cls(device, mesh=mesh)
                 return
             with Peers(store, rank, size) as peers:
                 try:
-                    yield cls(device, rank, size, peers)
+                    yield cls(device, rank, size, peers, mesh)
                 except BaseException as error:
                     cause = peers.explain(error)
                     if cause is error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging as transformers_logging
 
 from postgrad.errors import ModelError, first_line
@@ -334,6 +336,32 @@ def save_pretrained(
         for name, tensor in weights.items()
     }
     model.save_pretrained(folder, state_dict=cast, save_original_format=original_names)
+    _save_tokenizer(tokenizer, folder, dtype)
+
+
+def save_config(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, dtype: torch.dtype
+) -> None:
+    """What `save_pretrained` writes besides the weights, which are in files of `dtype`."""
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        model.save_pretrained(scratch, state_dict={})
+        for path in Path(scratch).glob("*.json"):
+            path.rename(folder / path.name)
+    _save_tokenizer(tokenizer, folder, dtype)
+
+
+def published_tensors(model: PreTrainedModel, state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """A part of a model's state under the names of published checkpoints, in `dtype`; tensors may be on `meta`."""
+    return revert_weight_conversion(model, {name: cast_tensor(tensor, dtype) for name, tensor in state.items()})
+
+
+def cast_tensor(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in `dtype`, if it holds floating-point numbers."""
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype) -> None:
+    """Save a tokenizer, and correct the configurations beside it."""
     tokenizer.save_pretrained(folder)
     _make_readable(folder / "tokenizer_config.json", tokenizer)
     config = json.loads((folder / "config.json").read_text())

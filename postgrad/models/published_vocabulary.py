@@ -57,16 +57,23 @@ def publish_pretrained(
 
     def write(staged: Path) -> None:
         save_pretrained(model, tokenizer, staged, dtype=dtype, state=state)
-        read = load_tokenizer(ModelLocation(folder.name, staged))
-        for ids in (tokenizer.get_vocab(), before.ids if before else {}):
-            verify_ids(ids, read.get_vocab(), folder)
-        _verify_texts(tokenizer, read, folder)
+        verify_tokenizer(tokenizer, staged, folder, before)
         _verify_rows(model, state, dtype, staged, folder)
         if before:
             _verify_old_rows(before, model, folder)
         add(staged)
 
     publish_folder(folder, write)
+
+
+def verify_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, staged: Path, folder: Path, before: Vocabulary | None = None
+) -> None:
+    """Raise `ModelError` unless the tokenizer in `staged`, to be published as `folder`, gives every text its ids."""
+    read = load_tokenizer(ModelLocation(folder.name, staged))
+    for ids in (tokenizer.get_vocab(), before.ids if before else {}):
+        verify_ids(ids, read.get_vocab(), folder)
+    _verify_texts(tokenizer, read, folder)
 
 
 def verify_ids(before: Mapping[str, int], after: Mapping[str, int], where: Path) -> None:

@@ -5,7 +5,19 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
+from torch import Tensor
 from transformers import PreTrainedModel
+
+
+def untied_state(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The state dict with one name for each weight: the one that transformers reads the tied ones from."""
+    names: dict[int, list[str]] = {}
+    state = model.state_dict(keep_vars=True)
+    for name in state.keys() - {*(model._keys_to_ignore_on_save or ())}:
+        names.setdefault(id(state[name]), []).append(name)
+    tied = {*(model.all_tied_weights_keys or ())}
+    kept = sorted(min(each, key=lambda name: (name in tied, name)) for each in names.values())
+    return {name: state[name].detach() for name in kept}
 
 
 def output_is_tied(model: PreTrainedModel) -> bool:

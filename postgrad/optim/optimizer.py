@@ -29,7 +29,7 @@ from postgrad.penalties.penalty import DecoupledPenalty
 from postgrad.tuning.parameter_location import task_layer_parameters
 from postgrad.tuning.tuning import Tuning
 
-Moments = dict[str, Tensor]
+Moments = Mapping[str, Tensor]
 _MOMENTUM = 0.95
 """Muon's default."""
 
@@ -156,7 +156,7 @@ class Weights:
             return {name: full_tensor(t).detach() for name, t in self.tuning.state().items()}
 
     @torch.no_grad()
-    def load(self, state: dict[str, Tensor]) -> None:
+    def load(self, state: Mapping[str, Tensor]) -> None:
         """Restore an unsharded `state`; each rank takes its rows."""
         with self._use_masters():
             own = self.tuning.state()
@@ -219,12 +219,16 @@ class Optimizer:
 
     def moments(self) -> Moments:
         """Moments by `<name>.<moment>`, unsharded on every rank; empty before the first update. Collective."""
-        out: Moments = {}
-        for w in self.weights.entries:
-            for key, value in self._owners[id(w.master)].state.get(w.master, {}).items():
-                if key != "step":
-                    out[f"{w.name}.{key}"] = full_tensor(value).detach()
-        return out
+        return {name: full_tensor(value) for name, value in self.sharded_moments().items()}
+
+    def sharded_moments(self) -> Moments:
+        """Moments by `<name>.<moment>`, sharded as the masters; empty before the first update."""
+        return {
+            f"{w.name}.{key}": value.detach()
+            for w in self.weights.entries
+            for key, value in self._owners[id(w.master)].state.get(w.master, {}).items()
+            if key != "step"
+        }
 
     def update_counts(self) -> dict[str, int]:
         """Updates of each weight since its moments were reset, for Adam's bias correction; 0 for a weight that has none.
@@ -342,7 +346,7 @@ def _group_weights(entries: Sequence[Weight], weight_decay: float, decay_tables:
     ]
 
 
-def load_full_state(weights: Weights, state: dict[str, Tensor]) -> None:
+def load_full_state(weights: Weights, state: Mapping[str, Tensor]) -> None:
     """Copy an unsharded fp32 state dict into the masters; each rank takes its rows.
 
     A tied weight has any of its names in the state.

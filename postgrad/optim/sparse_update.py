@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from postgrad.data.loading.batch import Batch
-from postgrad.distributed.shards import local_shard, sum_over_ranks
+from postgrad.distributed.shards import local_shard, sum_over_shards
 
 OptimizerStates = Mapping[Tensor, Mapping[str, Any]]
 """The optimizer's state of each master: of AdamW its moments, under `exp_avg` and `exp_avg_sq`."""
@@ -92,6 +92,6 @@ class SparseMask(ABC):
             torch.where(mask, shard, start, out=shard)
         if masks:
             count = torch.stack([mask.count_nonzero() for mask in masks]).sum()
-            num_updated += int(sum_over_ranks(count, self._snapshots[0][0]))
+            num_updated += int(sum_over_shards(count, self._snapshots[0][0]))
         self._snapshots = []
         return num_updated

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from postgrad.distributed.shards import sum_over_ranks
+from postgrad.distributed.shards import shard_axis, sum_over_shards
 
 DIGITS = ((20, 11), (10, 10), (0, 10))
 """The 31 bits without the sign, as digits: (lowest bit, number of bits)."""
@@ -64,7 +64,7 @@ def _threshold_by_digits(magnitudes: Sequence[Tensor], counts_M: Tensor, like: T
             torch.bincount((b[(b >> above) == (prefix >> above)] >> begin) & (values - 1), minlength=values)
             for b, prefix in zip(bits, prefix_M, strict=True)
         ]
-        from_top_MH = sum_over_ranks(torch.stack(histograms), like).flip(1).cumsum(1)
+        from_top_MH = sum_over_shards(torch.stack(histograms), like).flip(1).cumsum(1)
         bin_M = (from_top_MH < remaining_M[:, None]).sum(1)  # bins from the top that lie above the threshold's
         larger_M = from_top_MH.gather(1, (bin_M - 1).clamp(min=0)[:, None])[:, 0]
         remaining_M -= torch.where(bin_M > 0, larger_M, 0)
@@ -75,16 +75,17 @@ def _threshold_by_digits(magnitudes: Sequence[Tensor], counts_M: Tensor, like: T
 def _masks_above(threshold_M: Tensor, magnitudes: Sequence[Tensor], counts_M: Tensor, like: Tensor) -> list[Tensor]:
     """Values at or above the threshold, without the surplus of those equal to it: the last ones in rank order."""
     masks = [m >= threshold for m, threshold in zip(magnitudes, threshold_M, strict=True)]
-    total_M = sum_over_ranks(torch.stack([mask.count_nonzero() for mask in masks]), like)
+    total_M = sum_over_shards(torch.stack([mask.count_nonzero() for mask in masks]), like)
     surplus = (total_M - counts_M).nonzero().flatten().tolist()
     if surplus:
         ties = [magnitudes[m] == threshold_M[m] for m in surplus]
-        ranks, rank = (
-            (like.device_mesh.size(), like.device_mesh.get_local_rank()) if isinstance(like, DTensor) else (1, 0)
-        )
+        ranks, rank = 1, 0
+        if isinstance(like, DTensor):
+            axis = shard_axis(like)
+            ranks, rank = like.device_mesh.size(axis), like.device_mesh.get_local_rank(axis)
         ties_OR = torch.zeros(len(surplus), ranks, dtype=torch.int64, device=threshold_M.device)
         ties_OR[:, rank] = torch.stack([tie.count_nonzero() for tie in ties])
-        ties_OR = sum_over_ranks(ties_OR, like)
+        ties_OR = sum_over_shards(ties_OR, like)
         # Ties that fit, less those of earlier ranks: how many this rank may select.
         quota_O = ties_OR.sum(1) - (total_M - counts_M)[surplus] - ties_OR[:, :rank].sum(1)
         for m, tie, quota in zip(surplus, ties, quota_O, strict=True):

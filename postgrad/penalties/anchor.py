@@ -26,7 +26,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from postgrad.distributed.shards import full_tensor, local_gradient, local_shard, local_shard_like, sum_over_ranks
+from postgrad.distributed.shards import full_tensor, local_gradient, local_shard, local_shard_like, sum_over_shards
 
 _GROUP = {"cpu": 1 << 18, "other": 1 << 25}
 """Entries processed together: on a CPU few enough for its cache through all passes, elsewhere enough to fill a device."""
@@ -246,7 +246,7 @@ def _total_square(squares: list[Tensor], weights: Sequence[AnchoredWeight]) -> T
         return torch.zeros((), dtype=torch.float64)
     device = local_shard(weights[0].master).device
     total = torch.stack([s.double() for s in squares]).sum() if squares else torch.zeros((), dtype=torch.float64)
-    return sum_over_ranks(total.to(device), weights[0].master)
+    return sum_over_shards(total.to(device), weights[0].master)
 
 
 def _delta_gradients(anchored: AnchoredDelta) -> tuple[Tensor, list[Tensor]]:

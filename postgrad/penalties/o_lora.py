@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from postgrad.distributed.shards import local_gradient, local_shard, sum_over_ranks
+from postgrad.distributed.shards import local_gradient, local_shard, sum_over_shards
 from postgrad.errors import TuningError
 
 
@@ -62,5 +62,5 @@ class OrthogonalityPenalty:
             # The gradient of a row of A_new depends on that row alone, so each rank works on its own rows.
             overlap_ER = a_earlier_EI @ local_shard(a_new_RI).T
             local_gradient(a_new_RI).add_(overlap_ER.sign().T @ a_earlier_EI, alpha=self.strength)
-            total += sum_over_ranks(overlap_ER.abs().sum(), a_new_RI)
+            total += sum_over_shards(overlap_ER.abs().sum(), a_new_RI)
         return self.strength * total

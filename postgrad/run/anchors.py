@@ -24,6 +24,7 @@ from postgrad.penalties.importance_file import ImportanceFile, locate_importance
 from postgrad.penalties.penalty import StagePenalty
 from postgrad.plan.plan import Plan
 from postgrad.storage.atomic import sha256
+from postgrad.storage.fingerprint import holds_moments
 from postgrad.tuning.extra_trainable import base_parameter_name
 from postgrad.tuning.open_model import open_model, start_fingerprint
 from postgrad.tuning.weight_delta import TuningDelta
@@ -126,7 +127,7 @@ class _Reference:
 def _mapped_tensors(start: ModelLocation) -> Iterator[tuple[str, Tensor]]:
     """The memory-mapped tensors of a plain model folder; none for a model from the Hub or a tuning's folder."""
     for path in sorted(start.folder.glob("*.safetensors")) if start.folder and start.base is None else ():
-        if path.name != "optimizer.safetensors":
+        if not holds_moments(path.name):
             file = safe_open(path, "pt")
             yield from ((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118 (not a mapping)
 

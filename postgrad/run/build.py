@@ -36,7 +36,7 @@ from postgrad.run.online_teacher import make_online_teachers
 from postgrad.run.tuned_model import TunedModel
 from postgrad.run.update_masks import make_update_mask
 from postgrad.storage.fingerprint import file_fingerprint
-from postgrad.training.checkpoint_state import MOMENTS, STATE, read_moments, read_progress
+from postgrad.training.checkpoint_state import STATE, has_moments, read_moments, read_progress
 from postgrad.training.checkpoints import Checkpoints
 from postgrad.training.on_policy import OnPolicySampler, make_on_policy_step
 from postgrad.training.step import Run, StepFunction, train_step
@@ -151,8 +151,8 @@ def build_run(plan: Plan, tuned_model: TunedModel, execution: Execution, world: 
             where="optimizer.kind",
             expected="adamw, or one process, without torchrun",
         )
-    if world.is_distributed:
-        fsdp.shard(model, world.size, execution.compute)
+    if world.mesh:
+        fsdp.shard(model, world.mesh, execution.compute)
     weights = Weights(model, tuned_model.tuning, execution.compute, master_copies=not world.is_distributed)
     update_mask = make_update_mask(plan, tuned_model, weights)
     if execution.compile:
@@ -261,7 +261,7 @@ def make_loader(
 
 def _find_moments(start: ModelLocation) -> Path:
     """The checkpoint with the start model's moments."""
-    if start.folder and (start.folder / MOMENTS).exists():
+    if start.folder and has_moments(start.folder):
         return start.folder
     if start.run:
         newest = Checkpoints(start.run / "checkpoints").find_newest()

@@ -95,8 +95,8 @@ def load_teacher(plan: Plan, teacher: ModelLocation, number: int, execution: Exe
     for parameter in model.parameters():  # buffers such as rotary frequencies keep their precision
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(execution.compute)
-    if world.is_distributed:
-        fsdp.shard(model, world.size, torch.float32)  # already in the dtype of the computation
+    if world.mesh:
+        fsdp.shard(model, world.mesh, torch.float32)  # already in the dtype of the computation
     if execution.compile:
         fsdp.compile_layers(model)
     return OnlineTeacher(model, vocabulary_size=vocabulary_size, packed=packed, is_sharded=world.is_distributed)

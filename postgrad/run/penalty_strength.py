@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from postgrad.data.loading.loader import Loader
-from postgrad.distributed.shards import local_shard, sum_over_ranks
+from postgrad.distributed.shards import local_shard, sum_over_shards
 from postgrad.errors import StageError
 from postgrad.optim import lr_schedules
 from postgrad.optim.loss_adaptive_lr import ConstantLRScale
@@ -128,7 +128,7 @@ class _GradientRecorder:
 
 def _norm(parts: Sequence[Tensor], masters: Sequence[Tensor]) -> float:
     square = torch.stack([part.double().square().sum() for part in parts]).sum()
-    return float(sum_over_ranks(square, masters[0]).sqrt())
+    return float(sum_over_shards(square, masters[0]).sqrt())
 
 
 def _rounded(value: float) -> float:

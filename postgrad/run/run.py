@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
-from postgrad.distributed.world import InputFile, World
+from postgrad.distributed.world import InputFile, MeshShape, World
 from postgrad.hardware import machine
 from postgrad.hardware.memory import memory_errors
 from postgrad.plan.plan import Plan
@@ -37,8 +37,10 @@ def run_stage(plan: Plan, *, command: str, cache: Path) -> Iterator[RunEvent]:
     """
     machine.tune_allocator()
     timeout = timedelta(seconds=plan.stage.compute.collective_timeout_seconds)
+    parallel = plan.stage.parallel
+    mesh_shape = MeshShape(parallel.replicate, parallel.shard) if parallel else MeshShape()
     with (
-        World.init_process_group(machine.default_device(), timeout) as world,
+        World.init_process_group(machine.default_device(), timeout, mesh_shape) as world,
         lock_run_folder(plan.output, world),
         Interrupt() as interrupt,
         RunTrackers(plan, world.is_main) as trackers,

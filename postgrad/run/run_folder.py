@@ -28,7 +28,7 @@ REPORT = "report.html"
 _CHANGEABLE = (
     "output", "save.every", "save.keep", "optimizer.max_skipped_steps", "batch.micro_batch_size",
     "compute.activation_checkpointing", "compute.collective_timeout_seconds", "evaluation.drift_tokens",
-    "evaluation.relearning_steps", "track",
+    "evaluation.relearning_steps", "parallel", "track",
 )  # fmt: skip
 """Keys that may differ on resume: they decide no weight, or (micro-batches, recomputed activations) its rounding only."""
 

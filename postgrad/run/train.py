@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
+from collections.abc import Collection
 from pathlib import Path
 
 from postgrad.evaluation import before_after
@@ -157,22 +157,15 @@ def _step_row(report: StepReport | SkippedStepRow, seconds: float) -> StepRow | 
 def _save_checkpoint(context: RunContext, session: TrainingSession) -> Phase[None]:
     """Publish a checkpoint of this step; the selected step's checkpoint is never removed.
 
-    The metrics are synced first: a checkpoint must not be newer than the log that a resume continues. Gathering a sharded
-    model is collective, so every rank writes a checkpoint; all but the first into a folder that is thrown away.
+    The metrics are synced first: a checkpoint must not be newer than the log that a resume continues. Collective.
     """
     run, checkpoints = session.run, session.checkpoints
     session.metrics.sync()
     best = session.selector.state.best if session.selector else None
 
-    def write(folder: Path) -> None:
-        write_checkpoint(folder, run, context.plan.model.tokenizer, session.checkpoint_metadata)
+    def write(folder: Path) -> Collection[str]:
+        return write_checkpoint(folder, run, context.plan.model.tokenizer, session.checkpoint_metadata)
 
-    if context.world.is_main:
-        folder = checkpoints.save(run.step, write, best.step if best else None)
-    else:
-        folder = checkpoints.step_folder(run.step)
-        with tempfile.TemporaryDirectory() as scratch:
-            write(Path(scratch))
-    context.world.barrier()
+    folder = checkpoints.save(run.step, write, best.step if best else None, context.world)
     yield from take_warnings(session.warnings)
     yield CheckpointSaved(run.step, folder)

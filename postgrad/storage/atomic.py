@@ -46,7 +46,7 @@ Manifest = dict[str, FileEntry]
 """The files of a folder, by their path in it."""
 
 
-def publish_folder(target: Path, write: Callable[[Path], None]) -> Path:
+def publish_folder(target: Path, write: Callable[[Path], object]) -> Path:
     """Publish what `write(staging)` writes as the folder `target`, which must not exist yet.
 
     Raises `DiskError` when there is no room or no permission. Any error leaves the old state, except that the new folder is
@@ -54,26 +54,38 @@ def publish_folder(target: Path, write: Callable[[Path], None]) -> Path:
     """
     staging = target.parent / f"{STAGING}{target.name}"
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if staging.exists():
-            shutil.rmtree(staging)
-        staging.mkdir()
+        make_staging(target)
         write(staging)
-        (staging / MANIFEST).write_text(json.dumps(_make_manifest(staging), indent=1, sort_keys=True))
-        mode = stat.S_IMODE((staging / MANIFEST).stat().st_mode)
-        for folder, _, files in os.walk(staging):
-            for name in files:
-                _set_mode(Path(folder) / name, mode)
-                _sync(Path(folder) / name)
-            _sync(Path(folder))
-        os.rename(staging, target)
-        _sync(target.parent)
+        publish_staging(staging, target, make_manifest(staging))
     except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
         _raise_disk_error(error, target)
         raise
     verify(target)
     return target
+
+
+def make_staging(target: Path) -> Path:
+    """The empty staging folder of `target`."""
+    staging = target.parent / f"{STAGING}{target.name}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if staging.exists():
+        shutil.rmtree(staging)
+    staging.mkdir()
+    return staging
+
+
+def publish_staging(staging: Path, target: Path, manifest: Manifest) -> None:
+    """Write the manifest of a staging folder, sync all of it, and rename it to `target`."""
+    (staging / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True))
+    mode = stat.S_IMODE((staging / MANIFEST).stat().st_mode)
+    for folder, _, files in os.walk(staging):
+        for name in files:
+            _set_mode(Path(folder) / name, mode)
+            sync(Path(folder) / name)
+        sync(Path(folder))
+    os.rename(staging, target)
+    sync(target.parent)
 
 
 def verify(folder: Path) -> Manifest:
@@ -166,9 +178,9 @@ def publish_file(path: Path, write: Callable[[Path], object]) -> None:
         mode = stat.S_IMODE(staging.stat().st_mode)
         write(staging)
         _set_mode(staging, mode)
-        _sync(staging)
+        sync(staging)
         os.replace(staging, path)
-        _sync(path.parent)
+        sync(path.parent)
     except BaseException as error:
         with suppress(OSError):
             staging.unlink(missing_ok=True)
@@ -221,9 +233,15 @@ def disk_error(error: OSError, path: Path) -> DiskError:
     return DiskError(error.strerror or str(error), where=str(path), hint="check that the folder exists and is writable")
 
 
-def _make_manifest(folder: Path) -> Manifest:
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    return {str(p.relative_to(folder)): {"size": p.stat().st_size, "sha256": sha256(p)} for p in files}
+def make_manifest(folder: Path, known: Manifest | None = None) -> Manifest:
+    """The entries of all files of a folder; those of `known` are not read."""
+    files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {name: (known or {}).get(name) or make_entry(path) for name, path in files.items()}
+
+
+def make_entry(path: Path) -> FileEntry:
+    """The entry of a file."""
+    return {"size": path.stat().st_size, "sha256": sha256(path)}
 
 
 def _set_mode(path: Path, mode: int) -> None:
@@ -232,7 +250,8 @@ def _set_mode(path: Path, mode: int) -> None:
         path.chmod(mode)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -34,10 +34,15 @@ def manifest_fingerprint(manifest: Manifest) -> str:
     return fingerprint([[name, manifest[name]["sha256"]] for name in _model_files(manifest)])
 
 
+def holds_moments(name: str) -> bool:
+    """Whether a file of a checkpoint holds moments of the optimizer: all of them, or those of one of several processes."""
+    return name == "optimizer.safetensors" or fnmatchcase(name, "optimizer-*-of-*.safetensors")
+
+
 def _model_files(names: Iterable[str]) -> list[str]:
     """The names of a model's configuration and weights, sorted."""
     known = (name for name in names if any(fnmatchcase(name, pattern) for pattern in MODEL_FILES) and "/" not in name)
-    return sorted(name for name in known if name != "optimizer.safetensors")
+    return sorted(name for name in known if not holds_moments(name))
 
 
 def differences(before: Any, after: Any, path: str = "") -> list[str]:

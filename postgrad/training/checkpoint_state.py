@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from postgrad.distributed.fsdp import reshard
+from postgrad.distributed.shard_files import OutputFile, split_files, write_files
 from postgrad.errors import CheckpointError
-from postgrad.models.pretrained import save_chat_template, save_pretrained
+from postgrad.models.pretrained import save_chat_template, save_config, save_pretrained
+from postgrad.models.tied_weights import untied_state
+from postgrad.models.weight_files import StoredTensors
 from postgrad.optim.optimizer import load_full_state
 from postgrad.storage.atomic import read_manifest
+from postgrad.storage.fingerprint import holds_moments
 from postgrad.training.step import Run
-from postgrad.tuning.adapter_folder import write_tuning
+from postgrad.tuning.adapter_folder import TENSORS, write_description, write_tuning
 
 STATE = "state.json"
-MOMENTS = "optimizer.safetensors"
+_MOMENTS = "optimizer"
 _SMALL_FILES_BYTES = 32 * 2**20
 """At most what the tokenizer of a large vocabulary takes, with the configuration and `state.json`."""
 
@@ -80,23 +85,23 @@ class CheckpointMetadata:
     base: dict[str, Any]
 
 
-def write_checkpoint(folder: Path, run: Run, tokenizer: PreTrainedTokenizerBase, metadata: CheckpointMetadata) -> None:
+def write_checkpoint(
+    folder: Path, run: Run, tokenizer: PreTrainedTokenizerBase, metadata: CheckpointMetadata
+) -> Collection[str]:
     """Write a checkpoint: a plain Hugging Face folder (fp32 weights) or a tuning's folder, the moments, and `state.json`.
 
-    Collective: all ranks gather the shards, the first one writes.
+    Collective: each rank writes its part of the weights and moments, and the first one the rest. Returns the files of weights
+    and moments that this rank has written.
     """
-    is_full = run.weights.tuning.is_full
-    state = run.weights.full_state() if is_full else run.weights.state()
-    moments = run.optimizer.moments()
+    own = (
+        _write_tensors(folder, run, tokenizer, metadata) if run.world.size == 1 else _write_parts(folder, run, metadata)
+    )
     if not run.world.is_main:
-        return
-    if is_full:
-        model = run.model.pretrained
-        save_pretrained(model, tokenizer, folder, dtype=torch.float32, state=state, original_names=False)
-    else:
-        write_tuning(folder, metadata.options, state, metadata.base)
+        return own
+    if run.world.size > 1 and run.weights.tuning.is_full:
+        save_config(run.model.pretrained, tokenizer, folder, dtype=torch.float32)
+    if not run.weights.tuning.is_full:
         save_chat_template(tokenizer, folder)
-    save_file({name: t.contiguous() for name, t in moments.items()}, folder / MOMENTS)
     by_source = dict(zip(run.sources, (int(n) for n in run.trained_tokens_by_source), strict=True))
     progress = TrainingProgress(
         run.step,
@@ -109,6 +114,36 @@ def write_checkpoint(folder: Path, run: Run, tokenizer: PreTrainedTokenizerBase,
         **asdict(metadata.owner),
     )
     (folder / STATE).write_text(json.dumps(asdict(progress), indent=1))
+    return own
+
+
+def _write_tensors(
+    folder: Path, run: Run, tokenizer: PreTrainedTokenizerBase, metadata: CheckpointMetadata
+) -> Collection[str]:
+    """Write the weights and moments of a single process."""
+    if run.weights.tuning.is_full:
+        model, state = run.model.pretrained, run.weights.full_state()
+        save_pretrained(model, tokenizer, folder, dtype=torch.float32, state=state, original_names=False)
+    else:
+        write_tuning(folder, metadata.options, run.weights.state(), metadata.base)
+    save_file({name: t.contiguous() for name, t in run.optimizer.moments().items()}, folder / f"{_MOMENTS}.safetensors")
+    return ()
+
+
+def _write_parts(folder: Path, run: Run, metadata: CheckpointMetadata) -> Collection[str]:
+    """Write this rank's part of the weights and moments; the tensors of a tuning are in one file, of the first rank."""
+    reshard(run.model)
+    if run.weights.tuning.is_full:
+        weights = write_files(folder, split_files("model", untied_state(run.model.pretrained), run.world), run.world)
+        if run.world.is_main:
+            weights.write_index(folder, "model")
+    else:
+        state = run.weights.tuning.state()
+        weights = write_files(folder, [OutputFile(TENSORS, 0, state)], run.world)
+        if run.world.is_main:
+            write_description(folder, metadata.options, state, metadata.base)
+    moments = write_files(folder, split_files(_MOMENTS, run.optimizer.sharded_moments(), run.world), run.world)
+    return [*weights.own, *moments.own]
 
 
 def checkpoint_bytes(run: Run) -> int:
@@ -129,18 +164,20 @@ def read_progress(folder: Path) -> TrainingProgress:
         ) from error
 
 
-def read_weights(folder: Path, names: Iterable[str]) -> dict[str, Tensor]:
-    """A checkpoint's fp32 weights by name, unsharded, from those of its files that are weights."""
-    out: dict[str, Tensor] = {}
-    for name in sorted(names):
-        if name.endswith(".safetensors") and name != MOMENTS:
-            out.update(load_file(folder / name))
-    return out
+def read_weights(folder: Path, names: Iterable[str]) -> Mapping[str, Tensor]:
+    """A checkpoint's fp32 weights by name, from those of its files that are weights; of one, only what is used is read."""
+    files = (name for name in sorted(names) if name.endswith(".safetensors") and not holds_moments(name))
+    return StoredTensors(folder / name for name in files)
 
 
-def read_moments(folder: Path) -> dict[str, Tensor]:
-    """A checkpoint's moments by name."""
-    return load_file(folder / MOMENTS)
+def has_moments(folder: Path) -> bool:
+    """Whether a folder holds moments."""
+    return any(holds_moments(path.name) for path in folder.iterdir())
+
+
+def read_moments(folder: Path) -> Mapping[str, Tensor]:
+    """A checkpoint's moments by name; of one, only what is used is read."""
+    return StoredTensors(path for path in sorted(folder.iterdir()) if holds_moments(path.name))
 
 
 def restore_run(run: Run, folder: Path) -> None:

@@ -11,13 +11,18 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
+import torch
+
+from postgrad.distributed.shard_files import publish_on_ranks
+from postgrad.distributed.world import World
 from postgrad.errors import CheckpointError, DiskError, PostgradError, ResumeError
-from postgrad.storage.atomic import STAGING, disk_error, publish_folder, remove_folder, remove_staging, verify
+from postgrad.storage.atomic import STAGING, disk_error, remove_folder, remove_staging, verify
 from postgrad.training.checkpoint_state import CheckpointOwner, read_progress
 
+_ALONE = World(torch.device("cpu"))
 _Stamp = tuple[tuple[str, int, int, int], ...]
 """Name, size, time of change and inode of each file of a folder."""
 
@@ -98,18 +103,30 @@ class Checkpoints:
             raise CheckpointError(f"the checkpoint is that of step {progress.step}", where=str(folder))
         self._checked[folder] = (stamp, True)
 
-    def save(self, step: int, write: Callable[[Path], None], pinned_step: int | None = None) -> Path:
-        """Publish a checkpoint, then remove the oldest ones, except that of `pinned_step`.
+    def save(
+        self,
+        step: int,
+        write: Callable[[Path], Collection[str]],
+        pinned_step: int | None = None,
+        world: World = _ALONE,
+    ) -> Path:
+        """Publish a checkpoint, then remove the oldest ones, except that of `pinned_step`. Collective.
 
-        A complete checkpoint of this step is not written again.
+        `write` writes this rank's files, and returns their names. A complete checkpoint of this step is not written again.
         """
         target = self.step_folder(step)
-        if not self._is_complete(target):
-            self._clear(target)
-            publish_folder(target, write)  # verifies what it has written
+        if not world.from_first(lambda: self._make_way(target)):
+            publish_on_ranks(target, write, world)  # verifies what it has written
             self._checked[target] = (_stamp(target), True)
-        self._remove_old(step, pinned_step)
+        world.from_first(lambda: self._remove_old(step, pinned_step))
         return target
+
+    def _make_way(self, target: Path) -> bool:
+        """Whether there is a complete checkpoint at `target`; anything else there makes way for one."""
+        if is_complete := self._is_complete(target):
+            return is_complete
+        self._clear(target)
+        return False
 
     def _remove_old(self, step: int, pinned_step: int | None) -> None:
         """Remove this run's checkpoints behind the newest `keep` complete ones, of which that of `step` is the first."""

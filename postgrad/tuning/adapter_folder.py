@@ -41,10 +41,17 @@ def write_tuning(
 
     Reading uses `name` and `fingerprint` of the base. Raises `OSError` if a file cannot be written.
     """
+    write_description(folder, options, state, base)
+    _write_tensors(folder / TENSORS, state)
+
+
+def write_description(
+    folder: Path, options: Mapping[str, Any], state: Mapping[str, Tensor], base: Mapping[str, Any]
+) -> None:
+    """Write the options of a tuning, whose tensors (`state`, perhaps in shards) are written as `TENSORS`."""
     count = sum(t.numel() for t in state.values())
     description = {"format": FORMAT, "options": dict(options), "base": dict(base), "parameters": count}
     _write_json(folder / DESCRIPTION, description)
-    _write_tensors(folder / TENSORS, state)
 
 
 def save_tuning(tuning: Tuning, folder: Path, base: Mapping[str, Any], *, for_peft: bool = True) -> None:

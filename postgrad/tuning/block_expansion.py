@@ -55,7 +55,7 @@ class BlockExpansion(Tuning):
 
     kind = "expand"
     has_exact_merge = True
-    is_merged_on_export = True
+    is_merged_on_export = is_plain = True
 
     def __init__(
         self,

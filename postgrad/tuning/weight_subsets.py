@@ -36,7 +36,7 @@ class WeightSubset(Tuning):
 
     additive = False
     has_exact_merge = True
-    is_merged_on_export = True
+    is_merged_on_export = is_plain = True
 
     def __init__(
         self,

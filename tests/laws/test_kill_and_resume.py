@@ -146,7 +146,7 @@ def in_place(place: Path, write: Callable[[Path], None]) -> Path:
     """The mutant: files are written where they belong, without staging."""
     place.mkdir(parents=True, exist_ok=True)
     write(place)
-    listing = publishing._make_manifest(place)
+    listing = publishing.make_manifest(place)
     (place / publishing.MANIFEST).write_text(json.dumps(listing))
     return place
 

@@ -395,7 +395,7 @@ def test_a_publisher_that_writes_in_place_would_be_caught(tmp_path: Path, monkey
         place.mkdir()
         write(place)
         (place / MANIFEST).write_bytes(b"{}")
-        publishing._sync(place / MANIFEST)
+        publishing.sync(place / MANIFEST)
 
     monkeypatch.setattr(os, "fsync", Full(1).wrap(os.fsync))
     with pytest.raises(OSError, match="No space"):
