@@ -8,6 +8,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from postgrad.models.layers import get_layers
 from postgrad.models.model import Model
+from postgrad.models.sublayers import eval_mode, make_probe_inputs
+from postgrad.models.unread_weights import UnreadWeights
 
 
 def checkpoint_activations(model: Model) -> None:
@@ -29,10 +31,17 @@ def compile_layers(model: Model) -> None:
             part.compile(dynamic=False)
 
 
-def shard(model: Model, mesh: DeviceMesh, compute: torch.dtype) -> None:
-    """Shard weights, gradients and optimizer state over the ranks of a mesh (FSDP2): fp32 shards, computation in `compute`.
+def shard(
+    model: Model,
+    mesh: DeviceMesh,
+    compute: torch.dtype,
+    unread: UnreadWeights | None = None,
+    stored: torch.dtype = torch.float32,
+) -> None:
+    """Shard weights, gradients and optimizer state over the ranks of a mesh (FSDP2), with computation in `compute`.
 
-    With a mesh of two dimensions the ranks of the first hold replicas (hybrid sharding).
+    With a mesh of two dimensions the ranks of the first hold replicas (hybrid sharding). `unread`: weights that this rank reads
+    its rows of, block by block, in the dtype `stored`; then no rank ever has the whole model.
     """
     policy = (
         MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
@@ -40,7 +49,10 @@ def shard(model: Model, mesh: DeviceMesh, compute: torch.dtype) -> None:
         else MixedPrecisionPolicy()
     )
     modules: list[torch.nn.Module] = [*get_layers(model.pretrained), model]
+    axis = mesh.ndim - 1
     for module in modules:
+        if unread:
+            unread.read(module, mesh.get_local_rank(axis), mesh.size(axis), stored)
         fully_shard(module, mesh=mesh, mp_policy=policy)
     # FSDP divides gradients by the number of ranks, which is right for a mean loss per rank. Ours is a sum over tokens, divided
     # once by the token count of the global batch, so gradients are summed. Gloo has no pre-multiplied sum: force a plain one.
@@ -48,6 +60,9 @@ def shard(model: Model, mesh: DeviceMesh, compute: torch.dtype) -> None:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+    # The first forward pass of all decides which module is the root; it must not be that of a part.
+    with eval_mode(model), torch.no_grad():
+        model(**make_probe_inputs(model.pretrained))
 
 
 def reshard(model: torch.nn.Module) -> None:

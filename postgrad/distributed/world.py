@@ -58,6 +58,9 @@ class MeshShape(NamedTuple):
         raise error
 
 
+_ONE_REPLICA = MeshShape()
+
+
 @dataclass(frozen=True)
 class World:
     """This process in its process group (started by `torchrun`), or a single process."""
@@ -75,7 +78,7 @@ class World:
         cls,
         device: torch.device,
         timeout: timedelta = timedelta(minutes=10),
-        mesh_shape: MeshShape = MeshShape(),
+        mesh_shape: MeshShape = _ONE_REPLICA,
     ) -> Iterator[World]:
         """Join the process group that the environment of `torchrun` names; without one, run as a single process.
 

@@ -117,8 +117,11 @@ def select_execution(
     make_inputs: Callable[[int], dict[str, Tensor]],
     device: torch.device,
     ranks: int = 1,
+    agree: Callable[[float], float] = float,
 ) -> Execution:
     """Decide what the stage leaves open, with a reason each; `make_inputs` gives model inputs of a number of rows.
+
+    `agree`: from the seconds of one rank those of all; a sharded model runs on all of them at once.
 
     Sets torch's threads and the model's attention on the way. Raises `StageError` for a request this machine cannot meet.
     """
@@ -140,7 +143,7 @@ def select_execution(
         request = replace(request, is_fixed_length=False)
     inputs = make_inputs(micro) if packed else drop_positions(make_inputs(micro))
     steps = (rank_rows // micro) * request.steps
-    seconds = _micro_batch_seconds(model, inputs, dtype, device) * steps
+    seconds = _micro_batch_seconds(model, inputs, dtype, device, agree) * steps
     return Execution(
         dtype=dtype,
         compile=_choose_compile(request, seconds, device, reasons),
@@ -302,17 +305,21 @@ _TIMINGS: dict[tuple[object, ...], float] = {}
 """Timings of this process: of equal runs only the first is timed."""
 
 
-def _micro_batch_seconds(model: Model, inputs: dict[str, Tensor], dtype: str, device: torch.device) -> float:
+def _micro_batch_seconds(
+    model: Model, inputs: dict[str, Tensor], dtype: str, device: torch.device, agree: Callable[[float], float]
+) -> float:
     """Seconds of one micro-batch, forward and backward, not compiled; cached per process."""
     attention = model.pretrained.config._attn_implementation
     sizes = tuple(sorted((name, tuple(tensor.shape)) for name, tensor in inputs.items()))
     key = (type(model), get_model_dimensions(model), sizes, dtype, device, attention, torch.get_num_threads())
     if key not in _TIMINGS:
-        _TIMINGS[key] = _time_micro_batch(model, inputs, dtype, device)
+        _TIMINGS[key] = _time_micro_batch(model, inputs, dtype, device, agree)
     return _TIMINGS[key]
 
 
-def _time_micro_batch(model: Model, inputs: dict[str, Tensor], dtype: str, device: torch.device) -> float:
+def _time_micro_batch(
+    model: Model, inputs: dict[str, Tensor], dtype: str, device: torch.device, agree: Callable[[float], float]
+) -> float:
     """The faster of two runs after a warm-up.
 
     The head is timed on some of the tokens, in a chunk as in the loss: all logits at once may need more memory than training.
@@ -335,7 +342,7 @@ def _time_micro_batch(model: Model, inputs: dict[str, Tensor], dtype: str, devic
             output.hidden.float().mean().backward()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - begin + head_seconds * (tokens / chunk - 1))
+        times.append(agree(time.perf_counter() - begin + head_seconds * (tokens / chunk - 1)))
         for parameter in trainable:
             parameter.grad = None
     return min(times[1:], default=times[0])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.utils import cached_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils import logging as transformers_logging
 
 from postgrad.errors import ModelError, PostgradError, first_line
@@ -154,6 +155,23 @@ def _as_model_error(problem: str, where: str, expected: str) -> Iterator[None]:
         raise
     except BaseException as error:  # a panic of the package tokenizers is no Exception
         raise ModelError(f"{problem}: {first_line(error)}", where=where, expected=expected) from error
+
+
+def find_weight_files(name_or_path: str) -> list[Path]:
+    """The safetensors files of a folder or Hub name that transformers reads; empty where there are none."""
+    if single := _find_file(name_or_path, SAFE_WEIGHTS_NAME):
+        return [single]
+    index = _find_file(name_or_path, SAFE_WEIGHTS_INDEX_NAME)
+    names = read_json(index, _WeightIndex, error=ModelError).weight_map.values() if index else ()
+    files = [_find_file(name_or_path, name) for name in sorted(set(names))]
+    return [file for file in files if file]
+
+
+@dataclass(frozen=True)
+class _WeightIndex:
+    """The index of several weight files."""
+
+    weight_map: dict[str, str]
 
 
 def _find_file(name_or_path: str, file: str) -> Path | None:

@@ -112,6 +112,9 @@ def _measure_baseline(context: RunContext, prompts: list[ContinuationPrompt]) ->
         else []
     )
     pseudo_scores = score_sets(plan.evaluation.pseudo_perplexity_sets_before, score_masked_tokens)
+    if plan.evaluation.tasks_before and world.mesh:  # a sharded model cannot generate
+        del model, score_sets
+        model = context.load_start_model(is_whole=True)
     answers = task_scores.answer_tasks(
         model, plan.evaluation.tasks_before, plan.model.inputs, world=world, identity=identity, cache=cache
     )

@@ -117,7 +117,14 @@ def choose_execution(plan: Plan, tuned_model: TunedModel, world: World) -> Execu
         is_causal=not plan.prefix_length,
         packing=plan.stage.data.packing,
     )
-    return select_execution(request, tuned_model.model, make_inputs, world.device, world.size)
+    return select_execution(
+        request,
+        tuned_model.model,
+        make_inputs,
+        world.device,
+        world.size,
+        lambda s: max(map(float, world.all_gather(s))),  # type: ignore[arg-type]
+    )
 
 
 _MAX_ROWS_SAMPLED = 256
@@ -135,10 +142,9 @@ def _row_length(row: Row) -> int:
 
 
 def build_run(plan: Plan, tuned_model: TunedModel, execution: Execution, world: World) -> Run:
-    """The run of a stage at step 0. Shards and compiles the model in place.
+    """The run of a stage at step 0, whose model is sharded already where there is a process group. Compiles it in place.
 
-    The order matters: teachers that disable the tuning need the model unsharded; masters are the parameters after sharding; the
-    hooks of MIGU must be in place before compilation.
+    The order matters: the hooks of MIGU must be in place before compilation.
     """
     torch.set_num_threads(execution.threads)
     stage, model = plan.stage, tuned_model.model
@@ -151,8 +157,7 @@ def build_run(plan: Plan, tuned_model: TunedModel, execution: Execution, world: 
             where="optimizer.kind",
             expected="adamw, or one process, without torchrun",
         )
-    if world.mesh:
-        fsdp.shard(model, world.mesh, execution.compute)
+    fsdp.reshard(model)  # masters are the shards
     weights = Weights(model, tuned_model.tuning, execution.compute, master_copies=not world.is_distributed)
     update_mask = make_update_mask(plan, tuned_model, weights)
     if execution.compile:

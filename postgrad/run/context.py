@@ -7,13 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from postgrad.distributed import fsdp
 from postgrad.distributed.world import World
 from postgrad.evaluation import before_after
 from postgrad.evaluation.before_after import AllScores
 from postgrad.hardware.execution import Execution
 from postgrad.lineage.saved_plan import SavedPlan
 from postgrad.models.location import locate_model
-from postgrad.models.model import Model, verify_model, wrap_model
+from postgrad.models.model import CausalModel, Model, verify_model, wrap_model
+from postgrad.models.unread_weights import load_unread
 from postgrad.plan.plan import Plan
 from postgrad.run.run_folder import MODEL, Interrupt
 from postgrad.run.tuned_model import ParameterCounts, TunedModel, make_tuned_model
@@ -42,6 +46,8 @@ class RunContext:
     """Content of plan.json: what a resumed run must repeat (execution, penalty strengths, id)."""
     execution: Execution
     counts: ParameterCounts
+    passes_documents: bool
+    """Whether the borders of packed documents are arguments of the model."""
     notes: tuple[str, ...]
     tuned_model: TunedModel | None
 
@@ -66,17 +72,29 @@ class RunContext:
         """The start model with the stage's tuning, loaded when it is not in memory."""
         if self.tuned_model is None:
             self.tuned_model = make_tuned_model(self.plan, self.world)
-            prepare_model(self.plan, self.tuned_model.model, self.execution)
+            self.tuned_model.shard(self.world, self.execution.compute)
+            set_attention(self.tuned_model.model, self.execution)
+            if isinstance(self.tuned_model.model, CausalModel):
+                self.tuned_model.model.passes_documents = self.passes_documents
         return self.tuned_model
 
     def release_tuned_model(self) -> None:
         """Drop the model, to make room for another."""
         self.tuned_model = None
 
-    def load_start_model(self) -> Model:
-        """The exact start model, in fp32, without the stage's tuning."""
-        opened = open_model(self.plan.model.start, self.plan.model.task, layer=self.plan.model.task_layer)
-        return wrap_model(opened.model, self.plan.model.task).to(self.world.device)
+    def load_start_model(self, *, is_whole: bool = False) -> Model:
+        """The exact start model, in fp32, without the stage's tuning; sharded where there is a process group.
+
+        `is_whole`: not sharded, as generation needs it.
+        """
+        model = self.plan.model
+        if is_whole or not self.world.mesh:
+            opened = open_model(model.start, model.task, layer=model.task_layer)
+            return wrap_model(opened.model, model.task).to(self.world.device)
+        unread = load_unread(model.start, model.task, layer=model.task_layer)
+        start = wrap_model(unread.loaded.model, model.task) if unread else self.load_start_model(is_whole=True)
+        fsdp.shard(start, self.world.mesh, torch.float32, unread.weights if unread else None)
+        return start
 
     def load_published_model(self) -> Model:
         """The model that the run has published, verified and read back with plain transformers."""
@@ -106,8 +124,13 @@ class RunContext:
         return self.interrupt.requested_on_any_rank(self.world)
 
 
-def prepare_model(plan: Plan, model: Model, execution: Execution) -> None:
-    """Select the attention implementation, and check that the model can be trained here."""
+def set_attention(model: Model, execution: Execution) -> None:
+    """Select the attention implementation."""
     if model.pretrained.config._attn_implementation != execution.attention:
         model.pretrained.set_attn_implementation(execution.attention)
+
+
+def prepare_model(plan: Plan, model: Model, execution: Execution) -> None:
+    """Select the attention implementation, and check that the model can be trained here."""
+    set_attention(model, execution)
     verify_model(model, packed=execution.packed, row_length=plan.model.context_length, prefix_tokens=plan.prefix_length)

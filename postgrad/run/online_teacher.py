@@ -20,6 +20,7 @@ from postgrad.models.auto_classes import load_config
 from postgrad.models.cpu_attention import CAUSAL_BLOCKS, is_supported
 from postgrad.models.location import ModelLocation
 from postgrad.models.model import CausalModel, Model, find_model_leak, wrap_model
+from postgrad.models.unread_weights import load_unread
 from postgrad.objectives.distillation import LossWeight
 from postgrad.objectives.teacher import OnlineTeacher
 from postgrad.optim import lr_schedules
@@ -78,7 +79,11 @@ def _make_base_teacher(plan: Plan, model: Model, tuning: Tuning) -> OnlineTeache
 def load_teacher(plan: Plan, teacher: ModelLocation, number: int, execution: Execution, world: World) -> OnlineTeacher:
     """Load a second model as teacher. Raises `StageError` when it has other labels, or another soft prompt."""
     where = f"objectives[{number}].teacher"
-    opened = open_model(teacher, plan.model.task, layer=plan.model.task_layer)
+    unread = load_unread(teacher, plan.model.task, layer=plan.model.task_layer) if world.mesh else None
+    if unread:
+        opened = LoadedModel(unread.loaded.model, plan.model.task, plan.model.task_layer, unread.loaded.new_weights)
+    else:
+        opened = open_model(teacher, plan.model.task, layer=plan.model.task_layer)
     if plan.model.task_layer and (opened.new_weights or _teacher_labels(teacher) != plan.model.task_layer.labels):
         raise StageError(
             f"{teacher.name} has no task layer for the labels {', '.join(plan.model.task_layer.labels)}; its labels are "
@@ -89,17 +94,28 @@ def load_teacher(plan: Plan, teacher: ModelLocation, number: int, execution: Exe
         )
     vocabulary_size = _first_unknown_id(plan, opened, teacher, where)
     freeze(opened.model)
-    model = wrap_model(opened.model, opened.task).to(world.device)
-    _set_attention(model, opened, execution.attention)
-    packed = not isinstance(model, CausalModel) or not find_model_leak(model, plan.model.context_length)
-    for parameter in model.parameters():  # buffers such as rotary frequencies keep their precision
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(execution.compute)
-    if world.mesh:
-        fsdp.shard(model, world.mesh, torch.float32)  # already in the dtype of the computation
+    model = wrap_model(opened.model, opened.task)
+    if world.mesh and unread:
+        # In the dtype of the computation, whose rounding may pass for a leak: then each document is in a row of its own.
+        fsdp.shard(model, world.mesh, torch.float32, unread.weights, execution.compute)
+        packed = _probe(model, opened, plan, execution)
+    else:
+        model = model.to(world.device)
+        packed = _probe(model, opened, plan, execution)
+        for parameter in model.parameters():  # buffers such as rotary frequencies keep their precision
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(execution.compute)
+        if world.mesh:
+            fsdp.shard(model, world.mesh, torch.float32)  # already in the dtype of the computation
     if execution.compile:
         fsdp.compile_layers(model)
     return OnlineTeacher(model, vocabulary_size=vocabulary_size, packed=packed, is_sharded=world.is_distributed)
+
+
+def _probe(model: Model, loaded_model: LoadedModel, plan: Plan, execution: Execution) -> bool:
+    """Set the attention of a teacher; whether the documents of a row may go through it together."""
+    _set_attention(model, loaded_model, execution.attention)
+    return not isinstance(model, CausalModel) or not find_model_leak(model, plan.model.context_length)
 
 
 def _teacher_labels(teacher: ModelLocation) -> tuple[str, ...]:

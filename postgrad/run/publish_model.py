@@ -18,7 +18,7 @@ from postgrad.run.context import RunContext
 from postgrad.run.events import Phase, PhaseStarted
 from postgrad.run.run_folder import MODEL
 from postgrad.run.training_session import TrainingSession
-from postgrad.run.tuned_model import TunedModel
+from postgrad.run.tuned_model import TunedModel, make_tuned_model
 from postgrad.storage.atomic import publish_folder, remove_folder
 from postgrad.training.checkpoint_state import restore_run
 from postgrad.tuning.adapter_folder import save_tuning
@@ -108,13 +108,16 @@ def _publish_state(context: RunContext, tuned_model: TunedModel, state: dict[str
         pretrained = tuned_model.model.pretrained
         publish_pretrained(folder, pretrained, tokenizer, dtype=dtype, state=state)
         return
-    opened = open_model(plan.model.start, plan.model.task, layer=plan.model.task_layer)
-    mark_prefix_lm(opened.model.config, bool(plan.prefix_length))
-    tuning = attach(opened.model, tuned_model.options, tokenizer=tokenizer)
+    if context.world.mesh and not tuned_model.tuning.is_merged_on_export:
+        tuning = make_tuned_model(plan, context.world).tuning  # without reading the start model, where that is possible
+    else:
+        opened = open_model(plan.model.start, plan.model.task, layer=plan.model.task_layer)
+        mark_prefix_lm(opened.model.config, bool(plan.prefix_length))
+        tuning = attach(opened.model, tuned_model.options, tokenizer=tokenizer)
     tuning.load(state)
     if tuning.is_merged_on_export:
         tuning.merge()
-        publish_pretrained(folder, opened.model, tokenizer, dtype=dtype)
+        publish_pretrained(folder, tuning.model, tokenizer, dtype=dtype)
         return
     base = context.base_reference(folder)
 

@@ -8,11 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from postgrad.config.stage_file import dump_stage
 from postgrad.distributed.world import InputFile, World
 from postgrad.hardware.execution import Execution
 from postgrad.lineage.record import PLAN, RECORD, STAGE, ExecutionSummary, Record, read_record
 from postgrad.lineage.saved_plan import SavedPlan, read_plan, write_plan
+from postgrad.models.model import CausalModel
 from postgrad.optim.lr_schedules import sample_schedule
 from postgrad.plan.plan import Plan
 from postgrad.plan.seen_sources import make_source_records
@@ -52,8 +55,10 @@ def claim_run(plan: Plan, world: World, interrupt: Interrupt, *, command: str, c
     tuned_model = make_tuned_model(plan, world)
     for note in tuned_model.loaded_model.notes:
         yield WarningMessage(note)
+    tuned_model.shard(world)  # in fp32, in which the model is probed
     execution = _resolve_execution(plan, tuned_model, saved_plan, world)
     prepare_model(plan, tuned_model.model, execution)
+    is_probe = world.mesh is not None and execution.compute != torch.float32
     if world.is_main:
         write_without_secrets(plan.output / STAGE, dump_stage(plan.stage.model_dump(mode="json")))
         write_plan(plan.output, _make_saved_plan(plan, fingerprints, execution, saved_plan))
@@ -71,8 +76,9 @@ def claim_run(plan: Plan, world: World, interrupt: Interrupt, *, command: str, c
         world.from_first(lambda: read_plan(plan.output)),
         execution,
         tuned_model.counts(),
+        isinstance(tuned_model.model, CausalModel) and tuned_model.model.passes_documents,
         (*tuned_model.loaded_model.notes, *tuned_model.tuning.notes),
-        tuned_model,
+        None if is_probe else tuned_model,
     )
 
 

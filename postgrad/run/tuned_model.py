@@ -6,13 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from postgrad.config.tunings import FullTuning
+from postgrad.distributed import fsdp
 from postgrad.distributed.world import World
-from postgrad.errors import TuningError
+from postgrad.errors import PostgradError, TuningError
 from postgrad.models.model import Model, wrap_model
 from postgrad.models.prefix_lm_attention import mark_prefix_lm
+from postgrad.models.unread_weights import UnreadWeights, load_unread
 from postgrad.objectives.balancing import BalancingLoss
 from postgrad.plan.plan import Plan
 from postgrad.run.routers import choose_balancing, router_names
@@ -42,6 +45,8 @@ class TunedModel:
     """Current names of the start model's parameters to their original names."""
     balancing: BalancingLoss | None
     """Of a mixture of experts; None without one."""
+    unread: UnreadWeights | None = None
+    """The weights of the start model, where `shard` reads them."""
 
     @property
     def attention(self) -> str | None:
@@ -53,10 +58,46 @@ class TunedModel:
         sizes = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
         return ParameterCounts(sum(n for n, _ in sizes), sum(n for n, is_trainable in sizes if is_trainable))
 
+    def shard(self, world: World, compute: torch.dtype = torch.float32) -> None:
+        """Shard the model over the ranks, with computation in `compute`; nothing without a process group."""
+        if world.mesh:
+            fsdp.shard(self.model, world.mesh, compute, self.unread)
+
 
 def make_tuned_model(plan: Plan, world: World, *, attention: str | None = None) -> TunedModel:
-    """Load the start model, and attach the stage's tuning; on this rank's device."""
+    """Load the start model, and attach the stage's tuning; on this rank's device.
+
+    Where there is a process group the model is still to be sharded, and its weights are read then, if possible.
+    """
+    if world.mesh and (tuned_model := _make_unread_model(plan, world, attention)):
+        return tuned_model
     loaded = open_model(plan.model.start, plan.model.task, layer=plan.model.task_layer, attention=attention)
+    if world.mesh:
+        note = "each process reads the whole model before it is divided: its tuning or its files need that"
+        loaded = replace(loaded, notes=(*loaded.notes, note))
+    return _tune(plan, loaded, world)
+
+
+def _make_unread_model(plan: Plan, world: World, attention: str | None) -> TunedModel | None:
+    """The tuned model with weights that are not read yet; None where its tuning computes from them."""
+    model = plan.model
+    unread = load_unread(model.start, model.task, layer=model.task_layer, attention=attention)
+    if unread is None:
+        return None
+    pretrained, new_weights = unread.loaded
+    try:
+        tuned_model = _tune(
+            plan, LoadedModel(pretrained, model.task, model.task_layer, new_weights), world, unread.weights
+        )
+    except (PostgradError, RuntimeError, ValueError):
+        return None  # the same with the whole model says what is wrong
+    options = tuned_model.options
+    reads_weights = options.get("quantization") or set(options.get("also_train", ())) - set(new_weights)
+    return None if reads_weights or unread.weights.find_computed(pretrained) else tuned_model
+
+
+def _tune(plan: Plan, loaded: LoadedModel, world: World, unread: UnreadWeights | None = None) -> TunedModel:
+    """Attach the stage's tuning to its start model."""
     loaded = replace(loaded, notes=(*loaded.notes, *plan.model.inputs.notes()))
     routers = router_names(plan.stage.experts, loaded.model)
     options = tuning_options(plan, loaded, routers)
@@ -76,10 +117,11 @@ def make_tuned_model(plan: Plan, world: World, *, attention: str | None = None) 
             expected="full, or another kind that publishes a complete model",
             hint=f"train the new model with `full` first; `{plan.stage.tuning.kind}` can continue from that run",
         )
-    model = wrap_model(loaded.model, loaded.task).to(world.device)
+    model = wrap_model(loaded.model, loaded.task)
+    model = model if unread else model.to(world.device)
     balancing, notes = choose_balancing(plan.stage.experts, model)
     loaded = replace(loaded, notes=(*loaded.notes, *notes))
-    return TunedModel(model, loaded, tuning, {**options, "seed": plan.stage.seed}, base_names, balancing)
+    return TunedModel(model, loaded, tuning, {**options, "seed": plan.stage.seed}, base_names, balancing, unread)
 
 
 def _check_plain_base(plan: Plan, loaded_model: LoadedModel) -> None:
