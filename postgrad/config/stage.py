@@ -327,7 +327,7 @@ class ComputeConfig(ConfigModel):
     threads: Positive | None = None
     """CPU threads. Default: OMP_NUM_THREADS, or the cores that this process may use."""
     collective_timeout_seconds: Positive = 600
-    """How long one of several processes waits for the others, also while the first one alone writes a checkpoint."""
+    """How long one of several processes waits for the others, also while one hashes its part of a checkpoint."""
 
 
 class ParallelConfig(ConfigModel):

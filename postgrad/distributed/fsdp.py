@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -60,9 +63,22 @@ def shard(
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    # The first forward pass of all decides which module is the root; it must not be that of a part.
+    _run_once(model)
+
+
+def _run_once(model: Model) -> None:
+    """Run a forward pass of the root, which the first one of all must be; afterwards its own weights are gathered."""
     with eval_mode(model), torch.no_grad():
         model(**make_probe_inputs(model.pretrained))
+
+
+@contextmanager
+def gather_root(model: Model) -> Iterator[None]:
+    """Inside, parts of a sharded model can be called, as generation does, the same ones in the same order on every rank."""
+    if isinstance(model, FSDPModule):
+        _run_once(model)
+    yield
+    reshard(model)
 
 
 def reshard(model: torch.nn.Module) -> None:

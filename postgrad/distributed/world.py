@@ -27,6 +27,11 @@ class InputFile(NamedTuple):
     fingerprint: str
 
 
+def ranks_of_environment() -> int:
+    """The number of processes that `torchrun` has started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
 class MeshShape(NamedTuple):
     """The ranks as `replicate` replicas of the model, each in `shard` shards; None: as many as there are."""
 
@@ -89,7 +94,7 @@ class World:
             mesh_shape.check(1)
             yield cls(device)
             return
-        mesh_shape.check(int(os.environ.get("WORLD_SIZE", "1")))
+        mesh_shape.check(ranks_of_environment())
         if device.type == "cuda":
             torch.cuda.set_device(device)
         backend = "nccl" if device.type == "cuda" else "gloo"

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from postgrad.data.layouts.rows import IGNORED
 from postgrad.data.loading.batch import Batch, collate
+from postgrad.distributed.shards import full_tensor
 from postgrad.evaluation.held_out import HeldOutSet
 from postgrad.evaluation.length_batches import length_batches
 from postgrad.lineage.record import Interval, SetDrift
@@ -264,7 +265,8 @@ def weight_drift(before: PreTrainedModel, after: PreTrainedModel) -> dict[str, W
             continue
         change, size = new.detach().double() - old.detach().double(), old.detach().double()
         total = sums.setdefault(group.get(name, "embeddings" if old is table else "rest"), np.zeros(4))
-        total += [float(change.square().sum()), float(size.square().sum()), int((change != 0).sum()), old.numel()]
+        sums_here = change.square().sum(), size.square().sum(), (change != 0).sum()
+        total += [*(float(full_tensor(each)) for each in sums_here), old.numel()]
     order = ["embeddings", *(f"block {number}" for number in range(len(block_parameter_names(before)))), "rest"]
     with np.errstate(invalid="ignore", divide="ignore"):
         relative = {name: float(np.sqrt(total[0] / total[1])) for name, total in sums.items()}

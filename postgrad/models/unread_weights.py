@@ -7,9 +7,8 @@ everywhere: whatever has been computed from it shows, and such a model is loaded
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +55,27 @@ class UnreadModel:
 
     loaded: LoadResult
     weights: UnreadWeights
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The weights by name, in fp32, each read when it is asked for."""
+        return _NamedWeights(dict(self.loaded.model.named_parameters(remove_duplicate=False)), self.weights)
+
+
+@dataclass(frozen=True)
+class _NamedWeights(Mapping[str, Tensor]):
+    parameters: Mapping[str, nn.Parameter]
+    weights: UnreadWeights
+
+    def __getitem__(self, name: str) -> Tensor:
+        parameter = self.parameters[name]
+        stored = self.weights.names.get(id(parameter))
+        return parameter.detach() if stored is None else self.weights.stored[stored].float()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.parameters)
+
+    def __len__(self) -> int:
+        return len(self.parameters)
 
 
 def load_unread(

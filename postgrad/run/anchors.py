@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from postgrad.config.penalties import AnchorPenalty
 from postgrad.config.quantities import load_function
@@ -18,6 +19,8 @@ from postgrad.distributed.shards import full_tensor, local_shard, local_shard_li
 from postgrad.errors import DataError, ModelError, StageError, suggest_nearest
 from postgrad.lineage.record import PenaltyRecord
 from postgrad.models.location import ModelLocation, locate_model
+from postgrad.models.pretrained import detect_task
+from postgrad.models.unread_weights import load_unread
 from postgrad.optim.optimizer import Weight, Weights
 from postgrad.penalties.anchor import Anchor, AnchoredDecay, AnchoredDelta, AnchoredWeight
 from postgrad.penalties.importance_file import ImportanceFile, locate_importance_file
@@ -98,11 +101,14 @@ class _Reference:
     """Tensors of the model's own files, memory-mapped; empty unless `storage` is mmap."""
 
     @classmethod
-    def load(cls, spec: AnchorPenalty, number: int, plan: Plan) -> _Reference:
+    def load(cls, spec: AnchorPenalty, number: int, plan: Plan, *, is_sharded: bool) -> _Reference:
+        """`is_sharded`: read weights when they are asked for, where that is possible."""
         start = plan.model.start if spec.reference == START else _locate_reference(spec, number, plan)
         files = dict(_mapped_tensors(start)) if spec.storage == "mmap" else {}
         if spec.reference == START:
             return cls(start, start_fingerprint(start), None, files)
+        if is_sharded and start.base is None and (unread := load_unread(start, detect_task(start))):
+            return cls(start, start_fingerprint(start), unread.tensors(), files)
         opened = open_model(start)
         if opened.tunings:
             raise ModelError(
@@ -162,7 +168,8 @@ class _AnchorBuilder:
     def __init__(self, spec: AnchorPenalty, number: int, plan: Plan, weights: Weights) -> None:
         self.spec, self.where, self.weights = spec, f"penalties[{number}]", weights
         self.vocabulary = plan.model.vocab_size
-        self.reference = _Reference.load(spec, number, plan)
+        is_sharded = any(isinstance(master, DTensor) for master in weights.masters)
+        self.reference = _Reference.load(spec, number, plan, is_sharded=is_sharded)
         self.importance = (
             ImportanceFile(locate_importance_file(spec.importance, plan.root, f"{self.where}.importance"))
             if spec.importance

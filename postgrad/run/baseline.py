@@ -7,6 +7,7 @@ from functools import partial
 
 from typing_extensions import TypedDict
 
+from postgrad.distributed.fsdp import gather_root
 from postgrad.errors import DataError
 from postgrad.evaluation import before_after
 from postgrad.evaluation.before_after import AllScores
@@ -39,8 +40,7 @@ def score_baseline(context: RunContext) -> Phase[Baseline]:
     """The baseline of a run: from its files, or measured now."""
     yield PhaseStarted("scoring the start model", is_evaluation=True)
     evaluation = context.plan.evaluation
-    # Generation runs on one rank, so a sharded model gives no samples.
-    count = 0 if context.world.is_distributed else context.plan.stage.evaluation.samples
+    count = context.plan.stage.evaluation.samples
     prompts = [prompt for held_out in evaluation.scored_sets for prompt in select_prompts(held_out, count)]
     if not context.world.from_first(lambda: _is_complete(context, len(prompts))):
         context.release_tuned_model()
@@ -101,16 +101,9 @@ def _measure_baseline(context: RunContext, prompts: list[ContinuationPrompt]) ->
         cache=cache,
     )
     scores = score_sets(plan.evaluation.scored_sets_before)
-    continuations = (
-        generate_continuations(
-            model.pretrained,
-            plan.model.tokenizer,
-            prompts,
-            plan.model.inputs.without_tuning.text_prefix,
-        )
-        if world.is_main
-        else []
-    )
+    with gather_root(model):
+        prefix = plan.model.inputs.without_tuning.text_prefix
+        continuations = generate_continuations(model.pretrained, plan.model.tokenizer, prompts, prefix)
     pseudo_scores = score_sets(plan.evaluation.pseudo_perplexity_sets_before, score_masked_tokens)
     if plan.evaluation.tasks_before and world.mesh:  # a sharded model cannot generate
         del model, score_sets

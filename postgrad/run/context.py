@@ -7,9 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from postgrad.distributed import fsdp
 from postgrad.distributed.world import World
 from postgrad.evaluation import before_after
 from postgrad.evaluation.before_after import AllScores
@@ -17,10 +14,9 @@ from postgrad.hardware.execution import Execution
 from postgrad.lineage.saved_plan import SavedPlan
 from postgrad.models.location import locate_model
 from postgrad.models.model import CausalModel, Model, verify_model, wrap_model
-from postgrad.models.unread_weights import load_unread
 from postgrad.plan.plan import Plan
 from postgrad.run.run_folder import MODEL, Interrupt
-from postgrad.run.tuned_model import ParameterCounts, TunedModel, make_tuned_model
+from postgrad.run.tuned_model import ParameterCounts, TunedModel, load_start_model, make_tuned_model
 from postgrad.storage.fingerprint import fingerprint
 from postgrad.tuning.open_model import BaseReference, open_model
 
@@ -83,18 +79,8 @@ class RunContext:
         self.tuned_model = None
 
     def load_start_model(self, *, is_whole: bool = False) -> Model:
-        """The exact start model, in fp32, without the stage's tuning; sharded where there is a process group.
-
-        `is_whole`: not sharded, as generation needs it.
-        """
-        model = self.plan.model
-        if is_whole or not self.world.mesh:
-            opened = open_model(model.start, model.task, layer=model.task_layer)
-            return wrap_model(opened.model, model.task).to(self.world.device)
-        unread = load_unread(model.start, model.task, layer=model.task_layer)
-        start = wrap_model(unread.loaded.model, model.task) if unread else self.load_start_model(is_whole=True)
-        fsdp.shard(start, self.world.mesh, torch.float32, unread.weights if unread else None)
-        return start
+        """The exact start model; see `tuned_model.load_start_model`."""
+        return load_start_model(self.plan, self.world, is_whole=is_whole).model
 
     def load_published_model(self) -> Model:
         """The model that the run has published, verified and read back with plain transformers."""

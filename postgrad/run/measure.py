@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
+from postgrad.distributed.fsdp import gather_root
 from postgrad.errors import PostgradError
 from postgrad.evaluation import before_after
 from postgrad.evaluation.before_after import AllScores
@@ -54,9 +55,10 @@ def measure(context: RunContext, baseline: Baseline) -> Phase[Measurements]:
     scores = before_after.score_sets(model, plan.evaluation.sets, context=length, world=world)
     pseudo_scores = before_after.score_sets(model, pseudo_sets, score_masked_tokens, context=length, world=world)
     answers = _answer_tasks(context, model)
-    samples = _make_samples(plan, model.pretrained, baseline) if world.is_main else []
+    with gather_root(model):
+        samples = _make_samples(plan, model.pretrained, baseline)
     drift = None
-    if plan.stage.evaluation.drift_tokens and not world.is_distributed:
+    if plan.stage.evaluation.drift_tokens:
         yield PhaseStarted("measuring the drift from the start model", is_evaluation=True)
         drift = measure_drift(plan, model, world)
     del model  # relearning and test sets load others, and there may be room for one

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import math
 
+from postgrad.distributed.fsdp import reshard
 from postgrad.distributed.world import World
 from postgrad.evaluation.drift import compute_drift, weight_drift
 from postgrad.lineage.record import ChangedWeights, DriftRecord
-from postgrad.models.model import Model, wrap_model
+from postgrad.models.model import Model
 from postgrad.plan.plan import Plan
-from postgrad.tuning.open_model import open_model
+from postgrad.run.tuned_model import load_start_model
 
 
 def measure_drift(plan: Plan, after: Model, world: World) -> DriftRecord | None:
     """Compare the trained model with the start model; None when the start model lacks the task layer."""
-    opened = open_model(plan.model.start, plan.model.task, layer=plan.model.task_layer)
-    if opened.new_weights:
+    before, new_weights = load_start_model(plan, world)
+    if new_weights:
         return None
-    before = wrap_model(opened.model, plan.model.task).to(world.device)
     tokens = plan.stage.evaluation.drift_tokens
     sets = {
         new.name: compute_drift(
@@ -26,6 +26,8 @@ def measure_drift(plan: Plan, after: Model, world: World) -> DriftRecord | None:
         for old, new in zip(plan.evaluation.scored_sets_before, plan.evaluation.scored_sets, strict=True)
         if new.has_distribution
     }
+    for model in (before, after):
+        reshard(model)
     weights = weight_drift(before.pretrained, after.pretrained)
     changes = {name: part.relative_change for name, part in weights.items()}
     return DriftRecord(

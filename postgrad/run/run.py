@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
-from postgrad.distributed.world import InputFile, MeshShape, World
+from postgrad.distributed.world import InputFile, MeshShape, World, ranks_of_environment
 from postgrad.hardware import machine
 from postgrad.hardware.memory import memory_errors
 from postgrad.plan.plan import Plan
@@ -35,7 +35,7 @@ def run_stage(plan: Plan, *, command: str, cache: Path) -> Iterator[RunEvent]:
 
     Raises the `PostgradError` of whatever fails; training up to the last checkpoint is kept.
     """
-    machine.tune_allocator()
+    machine.tune_allocator(returns_blocks=ranks_of_environment() > 1)
     timeout = timedelta(seconds=plan.stage.compute.collective_timeout_seconds)
     parallel = plan.stage.parallel
     mesh_shape = MeshShape(parallel.replicate, parallel.shard) if parallel else MeshShape()

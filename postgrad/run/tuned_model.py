@@ -64,6 +64,31 @@ class TunedModel:
             fsdp.shard(self.model, world.mesh, compute, self.unread)
 
 
+class StartModel(NamedTuple):
+    """The exact start model, and those of its weights that are new."""
+
+    model: Model
+    new_weights: tuple[str, ...]
+
+
+def load_start_model(plan: Plan, world: World, *, is_whole: bool = False) -> StartModel:
+    """The exact start model, in fp32, without the stage's tuning; sharded where there is a process group.
+
+    `is_whole`: on every rank, as tasks need it.
+    """
+    start, task, layer = plan.model.start, plan.model.task, plan.model.task_layer
+    mesh = None if is_whole else world.mesh
+    unread = load_unread(start, task, layer=layer) if mesh else None
+    if unread:
+        model, new_weights = wrap_model(unread.loaded.model, task), unread.loaded.new_weights
+    else:
+        opened = open_model(start, task, layer=layer)
+        model, new_weights = wrap_model(opened.model, task).to(world.device), opened.new_weights
+    if mesh:
+        fsdp.shard(model, mesh, torch.float32, unread.weights if unread else None)
+    return StartModel(model, new_weights)
+
+
 def make_tuned_model(plan: Plan, world: World, *, attention: str | None = None) -> TunedModel:
     """Load the start model, and attach the stage's tuning; on this rank's device.
 
