@@ -86,9 +86,3 @@ def reshard(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-
-
-def synchronise_gradients(model: torch.nn.Module, enabled: bool) -> None:
-    """Set whether the next backward pass sums gradients over ranks; only the last micro-batch needs to."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(enabled)

@@ -108,7 +108,7 @@ def _publish_state(context: RunContext, tuned_model: TunedModel, state: dict[str
         pretrained = tuned_model.model.pretrained
         publish_pretrained(folder, pretrained, tokenizer, dtype=dtype, state=state)
         return
-    if context.world.mesh and not tuned_model.tuning.is_merged_on_export:
+    if context.world.mesh and tuned_model.tuning.exports_alone:
         tuning = make_tuned_model(plan, context.world).tuning  # without reading the start model, where that is possible
     else:
         opened = open_model(plan.model.start, plan.model.task, layer=plan.model.task_layer)

@@ -5,8 +5,9 @@ which the ranks add up before the first forward pass. FSDP sums gradients over r
 `distributed.fsdp.shard`), so the division by the number of ranks that data parallelism implies does not occur, and the result
 does not depend on how rows are split into micro-batches or ranks.
 
-Collective calls, in the same order on every rank: token counts; gradients, with the last micro-batch only; loss sums, sums by
-source; gradient norm (with penalties) and the penalties' own sums; gradient norm; the verdict on finiteness; the update mask.
+Collective calls, in the same order on every rank: token counts; gradients, with every micro-batch (kept until the last one they
+would be those of the whole model on each rank); loss sums, sums by source; gradient norm (with penalties) and the penalties' own
+sums; gradient norm; the verdict on finiteness; the update mask.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ import torch
 from torch import Tensor
 
 from postgrad.data.loading.batch import Batch
-from postgrad.distributed.fsdp import synchronise_gradients
 from postgrad.distributed.world import World
 from postgrad.models.model import Model
 from postgrad.objectives.balancing import BalancingLoss
@@ -121,9 +121,8 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepReport | StepWit
     sums, balancing = all_sums[:-1], all_sums[-1]
     by_source = torch.zeros(len(run.sources), dtype=torch.float64, device=run.world.device)
     row_losses: list[Tensor] = []
-    for index, batch in enumerate(micro_batches):
+    for batch in micro_batches:
         batch = batch.to(run.world.device)
-        synchronise_gradients(run.model, index == len(micro_batches) - 1)
         with run.optimizer.update_mask.observe(batch):
             output = run.model(**batch.inputs)
         combined = combine_losses([run.objectives[i] for i in batch.objectives], output, batch)

@@ -133,6 +133,7 @@ class Adapter(ModuleTuning):
     """Bottleneck adapters in every block of a frozen model (both stacks of an encoder-decoder)."""
 
     kind = "adapter"
+    exports_alone = True
     unmergeable_reason = (
         "an adapter has a nonlinearity between its two projections, so no plain weights have its effect"
     )

@@ -34,9 +34,9 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from postgrad.distributed.shards import full_tensor, local_shard, local_shard_like
 from postgrad.errors import TuningError
 from postgrad.tuning.extra_trainable import ExtraTrainable
 from postgrad.tuning.parameter_location import replace_module
@@ -64,7 +64,7 @@ class LoraAdapter(Tuning):
     """A low-rank adapter at every targeted linear layer."""
 
     kind = "lora"
-    has_exact_merge = True
+    has_exact_merge = exports_alone = True
 
     def __init__(
         self,
@@ -278,7 +278,8 @@ class LoraAdapter(Tuning):
     def _set_initial_factors(self, name: str, layer: Layer) -> None:
         """Copy A0 and B0 into the second adapter, which subtracts them."""
         for module, factor in zip((layer.lora_A, layer.lora_B), self._layer_initial_factors(name), strict=True):
-            _adapter_weight(module, self._adapter_names[1]).data.copy_(factor)
+            weight = _adapter_weight(module, self._adapter_names[1]).detach()
+            local_shard(weight).copy_(local_shard_like(factor, weight))
 
     def _remove_layers(self) -> None:
         """Remove the adapters from the layers, and restore `requires_grad` if no other adapter is stacked on them."""
@@ -423,7 +424,7 @@ def _adapter_weight(part: nn.ModuleDict, adapter: str) -> nn.Parameter:
 def _full_weight(base: Any) -> Tensor:
     """A layer's full weight, dequantised and unsharded."""
     weight = dequantize_module_weight(base).detach() if is_quantized(base) else base.weight.detach()
-    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+    return full_tensor(weight)
 
 
 def _unused_adapter_name(model: nn.Module) -> str:

@@ -55,6 +55,7 @@ class Tuning(ABC):
     `is_full`: every weight is trained, so checkpoints hold a whole model.
     `has_exact_merge`: merging yields a model with the same inputs and outputs.
     `is_merged_on_export`: a plain model is published, with the tuning merged into it.
+    `exports_alone`: what is published follows from the tuning's own tensors, without the weights of the base.
     `is_plain`: the model holds plain weights alone, so that merging changes none.
     `options`: the constructor's keyword arguments for a tuning of the same effect, as plain data.
     `notes`: effects of attaching that the options do not show, as sentences for the plan.
@@ -68,6 +69,7 @@ class Tuning(ABC):
     is_full: bool = False
     has_exact_merge: bool = False
     is_merged_on_export: bool = False
+    exports_alone: bool = False
     is_plain: bool = False
     unmergeable_reason: str | None = None
     options: Mapping[str, Any] = {}
