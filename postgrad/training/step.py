@@ -5,9 +5,9 @@ which the ranks add up before the first forward pass. FSDP sums gradients over r
 `distributed.fsdp.shard`), so the division by the number of ranks that data parallelism implies does not occur, and the result
 does not depend on how rows are split into micro-batches or ranks.
 
-Collective calls, in the same order on every rank: token counts; gradients, with every micro-batch (kept until the last one they
-would be those of the whole model on each rank); loss sums, sums by source; gradient norm (with penalties) and the penalties' own
-sums; gradient norm; the verdict on finiteness; the update mask.
+Collective calls, in the same order on every rank: token counts; gradients, with every micro-batch (kept until the last they
+would be those of the whole model); loss sums, sums by source; gradient norm (with penalties) and the penalties' own sums;
+gradient norm; the verdict on finiteness; the update mask.
 """
 
 from __future__ import annotations
