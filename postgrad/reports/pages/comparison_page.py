@@ -8,7 +8,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from postgrad.foreign_text import mask_secrets, plain_text
 from postgrad.lineage.metrics import MetricsRow
 from postgrad.lineage.record import Record, Sample, SetChange
-from postgrad.reports.html.charts import ForestRow, ScatterPoint, Series, VerticalMark, forest_plot, line_chart, scatter
+from postgrad.reports.html.charts import (
+    Chart,
+    ForestRow,
+    ScatterPoint,
+    Series,
+    VerticalMark,
+    forest_plot,
+    line_chart,
+    scatter,
+)
 from postgrad.reports.html.document import (
     MAX_YAML_CHARACTERS,
     bold_name,
@@ -180,7 +189,7 @@ def _set_figures(name: str, role: str, names: Sequence[str], curves: Sequence[Cu
     return side_by_side(whole, early)
 
 
-def _arm_chart(series: Sequence[Series], title: str, width: float, x_range: tuple[float, float] | None = None) -> str:
+def _arm_chart(series: Sequence[Series], title: str, width: float, x_range: tuple[float, float] | None = None) -> Chart:
     return line_chart(
         series, title=title, width=width, x_label=X_LABEL, y_label="change, nats per token", zero=True, least=0.01,
         marks=[VerticalMark(0.0, "switch")], x_range=x_range,
