@@ -4,7 +4,6 @@ import base64
 import copy
 import csv
 import hashlib
-
 import io
 import math
 import os
