@@ -25,6 +25,7 @@ from postgrad.lineage.metrics import EvaluationRow, StepRow
 from postgrad.lineage.record import Record
 from postgrad.reports.html import document
 from postgrad.reports.sections.held_out_tables import score_table
+from postgrad.reports.sections.stage_differences import stage_differences_table
 from tests.reports.conftest import as_record, draw_comparison, draw_lineage, draw_run, make_metrics, make_record
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
@@ -495,3 +496,18 @@ def test_figures_can_be_saved_with_their_numbers(record: dict, metrics: list[dic
     root = ElementTree.fromstring(unescape(files["training-loss.svg"]))
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
     assert "var(--c0)" in (root[0].text or "") and "dark" not in (root[0].text or "")
+
+
+def test_a_comparison_tells_in_which_keys_the_stages_differ(arms: list[dict], metrics: list[dict]) -> None:
+    first, second = copy.deepcopy(arms[:2])
+    first["stage"] = {"name": "a", "seed": 0, "data": {"mixture": [{"name": "old", "share": 0.1}, {"name": "new"}]}}
+    second["stage"] = {"name": "b", "seed": 0, "data": {"mixture": [{"name": "new"}, {"name": "old", "share": 0.2}]}}
+    second["stage"]["schedule"] = {"kind": "wsd", "warmup": None}
+    table = stage_differences_table([as_record(first), as_record(second)], ["a", "b"])
+    assert [tuple(cell.text for cell in row) for row in table.rows] == [
+        ("data.mixture.old.share", "0.1", "0.2"),
+        ("schedule.kind", "\u2013", "wsd"),
+    ]
+    assert "What differs" in said(draw_comparison([first, second], [metrics, metrics], "t", None))
+    second["stage"] = first["stage"]
+    assert "What differs" not in said(draw_comparison([first, second], [metrics, metrics], "t", None))

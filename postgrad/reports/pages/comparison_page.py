@@ -43,6 +43,7 @@ from postgrad.reports.sections.curves import (
     read_curves,
 )
 from postgrad.reports.sections.overview import damage_notice
+from postgrad.reports.sections.stage_differences import stage_differences_table
 from postgrad.reports.sections.task_section import comparison_task_table
 
 _MAX_SAMPLES, _MAX_FORESTS, _MAX_FOREST_ROWS = 6, 5, 40
@@ -63,9 +64,11 @@ def comparison_page(
     names = arm_names(records)
     curves = [read_curves(metrics[i] if i < len(metrics) else ()) for i in range(len(records))]
     tasks = comparison_task_table(records)
+    differences = stage_differences_table(records, names)
     arms = comparison_table(records, baseline).html() + _trade_off_figures(records, names) if records else ""
     sections = [
         ("arms", "Arms", "The arms", arms),
+        ("differences", "Settings", "What differs", differences.html() if differences.rows else ""),
         ("tasks", "Tasks", "Tasks", tasks.html() if tasks else ""),
         ("curves", "Curves", "Forgetting during training", _curves_section(names, curves)),
         ("samples", "Samples", "Text by arm", _samples_section(records, names)),
