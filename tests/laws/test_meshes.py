@@ -57,14 +57,14 @@ def small(stage_of: StageOf) -> dict[str, Any]:
 
 
 def train_mesh(mesh: str, raw: dict[str, Any], output: Path, cache: Path) -> tuple[int, list[str]]:
-    """The step at which the ranks of a mesh began, and what the first one warned of."""
+    """The step at which the ranks of a mesh began (-1: the run was complete), and what the first one warned of."""
     size, parallel = MESHES[mesh]
     raw = {**raw, "output": str(output), **({"parallel": parallel} if parallel else {})}
 
     def work(rank: int) -> tuple[int, list[str]]:
         events = train_on(raw, cache)
         warnings = [event.message for event in events if isinstance(event, WarningMessage)]
-        return next(event.step for event in events if isinstance(event, RunStarted)), warnings
+        return next((event.step for event in events if isinstance(event, RunStarted)), -1), warnings
 
     if size == 1:
         return work(0)
@@ -267,7 +267,8 @@ def test_killed_at_any_moment_it_resumes(mesh: str, small: dict[str, Any], cache
 
         scratch = tmp_path / f"outcomes {trial}"
         scratch.mkdir()
-        on_ranks(scratch, work, MESHES[mesh][0])
+        outcomes = on_ranks(scratch, work, MESHES[mesh][0])
+        print(f"trial {trial}: rank {victim} killed after {moment:.1f} s: {outcomes}")
         train_mesh(mesh, raw, home, cache)
         ends = checkpoint_at(home, STEPS), checkpoint_at(tmp_path / "whole", STEPS)
         assert difference(*map(read_tensors, ends)) == 0, (trial, victim, moment)
