@@ -71,6 +71,13 @@ def tiny_config(model_type: str, **changes: Any) -> PreTrainedConfig:
         return _make(CONFIG_MAPPING[model_type], **changes)
 
 
+def tiny_config_of_task(model_type: str, task: Task) -> PreTrainedConfig:
+    """A tiny configuration for a task: an encoder under a causal head is one that its configuration makes a decoder."""
+    fields = {field.name for field in dataclasses.fields(CONFIG_MAPPING[model_type])}
+    options = {"is_decoder": True, "causal": True} if task == Task.CAUSAL else {}
+    return tiny_config(model_type, **{name: value for name, value in options.items() if name in fields})
+
+
 def _make(config_class: type[PreTrainedConfig], **changes: Any) -> PreTrainedConfig:
     numbers = dict(_numbers(config_class))
     default: Any = config_class()

@@ -150,7 +150,8 @@ def detect_config_task(config: PreTrainedConfig) -> Task:
 def _is_bare_encoder(name: str, config: PreTrainedConfig) -> bool:
     """Whether a bare backbone is an encoder: the families that also have a masked language model, and are no decoders."""
     bare = name.endswith("Model") or not name
-    return bare and type(config) in AutoModelForMaskedLM._model_mapping and not getattr(config, "is_decoder", False)
+    is_decoder = any(getattr(config, key, False) for key in ("is_decoder", "causal"))
+    return bare and type(config) in AutoModelForMaskedLM._model_mapping and not is_decoder
 
 
 def load_pretrained(

@@ -22,6 +22,7 @@ from torch import Tensor
 from postgrad.data.loading.batch import Batch
 from postgrad.distributed.fsdp import synchronise_gradients
 from postgrad.distributed.world import World
+from postgrad.errors import TuningError
 from postgrad.models.model import Model
 from postgrad.objectives.balancing import BalancingLoss
 from postgrad.objectives.objective import Objective, combine_losses
@@ -128,7 +129,14 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepReport | StepWit
             output = run.model(**batch.inputs)
         combined = combine_losses([run.objectives[i] for i in batch.objectives], output, batch)
         term = run.balancing(output, batch) if run.balancing else torch.zeros_like(combined.loss)
-        (combined.loss + term).div(token_count).backward()
+        loss_and_term = combined.loss + term
+        if not loss_and_term.requires_grad:
+            raise TuningError(
+                f"no gradient reaches the weights that `{run.weights.tuning.kind}` trains in this architecture",
+                where="tuning.kind",
+                expected="full, or a tuning that this model's backward pass supports",
+            )
+        loss_and_term.div(token_count).backward()
         balancing += term.detach()
         run.weights.accumulate_gradients()
         sums[list(batch.objectives)] += combined.sums_J
