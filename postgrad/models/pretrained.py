@@ -37,6 +37,7 @@ from postgrad.models.auto_classes import (
 from postgrad.models.config_limits import check_weight_file
 from postgrad.models.layers import count_parameters
 from postgrad.models.location import ModelLocation
+from postgrad.models.quantized_folders import forget_quantization, make_plain, prepare_dequantization
 from postgrad.models.task import Task
 from postgrad.models.task_head import TaskHeadConfig, load_task_head_config
 from postgrad.models.task_head_model import make_model_class
@@ -80,6 +81,8 @@ class LoadResult(NamedTuple):
 
     model: PreTrainedModel
     new_weights: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    """Effects of loading that the folder does not show, as sentences for the plan."""
 
 
 @dataclass(frozen=True)
@@ -173,6 +176,9 @@ def load_pretrained(
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), _suppress_load_report():
             warnings.simplefilter("ignore")
             config = load_config(start.name_or_path)
+            quantization = prepare_dequantization(config, start.name)
+            if state is not None:
+                forget_quantization(config)
             folder = start.full_model.folder
             auto = _auto_class(config, task)
             if folder and state is None:
@@ -197,6 +203,7 @@ def load_pretrained(
         raise ModelError(
             f"{start.name} could not be loaded as {task.description}: {first_line(error)}", where="model"
         ) from error
+    notes = (make_plain(model, quantization),) if quantization and state is None else ()
     record_separate_output(model)
     # Some architectures have a pooler in the backbone, which only a task layer uses.
     new = sorted({*loading["missing_keys"], *(key for key, *_ in loading.get("mismatched_keys", ()))})
@@ -208,7 +215,7 @@ def load_pretrained(
             expected="weights for every parameter of the architecture in its config.json",
             hint=_missing_head_hint(model, missing, task),
         )
-    return LoadResult(model.eval(), tuple(new))
+    return LoadResult(model.eval(), tuple(new), notes)
 
 
 def _missing_head_hint(model: PreTrainedModel, missing: Sequence[str], task: Task) -> str:

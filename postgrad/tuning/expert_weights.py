@@ -13,9 +13,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from peft import LoraConfig
 from peft.tuners.lora.layer import ParamWrapper
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from postgrad.models.experts import find_experts
@@ -24,7 +25,15 @@ from postgrad.tuning.parameter_location import replace_module
 
 
 class ExpertsLayer(ParamWrapper):
-    """PEFT's wrapper, which leaves the parameters of the module in their order."""
+    """PEFT's wrapper, which leaves the parameters of the module in their order, and is not compiled.
+
+    It makes a new class for the module in each forward pass, and compiled code would be compiled again for each.
+    """
+
+    @torch.compiler.disable
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The module's output with the updated tensor."""
+        return super().forward(x, *args, **kwargs)
 
     @contextmanager
     def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
