@@ -107,7 +107,7 @@ def _numbers(config_class: type[PreTrainedConfig]) -> Iterator[tuple[str, Any]]:
             yield field.name, _OPTIONAL[field.name]
         elif isinstance(field.default, bool) or not isinstance(field.default, int | float):
             continue
-        elif "dropout" in field.name or "drop" in field.name.split("_"):
+        elif "drop" in field.name or "jitter" in field.name:
             yield field.name, 0.0 if isinstance(field.default, float) else 0
         elif isinstance(field.default, float):
             continue
