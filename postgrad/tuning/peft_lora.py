@@ -150,13 +150,14 @@ def read_lora(model: PreTrainedModel, config: Mapping[str, Any], state: Mapping[
 
 def _target_parameters(model: PreTrainedModel, config: Mapping[str, Any]) -> list[str]:
     """The weights of experts that a folder of PEFT's has adapters for."""
+    where = "adapter_config.json"
     patterns = config.get("target_parameters") or ()
     names = expert_weights(model)
     unknown = [p for p in patterns if not any(name == p or name.endswith(f".{p}") for name in names)]
     if unknown:
         raise TuningError(
             f"target_parameters has {unknown[0]}, which is no tensor of fused experts in this model",
-            where="adapter_config.json",
+            where=where,
             expected=f"names such as {names[0]}" if names else "A and B at linear layers",
         )
     return [name for name in names if any(name == p or name.endswith(f".{p}") for p in patterns)]
