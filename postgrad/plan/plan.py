@@ -39,6 +39,7 @@ from postgrad.plan.source_labels import resolve_labels
 from postgrad.plan.sources import ProgressCallback, resolve_source_specs, resolve_sources
 from postgrad.plan.start_model import new_model_note, resolve_start_model
 from postgrad.plan.task_prompts import make_prompted_task
+from postgrad.plan.teacher_contexts import make_context_options
 from postgrad.plan.teachers import get_teacher_identity, resolve_teachers
 from postgrad.reports.notebook import plan_html
 
@@ -163,7 +164,11 @@ def make_plan(stage: s.Stage, root: Path, cache: Path, progress: ProgressCallbac
     excluded = _excluded_digests(tables, tasks)
     check_labels(held_out, sources, excluded, cache, notes)
 
-    data = plan_data(stage, root, model, sources, excluded, seen, cache, notes)
+    teachers = resolve_teachers(objectives, start, model.task, model.tokenizer, model.vocab_size, root)
+    contexts = [
+        make_context_options(spec.context, spec.objective_indices, objectives, teachers, model.inputs) for spec in specs
+    ]
+    data = plan_data(stage, root, model, sources, excluded, seen, cache, notes, contexts)
     schedule = make_schedule(stage.schedule, data.steps, data.tokens, start)
     notes += warmup_notes(stage.schedule, data.steps, data.tokens, stage.optimizer.betas[1])
     return Plan(
@@ -174,7 +179,7 @@ def make_plan(stage: s.Stage, root: Path, cache: Path, progress: ProgressCallbac
         data=data,
         evaluation=plan_evaluation(stage, model, data, held_out, tasks, schedule, notes),
         objectives=objectives,
-        teachers=resolve_teachers(objectives, start, model.task, model.tokenizer, model.vocab_size, root),
+        teachers=teachers,
         schedule=schedule,
         notes=tuple(notes),
         cache=cache,

@@ -14,6 +14,7 @@ from dataclasses import replace
 import numpy as np
 
 from postgrad.data.layouts.rows import IGNORED, Row, RowOptions
+from postgrad.data.layouts.teacher_context import CONTEXT_TOO_LONG, split_contexts
 from postgrad.data.layouts.windows import (
     MarkedStore,
     locate_texts,
@@ -41,11 +42,16 @@ class PromptRows:
         self, store: MarkedStore, options: RowOptions, *, prompt_tokens: int, new_tokens: int, eos: int
     ) -> None:
         self.store, self.frame, self.new_tokens, self.eos = store, options.frame, new_tokens, eos
-        max_tokens = max_text_tokens(options.length, self.frame.size(2) + new_tokens - 1, 1)
+        added_tokens = self.frame.size(2) + new_tokens - 1
+        max_tokens = max_text_tokens(options.length, added_tokens, 1)
         selected = options.select_documents(store)
         texts = locate_texts(store, selected, options.lead)
+        texts, self.contexts = split_contexts(store, texts, options.context, options.length, added_tokens)
         texts = texts.select(texts.size_N > 0)
-        self.skipped = {"no text": len(selected.documents) - len(texts.document_N)}
+        self.skipped = {
+            "no text": len(selected.documents) - len(texts.document_N) - self.contexts.skipped,
+            CONTEXT_TOO_LONG: self.contexts.skipped,
+        }
         self.is_marked = store.marks(0) is not None
         if self.is_marked:
             stop_N = np.array([_prompt_end(store, *span) for span in texts.spans()], np.int64)
@@ -57,7 +63,7 @@ class PromptRows:
             windows = split_windows(texts, max(prompt_tokens, 1) + new_tokens)
             self.document_R, self.start_R = windows.document_R, windows.start_R
             self.stop_R = np.minimum(windows.start_R + min(prompt_tokens, max_tokens), windows.stop_R)
-        placed = int((self.stop_R - self.start_R).sum())
+        placed = int((self.stop_R - self.start_R).sum()) + self.contexts.tokens
         ledger = make_ledger(selected, placed=placed, trained=placed)
         self.ledger = replace(ledger, trained=len(self) * new_tokens, context=placed)
 
@@ -73,7 +79,8 @@ class PromptRows:
         ids_T = np.concatenate((ids_P, np.full(self.new_tokens - 1, PENDING, np.int64)))
         labels_T = np.full(len(ids_T), IGNORED, np.int64)
         labels_T[len(ids_P) - 1 :] = PENDING
-        return Row({"input_ids": ids_T, "position_ids": np.arange(len(ids_T))}, labels_T, self.new_tokens)
+        contexts = self.contexts.before(int(self.document_R[row]), len(prefix), 0, len(ids_T))
+        return Row({"input_ids": ids_T, "position_ids": np.arange(len(ids_T))}, labels_T, self.new_tokens, contexts)
 
 
 def _prompt_end(store: MarkedStore, document: int, start: int, stop: int) -> int:
