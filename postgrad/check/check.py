@@ -68,6 +68,7 @@ def _check_stage(plan: Plan, cache: Path, show: int) -> dict[str, Any]:
     )
     padding = make_loader(plan, execution, world).measure_padding(plan.steps)
     padding_lines = [] if execution.packed else [f"  padding: {padding:.1%} of the positions of unpacked rows"]
+    execution = replace(execution, seconds=execution.seconds * (1 + plan.sharp_steps / plan.steps))
     lines = [
         *plan_lines(plan, sources),
         *(f"note: {note}" for note in model_notes),
@@ -78,6 +79,7 @@ def _check_stage(plan: Plan, cache: Path, show: int) -> dict[str, Any]:
         *padding_lines,
         _memory_line(memory),
         *(line for cost in (*teachers, *penalties) for line in cost.lines),
+        *_sharpness_lines(plan.sharp_steps, plan.steps, counts),
         f"time: about {format_duration(execution.seconds)} without evaluation, from timed micro-batches"
         + (" (not compiled; a compiled model is faster)" if execution.compile else ""),
     ]
@@ -91,6 +93,7 @@ def _check_stage(plan: Plan, cache: Path, show: int) -> dict[str, Any]:
         "padding_share": padding,
         "memory": {**asdict(memory), "total": memory.total},
         "seconds": execution.seconds,
+        "sharpness_aware_steps": plan.sharp_steps,
         "teachers": [cost.record for cost in teachers],
         "penalties": [penalty.record for penalty in penalties],
         "sparse_update": update.as_json() if update else None,
@@ -139,6 +142,15 @@ def _execution_lines(execution: Execution) -> list[str]:
         f"{'compiled' if execution.compile else 'not compiled'}, "
         f"{execution.threads} thread{'s' * (execution.threads > 1)}",
         *(f"  {key}: {reason}" for key, reason in execution.reasons.items()),
+    ]
+
+
+def _sharpness_lines(sharp_steps: int, steps: int, counts: ParameterCounts) -> list[str]:
+    if not sharp_steps:
+        return []
+    return [
+        f"sharpness-aware: the last {sharp_steps:,} of {steps:,} steps compute their gradient twice, {sharp_steps / steps:.0%} "
+        f"more computation in all, and hold a copy of the trained weights, {format_bytes(4 * counts.trainable)}"
     ]
 
 

@@ -23,7 +23,7 @@ from postgrad.plan.demonstration_pool import make_demonstration_wrapper
 from postgrad.plan.evaluation_plan import EvaluationPlan, plan_evaluation
 from postgrad.plan.held_out_documents import HeldOutDocuments, check_labels, select_held_out_documents
 from postgrad.plan.held_out_files import resolve_held_out_files
-from postgrad.plan.lr_schedule import make_schedule, warmup_notes
+from postgrad.plan.lr_schedule import find_sharpness_start, make_schedule, warmup_notes
 from postgrad.plan.model_inputs import unknown_notes
 from postgrad.plan.model_plan import ModelPlan, plan_model
 from postgrad.plan.objective_matching import (
@@ -60,6 +60,8 @@ class Plan:
     schedule: lr_schedules.Schedule
     notes: tuple[str, ...]
     cache: Path
+    sharpness_start: int | None = None
+    """The first sharpness-aware step; None without any."""
 
     @property
     def steps(self) -> int:
@@ -70,6 +72,11 @@ class Plan:
     def tokens(self) -> int:
         """Trained tokens of the whole stage."""
         return self.data.tokens
+
+    @property
+    def sharp_steps(self) -> int:
+        """Steps at the end that compute their gradient twice."""
+        return 0 if self.sharpness_start is None else self.steps - self.sharpness_start + 1
 
     @property
     def start_model_name(self) -> str:
@@ -183,6 +190,7 @@ def make_plan(stage: s.Stage, root: Path, cache: Path, progress: ProgressCallbac
         schedule=schedule,
         notes=tuple(notes),
         cache=cache,
+        sharpness_start=find_sharpness_start(stage.optimizer.sharpness_aware, schedule, data.steps, data.tokens),
     )
 
 

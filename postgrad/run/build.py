@@ -39,6 +39,7 @@ from postgrad.storage.fingerprint import file_fingerprint
 from postgrad.training.checkpoint_state import MOMENTS, STATE, read_moments, read_progress
 from postgrad.training.checkpoints import Checkpoints
 from postgrad.training.on_policy import OnPolicySampler, make_on_policy_step
+from postgrad.training.sharpness_aware import SharpnessAwareGradients
 from postgrad.training.step import Run, StepFunction, train_step
 from postgrad.tuning.adapter_folder import read_export
 from postgrad.tuning.tuning import TuningExport
@@ -224,10 +225,23 @@ def make_optimizer(
 
 
 def make_step(plan: Plan, run: Run) -> StepFunction:
-    """The step function: plain, or on-policy. Raises `StageError` for on-policy with a sharded model."""
+    """The step function: plain, sharpness-aware, or on-policy.
+
+    Raises `StageError` for on-policy with a sharded model, and for sharpness-aware steps in bf16.
+    """
+    step: StepFunction = train_step
+    spec = plan.stage.optimizer.sharpness_aware
+    if spec is not None and plan.sharpness_start is not None:
+        if run.weights.compute_dtype != torch.float32:
+            raise StageError(
+                f"a step uphill of {spec.radius:g} is lost in the rounding of {str(run.weights.compute_dtype)[6:]} weights",
+                where="optimizer.sharpness_aware",
+                expected="compute: {dtype: float32}",
+            )
+        step = partial(train_step, compute=SharpnessAwareGradients(spec.radius, plan.sharpness_start))
     specs = {i: o for i, o in enumerate(plan.objectives) if isinstance(o, OnPolicyObjective)}
     if not specs:
-        return train_step
+        return step
     if run.world.is_distributed:
         raise StageError(
             "a sharded model cannot generate",
@@ -237,7 +251,7 @@ def make_step(plan: Plan, run: Run) -> StepFunction:
     assert isinstance(run.model, CausalModel)
     seed, eos = plan.stage.seed, plan.model.inputs.encoder.eos
     return make_on_policy_step(
-        {i: OnPolicySampler(run.model, spec.temperature, eos, seed) for i, spec in specs.items()}
+        {i: OnPolicySampler(run.model, spec.temperature, eos, seed) for i, spec in specs.items()}, step
     )
 
 

@@ -60,7 +60,7 @@ class OnPolicySampler:
         )
 
 
-def make_on_policy_step(samplers: Mapping[int, OnPolicySampler]) -> StepFunction:
+def make_on_policy_step(samplers: Mapping[int, OnPolicySampler], train_step: StepFunction = train_step) -> StepFunction:
     """A step that first samples the rows of some objectives; `samplers` by objective number."""
 
     def step(run: Run, micro_batches: Sequence[Batch]) -> StepReport | StepWithoutUpdate:
