@@ -10,6 +10,7 @@ from postgrad.check.memory_probe import measure_memory
 from postgrad.check.penalty_cost import check_penalties
 from postgrad.check.plan_text import plan_lines
 from postgrad.check.preview_rows import preview_rows
+from postgrad.check.replay_cost import check_replay
 from postgrad.check.source_text import source_lines
 from postgrad.check.teacher_cost import check_teachers
 from postgrad.distributed.world import World
@@ -55,6 +56,7 @@ def _check_stage(plan: Plan, cache: Path, show: int) -> dict[str, Any]:
     teachers = check_teachers(plan, subject, execution, world)
     memory = _estimate_memory(plan, subject, execution, sum(cost.bytes for cost in teachers))
     update = check_update(plan, subject)
+    replays = check_replay(plan, subject, execution)
     penalties = check_penalties(plan, subject, execution, world)
     notes, tuning_notes = subject.loaded_model.notes, subject.tuning.notes
     del subject  # the measured run loads a model of its own
@@ -79,6 +81,7 @@ def _check_stage(plan: Plan, cache: Path, show: int) -> dict[str, Any]:
         *padding_lines,
         _memory_line(memory),
         *(line for cost in (*teachers, *penalties) for line in cost.lines),
+        *(cost.line for cost in replays),
         *_sharpness_lines(plan.sharp_steps, plan.steps, counts),
         f"time: about {format_duration(execution.seconds)} without evaluation, from timed micro-batches"
         + (" (not compiled; a compiled model is faster)" if execution.compile else ""),
@@ -93,6 +96,7 @@ def _check_stage(plan: Plan, cache: Path, show: int) -> dict[str, Any]:
         "padding_share": padding,
         "memory": {**asdict(memory), "total": memory.total},
         "seconds": execution.seconds,
+        "on_policy_replay": [cost.record for cost in replays],
         "sharpness_aware_steps": plan.sharp_steps,
         "teachers": [cost.record for cost in teachers],
         "penalties": [penalty.record for penalty in penalties],

@@ -380,6 +380,33 @@ class OnPolicyObjective(RowObjectiveConfig):
     """What the teacher reads before the prompt and the model does not. Default: both read the same."""
 
 
+class OnPolicyReplayObjective(RowObjectiveConfig):
+    """On-policy replay (Chen et al. 2026): next tokens of answers that the model itself samples to old prompts, at every step.
+
+    Of each prompt's answers the one with the best score is trained on, if the score is high enough; there is no teacher.
+    Requires a single process: a sharded model cannot generate.
+    """
+
+    task: ClassVar[Task] = Task.CAUSAL
+    rows_function: ClassVar[str] = "postgrad.plan.objective_rows:make_prompt_rows"
+    kind: Literal["on-policy-replay"]
+    prompt_tokens: Count = 32
+    """Length of the prompts taken from running text; 0: none. The prompt of an example is everything before its answer."""
+    max_new_tokens: Positive = 96
+    """Largest number of tokens of an answer. Prompt and answer must fit into `data.sequence_length`."""
+    temperature: Annotated[float, Field(gt=0), BeforeValidator(reject_bool)] = 1.0
+    """Sampling temperature."""
+    samples: Annotated[Positive, Field(le=64)] = 4
+    """Answers to each prompt, of which one is trained on at most."""
+    score: Literal["f1", "exact", "variety"] = "f1"
+    """f1, exact: overlap of words with the row's own answer, or equality, as in question answering (Rajpurkar et al. 2016);
+    variety: the share of an answer that repeats no earlier run of eight tokens of it, for running text."""
+    min_score: Share = 0.5
+    """Answers with a lower score are rejected."""
+
+
+GeneratingObjective = OnPolicyObjective | OnPolicyReplayObjective
+"""Objectives on text that the model samples at every step."""
 TeacherObjective = DistillObjective | OnPolicyObjective
 """Objectives with a teacher."""
 
@@ -390,7 +417,7 @@ RowsObjective = (
     | SpanCorruptionObjective
     | TextToTextObjective
     | ClassifyObjective
-    | OnPolicyObjective
+    | GeneratingObjective
 )
 """Objectives that define the rows of their sources."""
 

@@ -11,9 +11,10 @@ import numpy as np
 
 from postgrad.config.objectives import (
     ClassifyObjective,
+    GeneratingObjective,
     MaskedObjective,
     NextTokenObjective,
-    OnPolicyObjective,
+    OnPolicyReplayObjective,
     PrefixLMObjective,
     RowsObjective,
     SpanCorruptionObjective,
@@ -147,14 +148,15 @@ def make_seq2seq_rows(objective: TextToTextObjective, request: RowsRequest) -> R
     )
 
 
-def make_prompt_rows(objective: OnPolicyObjective, request: RowsRequest) -> Rows:
-    """Prompts for the model to continue."""
+def make_prompt_rows(objective: GeneratingObjective, request: RowsRequest) -> Rows:
+    """Prompts for the model to continue, with their own answers where its answers are compared with these."""
     return PromptRows(
         request.store,
         request.options,
         prompt_tokens=objective.prompt_tokens,
         new_tokens=objective.max_new_tokens,
         eos=request.inputs.encoder.eos,
+        with_answers=isinstance(objective, OnPolicyReplayObjective) and objective.score != "variety",
     )
 
 

@@ -66,7 +66,8 @@ class StepReport:
     `tokens`: trained tokens of this step; `trained_tokens`: of all steps. `losses_by_source`: sum in nats and token count of
     each source. `loss_gradient_norm`: without the penalties' gradient, if there are penalties. `num_updated`: weights that a
     sparse update changed. `balancing_loss`: of experts, times its coefficient; not part of `loss`. `positions`, `padding`: of
-    this rank's unpacked rows, and those of them that only fill a row.
+    this rank's unpacked rows, and those of them that only fill a row. `sampled_prompts`, `accepted_answers`: of on-policy
+    replay.
     """
 
     step: int
@@ -83,6 +84,8 @@ class StepReport:
     balancing_loss: float | None = None
     positions: int | None = None
     padding: int | None = None
+    sampled_prompts: int | None = None
+    accepted_answers: int | None = None
 
 
 @dataclass(frozen=True)
