@@ -173,7 +173,12 @@ def _check_rewriting(rewriting: Rewriting, request: SynthesisRequest) -> None:
     if not 0 <= rewriting.held_out < 1:
         raise StageError(f"{rewriting.held_out} is out of range", where="--held-out", expected="0 to 99%")
     if request.prompt_tokens:
-        raise StageError("--from has documents to begin with", where="--prompt-tokens", expected="0")
+        raise StageError(
+            "--from has documents to rewrite, and their first tokens are no prompts",
+            where="--prompt-tokens",
+            expected="0",
+            hint="texts whose first tokens begin the documents are now given with --prompts",
+        )
 
 
 def _read_parts(
