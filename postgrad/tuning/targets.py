@@ -109,8 +109,10 @@ def block_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer, itself or under adapters."""
-    return isinstance(base_layer(module), nn.Linear | Conv1D)
+    """Whether a module is a linear layer, itself or under adapters; not one that an architecture computes in another way."""
+    kind = type(base_layer(module))
+    is_other = kind.__module__.startswith("transformers.models.") and kind.forward is not nn.Linear.forward
+    return issubclass(kind, nn.Linear | Conv1D) and not is_other
 
 
 def is_transposed(module: nn.Module) -> bool:
