@@ -11,9 +11,9 @@ import json
 from collections.abc import Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from postgrad.errors import StageError, suggest_path
 from postgrad.lineage.previous_format import PREVIOUS_FORMAT, upgrade_record
@@ -39,6 +39,18 @@ class RecordPart(BaseModel):
     def as_json(self) -> dict[str, Any]:
         """JSON-compatible data without the fields that are None."""
         return self.model_dump(mode="json", exclude_none=True)
+
+
+def _check_sections(stage: dict[str, Any]) -> dict[str, Any]:
+    """A stage whose sections that pages read are mappings, as they are in every stage."""
+    for name in ("tuning", "batch", "optimizer", "schedule"):
+        if not isinstance(stage.get(name, {}), dict):
+            raise ValueError(f"`{name}` is no mapping")
+    return stage
+
+
+RecordedStage = Annotated[dict[str, Any], AfterValidator(_check_sections)]
+"""A stage as resolved."""
 
 
 def notebook_html(function: str, document: RecordPart) -> str:
@@ -629,7 +641,7 @@ class Record(RecordPart):
     finished: str | None = None
     command: str = ""
     stage_yaml: str = ""
-    stage: dict[str, Any] = {}
+    stage: RecordedStage = {}
     """The stage as resolved."""
     stage_folder: str = ""
     """The folder that the paths of the stage are relative to."""

@@ -13,6 +13,7 @@ from postgrad.lineage.record import (
     ConsumedSource,
     ExecutionSummary,
     PlanSummary,
+    RecordedStage,
     RecordPart,
     refuse_other_run,
     validate_part,
@@ -38,7 +39,7 @@ class SavedPlan(RecordPart):
 
     id: str
     created: str
-    stage: dict[str, Any]
+    stage: RecordedStage
     start_model: str | None = None
     fingerprints: dict[str, Any] = {}
     execution: ExecutionSummary

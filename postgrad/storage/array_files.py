@@ -7,6 +7,7 @@ cache counts as absent and is made again.
 from __future__ import annotations
 
 import io
+import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,9 @@ from postgrad.storage.regular_file import read_regular_file
 
 _OWNER = "owner"
 _MAX_BYTES = 2**34
+_LOCAL_HEADER = 30
+"""Bytes before the name of an entry; the last four are the lengths of the name and of the extra field behind it."""
+_LIST_MARK = b"PK\1\2"
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], owner: str = "") -> None:
@@ -54,15 +58,22 @@ def read_cached_arrays(path: Path, owner: str = "") -> dict[str, np.ndarray] | N
 
 
 def _unpack_arrays(data: bytes) -> dict[str, np.ndarray]:
-    """The arrays of an archive. Each entry is read to its end, where its crc32 is compared.
+    """The arrays of an archive. Each entry is read to its end, where its crc32 is compared, and begins where the one before ends.
 
     `np.load` stops where the header of an entry says that the array ends: a changed header would hide the rest and the crc32.
+    The list of entries, at the end of the archive, has no crc32: a changed length in it would hide the entries behind it.
     """
     arrays: dict[str, np.ndarray] = {}
+    end = 0
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         for entry in archive.infolist():
             if entry.compress_type != zipfile.ZIP_STORED:
                 raise ValueError("a compressed entry")
+            if entry.header_offset != end:
+                raise ValueError("an entry is missing from the list of entries")
+            end += _LOCAL_HEADER + sum(struct.unpack_from("<HH", data, end + _LOCAL_HEADER - 4)) + entry.compress_size
             content = io.BytesIO(archive.read(entry))
             arrays[entry.filename.removesuffix(".npy")] = np.lib.format.read_array(content, allow_pickle=False)
+    if data[end : end + 4] != _LIST_MARK:
+        raise ValueError("the last entry is missing from the list of entries")
     return arrays

@@ -11,7 +11,7 @@ import hashlib
 import json
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -25,6 +25,7 @@ from postgrad.commands.lineage import trace_lineage
 from postgrad.commands.load_model import load_model
 from postgrad.commands.pages import write_page
 from postgrad.config.stage_file import parse_stage
+from postgrad.data.tokens import source_files
 from postgrad.data.tokens import store as store_module
 from postgrad.errors import PostgradError
 from postgrad.lineage import metrics
@@ -293,8 +294,10 @@ def try_cache_damage(sweep: CacheSweep, path: Path, kind: str, undamaged: str) -
 
 
 @pytest.fixture(scope="module")
-def cache_sweep(base: Path, tmp_path_factory: pytest.TempPathFactory) -> CacheSweep:
-    return CacheSweep(base, tmp_path_factory.mktemp("cached"))
+def cache_sweep(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[CacheSweep]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(source_files, "_CLOCK_GRAIN_NS", 0)  # the hashes of files this young are cached too
+        yield CacheSweep(base, tmp_path_factory.mktemp("cached"))
 
 
 def cache_failures(sweep: CacheSweep, kinds: list[str], every: int = 1) -> list[str]:
