@@ -6,7 +6,6 @@ from pathlib import Path
 
 from postgrad.errors import StageError
 
-
 MAX_WEIGHT = 1e6
 
 

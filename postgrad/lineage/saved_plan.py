@@ -15,6 +15,8 @@ from postgrad.lineage.record import (
     PlanSummary,
     RecordedStage,
     RecordPart,
+    RunId,
+    Time,
     refuse_other_run,
     validate_part,
 )
@@ -37,8 +39,8 @@ class ReplayableSource(RecordPart):
 class SavedPlan(RecordPart):
     """`plan.json`."""
 
-    id: str
-    created: str
+    id: RunId
+    created: Time
     stage: RecordedStage
     start_model: str | None = None
     fingerprints: dict[str, Any] = {}

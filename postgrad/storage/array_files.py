@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -58,22 +58,32 @@ def read_cached_arrays(path: Path, owner: str = "") -> dict[str, np.ndarray] | N
 
 
 def _unpack_arrays(data: bytes) -> dict[str, np.ndarray]:
-    """The arrays of an archive. Each entry is read to its end, where its crc32 is compared, and begins where the one before ends.
+    """The arrays of an archive. Each entry is read to its end, where its crc32 is compared.
 
     `np.load` stops where the header of an entry says that the array ends: a changed header would hide the rest and the crc32.
-    The list of entries, at the end of the archive, has no crc32: a changed length in it would hide the entries behind it.
     """
     arrays: dict[str, np.ndarray] = {}
-    end = 0
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        _refuse_gaps(data, archive.infolist())
         for entry in archive.infolist():
             if entry.compress_type != zipfile.ZIP_STORED:
                 raise ValueError("a compressed entry")
-            if entry.header_offset != end:
-                raise ValueError("an entry is missing from the list of entries")
-            end += _LOCAL_HEADER + sum(struct.unpack_from("<HH", data, end + _LOCAL_HEADER - 4)) + entry.compress_size
             content = io.BytesIO(archive.read(entry))
             arrays[entry.filename.removesuffix(".npy")] = np.lib.format.read_array(content, allow_pickle=False)
-    if data[end : end + 4] != _LIST_MARK:
-        raise ValueError("the last entry is missing from the list of entries")
     return arrays
+
+
+def _refuse_gaps(data: bytes, entries: Sequence[zipfile.ZipInfo]) -> None:
+    """Raise `ValueError` unless each entry begins where the last one ends, and the list of entries behind them.
+
+    The list has no crc32: a changed length in it hides the entries that follow.
+    """
+    end = 0
+    for entry in entries:
+        if entry.header_offset != end:
+            break
+        end += _LOCAL_HEADER + sum(struct.unpack_from("<HH", data, end + _LOCAL_HEADER - 4)) + entry.compress_size
+    else:
+        if data[end : end + 4] == _LIST_MARK:
+            return
+    raise ValueError("an entry is missing from the list of entries")
