@@ -2,7 +2,7 @@
 
     python benchmarks/memory_probe.py --json benchmarks/results/memory_probe.json
 
-Trains a Llama of 15 million weights for one step on the built-in texts, then for each setting alternates two arms, each a
+Trains a small Llama for one step on the built-in texts, then for each setting alternates two arms, each a
 process of its own: the check of a stage of two steps, and the run of that stage, from its first tensor to its record.
 """
 
@@ -25,11 +25,9 @@ _DOCUMENTS = 400
 _DISTILL = {"kind": "distill", "on": ["old"]}
 SETTINGS: dict[str, dict[str, Any]] = {
     "full fp32": {},
-    "full bf16": {"compute": {"dtype": "bfloat16"}},
     "activation checkpointing": {"compute": {"activation_checkpointing": True}},
     "micro-batches of 1": {"batch": {"micro_batch_size": 1}},
     "LoRA": {"tuning": {"kind": "lora"}},
-    "LoRA bf16": {"tuning": {"kind": "lora"}, "compute": {"dtype": "bfloat16"}},
     "Muon": {"optimizer": {"kind": "muon"}},
     "distilled": {"objectives": [{"kind": "next-token"}, _DISTILL]},
     "distilled, cached": {
@@ -39,6 +37,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "L2-SP, auto strength": {"penalties": [{"kind": "anchor", "strength": "auto"}]},
     "unpacked": {"data": {"packing": False}},
     "without drift": {"evaluation": {"drift_tokens": 0}},
+    "full bf16": {"compute": {"dtype": "bfloat16"}},
+    "LoRA bf16": {"tuning": {"kind": "lora"}, "compute": {"dtype": "bfloat16"}},
 }
 
 
@@ -78,7 +78,7 @@ def in_new_process(work: Callable[..., Any], *arguments: Any) -> Any:
         return pool.submit(work, *arguments).result()
 
 
-def prepare(home: Path, rows: int, length: int) -> None:
+def prepare(home: Path, options: argparse.Namespace) -> None:
     """The texts, a start model of one step, and the importance of its weights."""
     from postgrad.commands.builtin_corpus import write_texts
     from postgrad.commands.importance import measure_importance
@@ -89,8 +89,8 @@ def prepare(home: Path, rows: int, length: int) -> None:
     for text in ("old", "new"):
         lines = (home / f"{text}.jsonl").read_text().splitlines(keepends=True)
         (home / f"{text}.jsonl").write_text("".join(lines[:_DOCUMENTS]))
-    raw = make_stage(home, "start", rows, length)
-    raw["model"] = {"from_scratch": "llama-15M", "tokenizer": {"vocab_size": 8000}}
+    raw = make_stage(home, "start", options.rows, options.length)
+    raw["model"] = {"from_scratch": options.model, "tokenizer": {"vocab_size": 8000}}
     raw["evaluation"] |= {"max_tokens": 200, "drift_tokens": 0}
     plan = plan_stage(raw, folder=home, cache=home / "cache")
     list(run_stage(plan, command="benchmark", cache=home / "cache"))
@@ -154,12 +154,13 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_integer_options(parser, rounds=2, rows=8, length=256)
+    parser.add_argument("--model", default="llama-15M", help="Architecture and size of the model.")
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
-        in_new_process(prepare, home, options.rows, options.length)
+        in_new_process(prepare, home, options)
         found = {name: measure(home, name, options) for name in options.settings}
     write_results(options.json, {**provenance(), **settings(options), "found": found})
 

@@ -93,7 +93,9 @@ def list_runs(folder: Path | str = "runs") -> RunList:
     paths = sorted(_find_runs(folder, 0))
     records = {path: _read_record(path) for path in paths}
     needed = [_needed_runs(path, records[path]) for path in paths]
-    rows = (_make_row(path, records[path], any(each is None or path.resolve() in each for each in needed)) for path in paths)
+    rows = (
+        _make_row(path, records[path], any(each is None or path.resolve() in each for each in needed)) for path in paths
+    )
     return RunList(folder, tuple(rows))
 
 

@@ -71,7 +71,7 @@ def test_a_file_with_values_that_are_none_is_refused(
     if kind != "importance":
         read()
         change(path, value)
-    with pytest.raises(error, match="weight.* has NaN or infinite values"):
+    with pytest.raises(error, match=r"weight.* has NaN or infinite values"):
         read()
     monkeypatch.setattr(module, "refuse_non_finite", lambda *_, **__: None)
     read()
