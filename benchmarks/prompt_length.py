@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from arms import median_and_range, provenance, settings, write_results
-from tunings import Result, make_stage, run_in_subprocess, standalone_svg
+from tunings import Result, make_stage, run_in_subprocess
 
 LENGTHS = (4, 8, 16, 32, 64, 128)
 RATES = (5e-3, 7e-3, 1e-2)
@@ -111,7 +111,7 @@ def table(rows: list[Result]) -> str:
 
 def figure(rows: list[Result]) -> str:
     """The curve with its band as a picture by itself."""
-    from postgrad.reports.html.charts import STYLE, Series, line_chart
+    from postgrad.reports.html.charts import Series, line_chart
 
     points = [(float(row["length"]), row["accuracy"]["value"]) for row in rows]
     band = [(float(row["length"]), row["accuracy"]["low"], row["accuracy"]["high"]) for row in rows]
@@ -119,7 +119,7 @@ def figure(rows: list[Result]) -> str:
         [Series("dev", points, band, has_markers=True)], title="Length against accuracy", x_label="length",
         y_label="accuracy", x_scale="log", x_ticks=[(float(row["length"]), str(row["length"])) for row in rows],
     )  # fmt: skip
-    return standalone_svg(drawn, STYLE)
+    return drawn.standalone_svg()
 
 
 def parse_arguments() -> argparse.Namespace:

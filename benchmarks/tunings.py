@@ -563,7 +563,7 @@ def forgetting_cell(forgetting: Result | None) -> str:
 
 def trade_off_svg(rows: Sequence[Result]) -> str:
     """Gain against forgetting, a spot a kind, as a picture by itself."""
-    from postgrad.reports.html.charts import STYLE, ScatterPoint, scatter
+    from postgrad.reports.html.charts import ScatterPoint, scatter
 
     spots = [
         ScatterPoint(row["kind"], row["forgetting"]["difference"], row["gain"],
@@ -574,15 +574,7 @@ def trade_off_svg(rows: Sequence[Result]) -> str:
         spots, title="Gain against forgetting", x_label="retained loss, change (nats per token)",
         y_label="new-task loss, fall (nats per token)", width=760, height=460, best_corner_text="learns more, forgets less",
     )  # fmt: skip
-    return standalone_svg(drawn, STYLE)
-
-
-def standalone_svg(svg: str, style: str) -> str:
-    """A figure of a page as a file of its own."""
-    ground = '<rect width="100%" height="100%" style="fill:var(--ground)"/>'
-    begin, rest = svg.split(">", 1)
-    begin = begin.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
-    return f"{begin}><style>{style}svg.fig{{font-family:sans-serif}}</style>{ground}{rest}\n"
+    return drawn.standalone_svg()
 
 
 def parse_rates(text: str) -> tuple[str, tuple[float, ...]]:

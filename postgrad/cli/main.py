@@ -56,6 +56,7 @@ for name, verb in (
     ("push", run_verbs.push),
     ("track", run_verbs.track),
     ("runs", run_verbs.runs),
+    ("watch", run_verbs.watch),
     ("doctor", run_verbs.doctor),
 ):
     app.command(name=name, cls=Verb)(verb)

@@ -1,8 +1,9 @@
-"""Verbs that look after runs and this machine: track, push, runs, doctor."""
+"""Verbs that look after runs and this machine: track, push, runs, watch, doctor."""
 
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -85,6 +86,25 @@ def runs(
     freed = clean_runs(found)
     text = f"removed {len(removable)} folders, {format_bytes(freed)}\nnext: postgrad runs {folder}"
     print_result({"removed": [str(path) for path in removable], "bytes": freed}, as_json, text)
+
+
+def watch(
+    folder: Annotated[Path, typer.Argument(help="A run folder, or a folder with run folders.")] = Path("runs"),
+    port: Annotated[int, typer.Option(help="Port on this machine; 0 takes a free one.", min=0, max=65535)] = 8642,
+    open_browser: Annotated[bool, typer.Option("--open", help="Open the address in a browser.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show runs in a browser while they go on: their pages on this machine's loopback address, until Ctrl-C."""
+    from postgrad.commands.watch import PageServer
+
+    with PageServer(folder, port) as server:
+        text = f"{folder}: {server.url} (only on this machine; Ctrl-C ends the server, not the runs)"
+        print_result({"url": server.url}, as_json, text)
+        sys.stdout.flush()
+        if open_browser:
+            typer.launch(server.url)
+        with suppress(KeyboardInterrupt):
+            server.serve()
 
 
 def doctor(

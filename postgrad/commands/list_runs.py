@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from urllib.parse import quote
 
 from postgrad.commands.results import Result
 from postgrad.errors import PostgradError, StageError, suggest_path
@@ -56,8 +57,8 @@ class RunList(Result):
         """Size of all that may be removed."""
         return sum(run.removable_bytes for run in self.runs)
 
-    def table(self) -> Table:
-        """The runs, in the order of their names."""
+    def table(self, *, with_links: bool = False) -> Table:
+        """The runs, in the order of their names. `with_links`: each name leads to the path of its run below a server's root."""
         columns = (
             Column("run", is_text=True), Column("state", is_text=True), Column("steps"), Column("learned", "nats"),
             Column("retained", "nats"), Column("relative"), Column("size"),
@@ -67,15 +68,18 @@ class RunList(Result):
             notes.append(
                 f"{format_bytes(self.removable_bytes)} are checkpoints and remains that finished runs no longer need."
             )
-        return Table(f"Runs in {self.folder}", columns, tuple(map(self._cells, self.runs)), tuple(notes))
+        return Table(
+            f"Runs in {self.folder}", columns, tuple(self._cells(row, with_links) for row in self.runs), tuple(notes)
+        )
 
     def _repr_html_(self) -> str:
         return self.table().html()
 
-    def _cells(self, row: RunRow) -> tuple[Cell, ...]:
+    def _cells(self, row: RunRow, with_links: bool) -> tuple[Cell, ...]:
         relative = row.forgotten.relative_difference if row.forgotten else None
+        name = os.path.relpath(row.run, self.folder) if row.run != self.folder else row.run.name
         return (
-            text_cell(os.path.relpath(row.run, self.folder) if row.run != self.folder else row.run.name),
+            replace(text_cell(name), link=quote(f"/{name}/") if with_links else ""),
             text_cell(row.state),
             Cell((Number(f"{row.step:,} of {row.steps:,}", row.step),)),
             difference_cell(row.learned) if row.learned else change_cell(None),
@@ -90,7 +94,7 @@ def list_runs(folder: Path | str = "runs") -> RunList:
     folder = Path(folder)
     if not folder.is_dir():
         raise StageError(f"there is no folder {folder}", where="FOLDER", hint=suggest_path(folder))
-    paths = sorted(_find_runs(folder, 0))
+    paths = sorted(find_runs(folder))
     records = {path: _read_record(path) for path in paths}
     needed = [_needed_runs(path, records[path]) for path in paths]
     rows = (
@@ -113,7 +117,7 @@ def clean_runs(runs: RunList) -> int:
     return freed
 
 
-def _find_runs(folder: Path, depth: int) -> Iterator[Path]:
+def find_runs(folder: Path, depth: int = 0) -> Iterator[Path]:
     """Run folders, which contain no others; hidden folders and links are not searched."""
     if (folder / PLAN).is_file():
         yield folder
@@ -124,7 +128,7 @@ def _find_runs(folder: Path, depth: int) -> Iterator[Path]:
             return
         for entry in entries:
             if entry.is_dir() and not entry.is_symlink() and not entry.name.startswith("."):
-                yield from _find_runs(entry, depth + 1)
+                yield from find_runs(entry, depth + 1)
 
 
 def _read_record(path: Path) -> Record | PostgradError | None:

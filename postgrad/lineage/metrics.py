@@ -48,6 +48,10 @@ class StepRow(RecordPart):
     positions: int | None = None
     """Positions of the first rank's unpacked rows."""
     padding: int | None = None
+    sampled_prompts: int | None = None
+    """Of on-policy replay: the prompts that the model answered ..."""
+    accepted_answers: int | None = None
+    """... and those with an answer that is trained on."""
     """Those of them that only fill a row."""
     seconds: float = 0.0
 

@@ -352,6 +352,10 @@ class TrainingTotals(RecordPart):
     """Counted in `steps`, but not in `tokens`."""
     padding_share: float | None = None
     """Padding among the positions of unpacked rows; none for packed ones."""
+    sampled_prompts: int | None = None
+    """Of on-policy replay: the prompts that the model answered ..."""
+    accepted_answers: int | None = None
+    """... and those with an answer that was trained on."""
 
 
 class PublishedCheckpoint(RecordPart):

@@ -133,7 +133,7 @@ def lines(n: int, points: int = 20) -> list[Series]:
 @pytest.mark.parametrize("width", [358, 560])
 @pytest.mark.parametrize("count", [1, 2, 5, 12])
 def test_direct_labels_do_not_touch(width: int, count: int) -> None:
-    svg = charts.line_chart(lines(count), title="t", x_label="tokens", y_label="nats", width=width, zero=True)
+    svg = charts.line_chart(lines(count), title="t", x_label="tokens", y_label="nats", width=width, zero=True).svg
     inside(svg)
     found = [b for i in range(PALETTE_SIZE) for b in boxes(svg, f"c{i}")]
     assert len(found) == count
@@ -172,7 +172,7 @@ def test_odd_series_still_give_a_figure(name: str, scale: str, width: int) -> No
             y_scale=scale,
             zero=zero,
             width=width,
-        )  # fmt: skip
+        ).svg  # fmt: skip
         inside(svg)
         assert "inf" not in re.findall(r'd="([^"]*)"', svg)
 
@@ -185,7 +185,7 @@ def test_odd_series_still_give_a_figure(name: str, scale: str, width: int) -> No
 )
 def test_any_numbers_give_a_figure(groups: list, zero: bool, scale: str) -> None:
     series = [Series(f"s{i}", sorted(g, key=lambda p: p[0])) for i, g in enumerate(groups)]
-    inside(charts.line_chart(series, title="t", x_label="x", y_label="y", zero=zero, x_scale=scale))
+    inside(charts.line_chart(series, title="t", x_label="x", y_label="y", zero=zero, x_scale=scale).svg)
 
 
 def test_a_gap_splits_the_line_and_marks_stand_in_place() -> None:
@@ -196,7 +196,7 @@ def test_a_gap_splits_the_line_and_marks_stand_in_place() -> None:
         y_label="y",
         marks=[VerticalMark(0.0, "switch")],
         levels=[LimitLine(2.0, "gate")],
-    )
+    ).svg
     assert 'class="ln' not in svg  # two single points, no line across the gap
     assert svg.count("<circle") == 2
     assert ">switch<" in svg
@@ -205,13 +205,13 @@ def test_a_gap_splits_the_line_and_marks_stand_in_place() -> None:
 
 def test_x_range_shows_a_part_only() -> None:
     series = [Series("a", [(float(i), float(i)) for i in range(101)], has_markers=True)]
-    svg = charts.line_chart(series, title="t", x_label="x", y_label="y", x_range=(0, 2), width=560)
+    svg = charts.line_chart(series, title="t", x_label="x", y_label="y", x_range=(0, 2), width=560).svg
     assert svg.count("<circle") == 3
 
 
 def test_points_lie_where_the_scale_says() -> None:
     svg = charts.line_chart([Series("a", [(0, 0.0), (1, 1.0), (2, 4.0)], has_markers=True, has_label=False)],
-                             title="t", x_label="x", y_label="y")  # fmt: skip
+                             title="t", x_label="x", y_label="y").svg  # fmt: skip
     y = [float(v) for v in re.findall(r'<circle cx="[^"]+" cy="([^"]+)"', svg)]
     x = [float(v) for v in re.findall(r'<circle cx="([^"]+)"', svg)]
     assert x[1] - x[0] == pytest.approx(x[2] - x[1], abs=0.2)
@@ -220,7 +220,7 @@ def test_points_lie_where_the_scale_says() -> None:
 
 def test_log_x_gives_zero_a_place_of_its_own() -> None:
     series = [Series("a", [(0, 1.0), (1, 2.0), (10, 3.0), (100, 4.0)], has_markers=True, has_label=False)]
-    svg = charts.line_chart(series, title="t", x_label="x", y_label="y", x_scale="log")
+    svg = charts.line_chart(series, title="t", x_label="x", y_label="y", x_scale="log").svg
     x = [float(v) for v in re.findall(r'<circle cx="([^"]+)"', svg)]
     assert x[0] < x[1]
     assert x[2] - x[1] == pytest.approx(x[3] - x[2], abs=0.2)
@@ -235,19 +235,19 @@ def test_forest_rows_say_their_numbers(width: int) -> None:
         ForestRow("not a number", math.nan),
     ]
     svg = charts.forest_plot(rows, title="t", x_label="nats", width=width, limit=LimitLine(0.02, "gate"),
-                              left_word="better", right_word="worse")  # fmt: skip
+                              left_word="better", right_word="worse").svg  # fmt: skip
     inside(svg)
     assert "+0.010  (+0.004 to +0.017)" in svg
     assert "\u22120.330" in svg
     assert "not a number" not in svg
-    parsed(charts.forest_plot([], title="t", x_label="x"))
-    inside(charts.forest_plot([ForestRow("zero", 0.0, 0.0, 0.0)], title="t", x_label="x", width=width))
+    parsed(charts.forest_plot([], title="t", x_label="x").svg)
+    inside(charts.forest_plot([ForestRow("zero", 0.0, 0.0, 0.0)], title="t", x_label="x", width=width).svg)
 
 
 def test_forest_interval_crosses_zero_only_if_it_does() -> None:
     svg = charts.forest_plot(
         [ForestRow("a", 0.01, -0.01, 0.03), ForestRow("b", 0.02, 0.01, 0.03)], title="t", x_label="x"
-    )
+    ).svg
     zero = float(re.findall(r'<line x1="([^"]+)"[^>]*class="zero"', svg)[0])
     bars = re.findall(r'<line x1="(\S+)" y1="(\S+)" x2="(\S+)" y2="(\S+)" class="bar', svg)
     spans = [(float(x1), float(x2)) for x1, y1, x2, y2 in bars if y1 == y2]
@@ -258,31 +258,31 @@ def test_forest_interval_crosses_zero_only_if_it_does() -> None:
 @pytest.mark.parametrize("width", [358, 560])
 def test_bars_are_as_long_as_their_shares(width: int) -> None:
     svg = charts.paired_bars([("papers", 0.9, 0.45, "note"), ("replay", 0.1, math.nan, "")], title="t",
-                              first="planned", second="achieved", width=width)  # fmt: skip
+                              first="planned", second="achieved", width=width).svg  # fmt: skip
     inside(svg)
     wide = {name: float(w) for w, name in re.findall(r'width="([^"]+)" height="9" class="([^"]+)"', svg)}
     assert wide["c0"] == pytest.approx(wide["plan s-c0"] / 2, abs=1.0)
     assert "c1" not in wide
-    stacked = charts.stacked_bars([("a", [3, 1, 0]), ("none", [0, 0, 0])], ("x", "y", "z"), title="t", width=width)
+    stacked = charts.stacked_bars([("a", [3, 1, 0]), ("none", [0, 0, 0])], ("x", "y", "z"), title="t", width=width).svg
     inside(stacked)
     parts = [float(w) for w in re.findall(r'width="([^"]+)" height="16"', stacked)]
     assert parts == pytest.approx([width * 0.75, width * 0.25], abs=0.1)
-    parsed(charts.paired_bars([], title="t", first="a", second="b"))
-    parsed(charts.stacked_bars([], ("x",), title="t"))
+    parsed(charts.paired_bars([], title="t", first="a", second="b").svg)
+    parsed(charts.stacked_bars([], ("x",), title="t").svg)
 
 
 @pytest.mark.parametrize("width", [358, 560])
 def test_scatter_labels_are_apart(width: int) -> None:
     dice = random.Random(3)
     spots = [ScatterPoint(f"arm {i}", dice.random() * 0.1, dice.random(), None, (0.1, 0.2)) for i in range(8)]
-    svg = charts.scatter(spots, title="t", x_label="x", y_label="y", width=width, best_corner_text="better")
+    svg = charts.scatter(spots, title="t", x_label="x", y_label="y", width=width, best_corner_text="better").svg
     inside(svg)
     found = [b for i in range(PALETTE_SIZE) for b in boxes(svg, f"c{i}")]
     assert len(found) == 8
     for a, b in combinations(found, 2):
         assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] + 3 or b[3] <= a[1] + 3
-    parsed(charts.scatter([ScatterPoint("a", math.nan, 1.0)], title="t", x_label="x", y_label="y"))
-    inside(charts.scatter([ScatterPoint("a", 0.0, 0.0)] * 3, title="t", x_label="x", y_label="y", width=width))
+    parsed(charts.scatter([ScatterPoint("a", math.nan, 1.0)], title="t", x_label="x", y_label="y").svg)
+    inside(charts.scatter([ScatterPoint("a", 0.0, 0.0)] * 3, title="t", x_label="x", y_label="y", width=width).svg)
 
 
 def test_heat_shades_the_rise_above_the_best_so_far() -> None:

@@ -2,15 +2,20 @@
 
 import base64
 import copy
+import csv
 import hashlib
+import io
 import math
 import os
 import re
 import stat
 import subprocess
 import sys
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote
+from xml.etree import ElementTree
 
 import pytest
 
@@ -20,6 +25,7 @@ from postgrad.lineage.metrics import EvaluationRow, StepRow
 from postgrad.lineage.record import Record
 from postgrad.reports.html import document
 from postgrad.reports.sections.held_out_tables import score_table
+from postgrad.reports.sections.stage_differences import stage_differences_table
 from tests.reports.conftest import as_record, draw_comparison, draw_lineage, draw_run, make_metrics, make_record
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
@@ -33,7 +39,7 @@ TAGS = set(
 ATTRIBUTES = set(
     """
     lang charset http-equiv content name class href aria-label aria-labelledby aria-hidden id role
-    tabindex scope colspan value dir viewbox x y x1 x2 y1 y2 cx cy r d width height text-anchor
+    tabindex scope colspan value data-label download title dir viewbox x y x1 x2 y1 y2 cx cy r d width height text-anchor
     """.split()  # noqa: SIM905
 )
 
@@ -55,8 +61,13 @@ class Walk(HTMLParser):
             assert name in ATTRIBUTES, (tag, name)
             assert not name.startswith("on")
             if name == "href":
-                assert (value or "").startswith("#")
-                self.hrefs.append((value or "")[1:])
+                assert (value or "").startswith(
+                    ("#", "data:image/svg+xml;charset=utf-8,", "data:text/csv;charset=utf-8,")
+                )
+                if (value or "").startswith("#"):
+                    self.hrefs.append((value or "")[1:])
+                else:
+                    assert "download" in dict(attrs)  # saved, never opened
             if name == "id":
                 self.ids.append(value or "")
         if tag not in VOID:
@@ -368,7 +379,7 @@ def test_a_hundred_thousand_rows_stay_small(record: dict) -> None:
     record["schedule_curve"] = [[i, 1e-5] for i in range(100_000)]
     record["samples"] = [{"prompt": "p" * 50_000, "before": "b" * 50_000, "after": "\u6f22" * 50_000}] * 40
     record["stage_yaml"] = "x" * 1_000_000
-    assert len(draw_run(record, iter(rows)).encode()) <= 1_000_000
+    assert len(draw_run(record, iter(rows)).encode()) <= 1_400_000  # half of it are the figures as files
 
 
 def test_comparison_ranks_marks_and_overlays(arms: list[dict], metrics: list[dict]) -> None:
@@ -468,3 +479,35 @@ def test_a_dip_that_heals_is_drawn_and_said() -> None:
             entry |= {"change": 0.01 * i, "low": 0.01 * i - 0.001, "high": 0.01 * i + 0.001}
     shown = draw_run(record, steady)
     assert "Stability gap" not in said(shown) and ">gap<" not in shown
+
+
+def test_figures_can_be_saved_with_their_numbers(record: dict, metrics: list[dict]) -> None:
+    page = draw_run(record, iter(metrics))
+    files = {
+        name: unquote(data.split(",", 1)[1])
+        for name, data in re.findall(r'download="([^"]+)"[^>]*href="([^"]+)"', page)
+    }
+    assert len(files) > 6 and all(name.endswith((".svg", ".csv")) for name in files)
+    loss = list(csv.reader(io.StringIO(unescape(files["training-loss.csv"]))))
+    assert loss[0] == ["series", "trained tokens", "nats per token", "low", "high"]
+    losses = {f"{row['trained_tokens']:.6g}": row["loss"] for row in metrics if row["kind"] == "step"}
+    steps = [(float(x), float(y)) for name, x, y, *_ in loss[1:] if name == "each step"]
+    assert len(steps) > 300 and all(y == pytest.approx(losses[f"{x:.6g}"], rel=1e-5) for x, y in steps)
+    root = ElementTree.fromstring(unescape(files["training-loss.svg"]))
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    assert "var(--c0)" in (root[0].text or "") and "dark" not in (root[0].text or "")
+
+
+def test_a_comparison_tells_in_which_keys_the_stages_differ(arms: list[dict], metrics: list[dict]) -> None:
+    first, second = copy.deepcopy(arms[:2])
+    first["stage"] = {"name": "a", "seed": 0, "data": {"mixture": [{"name": "old", "share": 0.1}, {"name": "new"}]}}
+    second["stage"] = {"name": "b", "seed": 0, "data": {"mixture": [{"name": "new"}, {"name": "old", "share": 0.2}]}}
+    second["stage"]["schedule"] = {"kind": "wsd", "warmup": None}
+    table = stage_differences_table([as_record(first), as_record(second)], ["a", "b"])
+    assert [tuple(cell.text for cell in row) for row in table.rows] == [
+        ("data.mixture.old.share", "0.1", "0.2"),
+        ("schedule.kind", "\u2013", "wsd"),
+    ]
+    assert "What differs" in said(draw_comparison([first, second], [metrics, metrics], "t", None))
+    second["stage"] = first["stage"]
+    assert "What differs" not in said(draw_comparison([first, second], [metrics, metrics], "t", None))

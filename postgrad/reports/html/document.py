@@ -10,15 +10,18 @@ import base64
 import hashlib
 import html as html_escape
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
+from urllib.parse import quote
 
 from postgrad.foreign_text import mask_secrets, multiline_text, plain_text
 from postgrad.lineage.record import Sample
+from postgrad.reports.html.charts.chart import Chart
 from postgrad.reports.html.charts.style import STYLE
 from postgrad.reports.html.notation import escape_html
-from postgrad.reports.html.table import Table
+from postgrad.reports.html.table import Table, csv_text
 from postgrad.reports.html.verdicts import VERDICTS
 from postgrad.storage.atomic import write_without_secrets
 
@@ -62,14 +65,36 @@ def render_page(title: str, kind: str, heading: str, lead: str, sections: Sequen
     )
 
 
-def figure(caption: str, draw: Callable[[float], str], *, note: str = "", numbers: Table | None = None) -> str:
-    """A figure drawn for a wide and for a narrow screen; the style sheet shows one of them."""
+def figure(caption: str, draw: Callable[[float], Chart], *, note: str = "", numbers: Table | None = None) -> str:
+    """A figure drawn for a wide and for a narrow screen, of which the style sheet shows one, and its files to save."""
     small = f"<small>{escape_html(note)}</small>" if note else ""
+    wide = draw(WIDE_PIXELS)
+    links = _file_link(caption, "svg", "image/svg+xml", wide.standalone_svg())
+    if wide.rows:
+        links += _file_link(caption, "csv", "text/csv", csv_text([wide.header, *map(_rounded, wide.rows)]))
     return (
         f"<figure><figcaption>{escape_html(caption)}{small}</figcaption>"
-        f'<div class="wide">{draw(WIDE_PIXELS)}</div><div class="narrow">{draw(NARROW_PIXELS)}</div>'
+        f'<div class="wide">{wide.svg}</div><div class="narrow">{draw(NARROW_PIXELS).svg}</div>'
+        f'<p class="files">{links}</p>'
         + (details("The numbers", numbers.html()) if numbers and numbers.rows else "")
         + "</figure>"
+    )
+
+
+def _rounded(row: Sequence[str | float | None]) -> list[str | float | None]:
+    """The numbers to six digits: more than the picture shows, and half the text."""
+    rounded = [float(f"{value:.6g}") if isinstance(value, float) else value for value in row]
+    return [int(value) if isinstance(value, float) and value.is_integer() else value for value in rounded]
+
+
+def _file_link(caption: str, suffix: str, media_type: str, text: str) -> str:
+    """A link that saves a text which the page itself holds."""
+    name = "-".join(re.findall(r"\w+", caption.lower()))[:60] or "figure"
+    data = quote(mask_secrets(text), safe=" -._~!$()*,/;=?@{}[]|")  # base64 would be longer
+    title = f"Save this figure as {suffix.upper()}" if suffix == "svg" else "Save its numbers as CSV"
+    return (
+        f'<a download="{escape_html(name)}.{suffix}" title="{title}" href="data:{media_type};charset=utf-8,{data}">'
+        f"{suffix.upper()}</a>"
     )
 
 

@@ -26,6 +26,9 @@ from postgrad.reports.html.notation import (
     no_interval,
 )
 
+_MAX_NARROW_COLUMNS = 3
+"""A table of more columns is stacked on a narrow screen."""
+
 
 @dataclass(frozen=True)
 class Number:
@@ -39,12 +42,13 @@ class Number:
 class Cell:
     """Text and numbers in reading order; `below` goes in brackets or on a second line.
 
-    `tone` colours the cell: good, bad, even or open.
+    `tone` colours the cell: good, bad, even or open. `link`: where its text leads on a page.
     """
 
     parts: tuple[str | Number, ...]
     tone: str = ""
     below: tuple[str | Number, ...] = ()
+    link: str = ""
 
     @property
     def text(self) -> str:
@@ -127,7 +131,10 @@ class Table:
         return lines
 
     def html(self) -> str:
-        """A `<table>` with scoped headings, in a region the keyboard can scroll."""
+        """A `<table>` with scoped headings, in a region the keyboard can scroll.
+
+        The style sheet stacks a wide one on a narrow screen: a block for each row, its change first, each value with its label.
+        """
         caption = escape_html(self.caption)
         head = "".join(
             f'<th scope="col"{_cell_classes(c)}>{escape_html(c.title)}'
@@ -140,13 +147,14 @@ class Table:
             total = ' class="total"' if self.last_is_total and i == len(self.rows) - 1 and i else ""
             line = [f'<th scope="row"><bdi>{_cell_html(row[0])}</bdi></th>'] if row else []
             line += [
-                f"<td{_cell_classes(column, cell.tone)}>{_cell_html(cell)}</td>"
+                f"<td{_cell_classes(column, cell.tone)}{_cell_label(column)}>{_cell_html(cell)}</td>"
                 for column, cell in zip(self.columns[1:], row[1:], strict=True)
             ]
             body.append(f"<tr{total}>{''.join(line)}</tr>")
         notes = "".join(f'<p class="note">{escape_html(note)}</p>' for note in self.notes)
+        stack = ' class="stack"' if len(self.columns) > _MAX_NARROW_COLUMNS else ""
         return (
-            f'<div class="scroll" tabindex="0" role="region" aria-label="{caption}"><table>'
+            f'<div class="scroll" tabindex="0" role="region" aria-label="{caption}"><table{stack}>'
             f"<caption>{caption}</caption><thead>{self._group_row()}<tr>{head}</tr></thead>"
             f"<tbody>{''.join(body)}</tbody></table></div>{notes}"
         )
@@ -189,21 +197,28 @@ class Table:
 
     def csv(self) -> str:
         """RFC 4180 text with exact values. Text that a spreadsheet would run as a formula gets a quote."""
-        out = io.StringIO()
-        writer = csv.writer(out)
-        writer.writerow([_quote_formula(name) for c in self.columns for name in _csv_fields(c)])
+        lines: list[list[str | float | None]] = [[name for c in self.columns for name in _csv_fields(c)]]
         for row in self.rows:
-            line: list[str] = []
+            line: list[str | float | None] = []
             for column, cell in zip(self.columns, row, strict=True):
                 names = _csv_fields(column)
                 numbers = [p for p in (*cell.parts, *cell.below) if isinstance(p, Number)]
                 if numbers and not column.is_text:
-                    exact = ["" if n.value is None else repr(n.value) for n in numbers]
-                    line += (exact + [""] * len(names))[: len(names)]
+                    line += [n.value for n in numbers][: len(names)]
+                    line += [None] * (len(names) - len(numbers))
                 else:
-                    line += [_quote_formula(cell.text), *[""] * (len(names) - 1)]
-            writer.writerow(line)
-        return out.getvalue()
+                    line += [cell.text, *[None] * (len(names) - 1)]
+            lines.append(line)
+        return csv_text(lines)
+
+
+def csv_text(rows: Iterable[Sequence[str | float | None]]) -> str:
+    """RFC 4180 text with exact numbers. Text that a spreadsheet would run as a formula gets a quote."""
+    out = io.StringIO()
+    writer = csv.writer(out)
+    for row in rows:
+        writer.writerow([_quote_formula(plain_text(value)) if isinstance(value, str) else value for value in row])
+    return out.getvalue()
 
 
 def _csv_fields(column: Column) -> list[str]:
@@ -216,13 +231,23 @@ def _quote_formula(text: str) -> str:
 
 
 def _cell_classes(column: Column, tone: str = "") -> str:
-    names = [n for n in ("" if column.is_text else "n", f"t-{tone}" if tone else "") if n]
+    is_change = column.fields == CHANGE_FIELDS
+    names = [
+        n for n in ("" if column.is_text else "n", "change" if is_change else "", f"t-{tone}" if tone else "") if n
+    ]
     return f' class="{" ".join(names)}"' if names else ""
 
 
+def _cell_label(column: Column) -> str:
+    """The name of a value where the headings are not shown."""
+    return f' data-label="{escape_html(f"{column.title}, {of}" if (of := column.group or column.unit) else column.title, 80)}"'
+
+
 def _cell_html(cell: Cell) -> str:
-    below = _parts_html(cell.below)
-    return _parts_html(cell.parts) + (f'<small class="below">{below}</small>' if below else "")
+    below, text = _parts_html(cell.below), _parts_html(cell.parts)
+    if cell.link:
+        text = f'<a href="{escape_html(cell.link)}">{text}</a>'
+    return text + (f'<small class="below">{below}</small>' if below else "")
 
 
 def _parts_html(parts: Sequence[str | Number]) -> str:

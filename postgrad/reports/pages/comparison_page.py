@@ -8,7 +8,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from postgrad.foreign_text import mask_secrets, plain_text
 from postgrad.lineage.metrics import MetricsRow
 from postgrad.lineage.record import Record, Sample, SetChange
-from postgrad.reports.html.charts import ForestRow, ScatterPoint, Series, VerticalMark, forest_plot, line_chart, scatter
+from postgrad.reports.html.charts import (
+    Chart,
+    ForestRow,
+    ScatterPoint,
+    Series,
+    VerticalMark,
+    forest_plot,
+    line_chart,
+    scatter,
+)
 from postgrad.reports.html.document import (
     MAX_YAML_CHARACTERS,
     bold_name,
@@ -34,6 +43,7 @@ from postgrad.reports.sections.curves import (
     read_curves,
 )
 from postgrad.reports.sections.overview import damage_notice
+from postgrad.reports.sections.stage_differences import stage_differences_table
 from postgrad.reports.sections.task_section import comparison_task_table
 
 _MAX_SAMPLES, _MAX_FORESTS, _MAX_FOREST_ROWS = 6, 5, 40
@@ -54,9 +64,11 @@ def comparison_page(
     names = arm_names(records)
     curves = [read_curves(metrics[i] if i < len(metrics) else ()) for i in range(len(records))]
     tasks = comparison_task_table(records)
+    differences = stage_differences_table(records, names)
     arms = comparison_table(records, baseline).html() + _trade_off_figures(records, names) if records else ""
     sections = [
         ("arms", "Arms", "The arms", arms),
+        ("differences", "Settings", "What differs", differences.html() if differences.rows else ""),
         ("tasks", "Tasks", "Tasks", tasks.html() if tasks else ""),
         ("curves", "Curves", "Forgetting during training", _curves_section(names, curves)),
         ("samples", "Samples", "Text by arm", _samples_section(records, names)),
@@ -180,7 +192,7 @@ def _set_figures(name: str, role: str, names: Sequence[str], curves: Sequence[Cu
     return side_by_side(whole, early)
 
 
-def _arm_chart(series: Sequence[Series], title: str, width: float, x_range: tuple[float, float] | None = None) -> str:
+def _arm_chart(series: Sequence[Series], title: str, width: float, x_range: tuple[float, float] | None = None) -> Chart:
     return line_chart(
         series, title=title, width=width, x_label=X_LABEL, y_label="change, nats per token", zero=True, least=0.01,
         marks=[VerticalMark(0.0, "switch")], x_range=x_range,

@@ -1,4 +1,4 @@
-"""The report of a run from the files in its folder, also while the run is going on."""
+"""The report of a run from the files in its folder, also while the run goes on."""
 
 from __future__ import annotations
 
@@ -24,6 +24,11 @@ from postgrad.storage.file_lock import is_locked
 
 def rewrite_report(run_folder: Path) -> Path:
     """Write `report.html` of a run folder again. Raises `StageError` when `run_folder` is not one."""
+    return document.write_page(run_folder / "report.html", render_report(run_folder))
+
+
+def render_report(run_folder: Path) -> str:
+    """The page of a run folder as it is now. Raises `StageError` when `run_folder` is not one."""
     record = read_record(run_folder) if (run_folder / RECORD).exists() else None
     metrics = read_run_metrics(run_folder, record) if record else None
     if record is None or metrics is None or _is_resumed(run_folder, record, metrics.rows):
@@ -31,8 +36,7 @@ def rewrite_report(run_folder: Path) -> Path:
             raise no_run_error(run_folder)
         record = _unfinished_record(run_folder)
         metrics = read_metrics(run_folder / METRICS, record.id)
-    html = run_page.run_page(record, metrics, metrics.damage)
-    return document.write_page(run_folder / "report.html", html)
+    return run_page.run_page(record, metrics, metrics.damage)
 
 
 def _is_resumed(run_folder: Path, record: Record, rows: Sequence[MetricsRow]) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from postgrad.foreign_text import plain_text
 from postgrad.lineage.record import Record
-from postgrad.reports.html.charts import LimitLine, VerticalMark, line_chart
+from postgrad.reports.html.charts import Chart, LimitLine, VerticalMark, line_chart
 from postgrad.reports.html.document import figure, intro_paragraph, side_by_side
 from postgrad.reports.html.notation import format_compact, format_fixed, format_percent, format_signed
 from postgrad.reports.html.table import CHANGE_FIELDS, Column, Table, count_cell, difference_cell, value_cell
@@ -69,7 +69,7 @@ def _role_figures(
     deepest = max(gaps.values(), key=lambda g: g.peak, default=None) if role == "retained" else None
     marks = [*published_mark(record), *([VerticalMark(deepest.peak_x, "gap")] if deepest else [])]
 
-    def draw(width: float, title: str, marks: list[VerticalMark], x_range: tuple[float, float] | None = None) -> str:
+    def draw(width: float, title: str, marks: list[VerticalMark], x_range: tuple[float, float] | None = None) -> Chart:
         return line_chart(
             series, title=title, x_label=X_LABEL, y_label=f"change, {unit}", width=width, zero=True, least=0.01,
             levels=levels, marks=marks, x_range=x_range,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from postgrad.foreign_text import plain_text
+from postgrad.reports.html.charts.chart import Chart
 from postgrad.reports.html.charts.marks import PALETTE_SIZE, draw_rect, draw_text, empty_figure, make_svg
 from postgrad.reports.html.charts.scales import Scale
 from postgrad.reports.html.charts.text_fit import fit_text, text_width
@@ -13,7 +14,7 @@ from postgrad.reports.html.notation import finite, format_compact
 
 def paired_bars(
     pairs: Sequence[tuple[str, float, float, str]], *, title: str, first: str, second: str, width: float = 560
-) -> str:
+) -> Chart:
     """Two bars a row, shares in 0..1: (name, first, second, note); the first an outline, the second full."""
     known = [(plain_text(n), finite(a) or 0.0, finite(b), plain_text(t)) for n, a, b, t in pairs]
     if not known:
@@ -35,12 +36,13 @@ def paired_bars(
         if achieved is not None:
             parts.append(draw_rect(0, y + 34, at(achieved), 9, colour, f"{second}: {achieved:.2%}"))
         words.append(f"{name}: {first} {planned:.1%}" + (f", {second} {achieved:.1%}" if achieved is not None else ""))
-    return make_svg(width, height, f"{title}. {'. '.join(words[:12])}", parts)
+    svg = make_svg(width, height, f"{title}. {'. '.join(words[:12])}", parts)
+    return Chart(svg, ("row", first, second), [(name, planned, achieved) for name, planned, achieved, _ in known])
 
 
 def stacked_bars(
     bars: Sequence[tuple[str, Sequence[float]]], part_names: Sequence[str], *, title: str, width: float = 560
-) -> str:
+) -> Chart:
     """One bar a row, cut into parts that fill it; a part says its share where it has room."""
     known = [(plain_text(n), [max(finite(v) or 0.0, 0.0) for v in values]) for n, values in bars]
     known = [(name, values) for name, values in known if sum(values) > 0]
@@ -67,4 +69,5 @@ def stacked_bars(
                 parts.append(draw_rect(at, line + 22, max(piece, 1.0), 16, f"seg c{i % PALETTE_SIZE}", tip))
             at += piece
         words.append(f"{name}: " + ", ".join(f"{part_names[i]} {v / total:.1%}" for i, v in enumerate(values) if v))
-    return make_svg(width, top + 46 * len(known), f"{title}. {'. '.join(words[:12])}", parts)
+    svg = make_svg(width, top + 46 * len(known), f"{title}. {'. '.join(words[:12])}", parts)
+    return Chart(svg, ("row", *part_names), [(name, *values) for name, values in known])

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from postgrad.foreign_text import plain_text
+from postgrad.reports.html.charts.chart import Chart
 from postgrad.reports.html.charts.line import LimitLine
 from postgrad.reports.html.charts.marks import draw_line, draw_marker, draw_text, empty_figure, make_svg
 from postgrad.reports.html.charts.scales import Scale, axis_range, tick_labels, ticks
@@ -46,7 +47,7 @@ def forest_plot(
     right_word: str = "",
     decimals: int = 3,
     sign: bool = True,
-) -> str:
+) -> Chart:
     """Differences with their 95 % intervals around zero, a row each (two lines when narrow); levels where `sign` is off."""
     rows = [e for e in estimates if math.isfinite(e.value)]
     if not rows:
@@ -68,7 +69,10 @@ def forest_plot(
         parts.append(draw_text(frame.right, frame.floor + 34, f"{right_word} \u2192", at="end"))
     parts.append(draw_text((frame.left + frame.right) / 2, height - 6, x_label, at="middle"))
     words = ". ".join(f"{plain_text(row.name, 60)} {text}" for row, text in zip(rows[:12], texts, strict=False))
-    return make_svg(width, height, f"{title}. {x_label}. {words}", parts)
+    numbers = [(row.name, row.value, *(row.interval or (None, None))) for row in rows]
+    return Chart(
+        make_svg(width, height, f"{title}. {x_label}. {words}", parts), ("row", x_label, "low", "high"), numbers
+    )
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from postgrad.foreign_text import plain_text
+from postgrad.reports.html.charts.chart import Chart
 from postgrad.reports.html.charts.marks import (
     PALETTE_SIZE,
     draw_line,
@@ -82,7 +83,7 @@ def line_chart(
     x_range: tuple[float, float] | None = None,
     x_ticks: Sequence[tuple[float, str]] | None = None,
     empty: str = "no values yet",
-) -> str:
+) -> Chart:
     """Lines over x, with interval bands, markers and a direct label at each line's end.
 
     `zero` draws the line y = 0 and keeps it in view; `least` is the smallest height of the y axis in its own
@@ -108,7 +109,8 @@ def line_chart(
     bands, drawn = _draw_lines(lines, x_at, y_at, zero)
     # Bands, then lines, then labels: what is most precise lies on top.
     parts += [*limits, *bands, *drawn, *limit_labels, *_draw_labels(lines, x_at, y_at, frame)]
-    return make_svg(width, frame.height, _description(title, x_label, y_label, lines, zero), parts)
+    svg = make_svg(width, frame.height, _description(title, x_label, y_label, lines, zero), parts)
+    return Chart(svg, ("series", x_label, y_label, "low", "high"), [row for line in lines for row in line.rows()])
 
 
 # --- layout ---------------------------------------------------------------------------------------------------------------
@@ -130,6 +132,11 @@ class _Line:
     @property
     def colour(self) -> str:
         return f"c{self.shape % PALETTE_SIZE}"
+
+    def rows(self) -> list[list[str | float | None]]:
+        """Name, x, y and the band's ends of each point that is drawn."""
+        ends = {x: (low, high) for x, low, high in self.band}
+        return [[self.series.name, x, y, *ends.get(x, (None, None))] for x, y in self.points]
 
 
 @dataclass(frozen=True)

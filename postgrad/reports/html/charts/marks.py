@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from postgrad.reports.html.charts.chart import Chart
 from postgrad.reports.html.charts.scales import Point
 from postgrad.reports.html.notation import escape_html
 
@@ -68,6 +69,6 @@ def make_svg(width: float, height: float, label: str, parts: Iterable[str]) -> s
     )
 
 
-def empty_figure(width: float, label: str, reason: str) -> str:
+def empty_figure(width: float, label: str, reason: str) -> Chart:
     body = [draw_rect(0.5, 0.5, width - 1, 71, "axis hollow"), draw_text(width / 2, 40, reason, at="middle")]
-    return make_svg(width, 72, f"{label}: {reason}", body)
+    return Chart(make_svg(width, 72, f"{label}: {reason}", body))

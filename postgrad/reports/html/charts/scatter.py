@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from postgrad.foreign_text import plain_text
+from postgrad.reports.html.charts.chart import Chart
 from postgrad.reports.html.charts.marks import (
     PALETTE_SIZE,
     draw_line,
@@ -45,7 +46,7 @@ def scatter(
     width: float = 560,
     height: float = 340,
     best_corner_text: str = "",
-) -> str:
+) -> Chart:
     """One labelled point per arm, with crosses for its intervals; a label takes the free side of its point."""
     visible = [(i, p) for i, p in enumerate(points) if math.isfinite(p.x) and math.isfinite(p.y)]
     if not visible:
@@ -68,7 +69,12 @@ def scatter(
     words = ". ".join(
         f"{plain_text(p.name, 60)}: {format_signed(p.x)} and {format_signed(p.y)}" for _, p in visible[:12]
     )
-    return make_svg(width, height, f"{title}. {x_label} and {y_label}. {words}", parts)
+    svg = make_svg(width, height, f"{title}. {x_label} and {y_label}. {words}", parts)
+    header = ("point", *(f"{label}{end}" for label in (x_label, y_label) for end in ("", ", low", ", high")))
+    ends = (None, None)
+    return Chart(
+        svg, header, [(p.name, p.x, *(p.x_interval or ends), p.y, *(p.y_interval or ends)) for _, p in visible]
+    )
 
 
 @dataclass(frozen=True)

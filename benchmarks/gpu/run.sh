@@ -1,0 +1,26 @@
+#!/bin/sh
+# All that a CUDA device is needed for, in at most 9 minutes: sh benchmarks/gpu/run.sh [FOLDER]
+#
+# Writes smoke.json, speed.json, memory.json, resume.json and paper.json into FOLDER (default: benchmarks/results/gpu); each part has
+# a time limit of its own, and one that fails does not stop the others. Exits with 1 when one has failed.
+#
+# Needs torch with CUDA, transformers, accelerate (for Trainer), pytest (tests/tiny_stages makes the small models) and the
+# dependencies in pyproject.toml. On a machine without a package index bring wheels of those that are missing, usually: pydantic,
+# pydantic-core, annotated-types, typing-inspection, peft, bm25s, seqeval, rouge-score, absl-py, nltk.
+set -u
+here=$(cd "$(dirname "$0")" && pwd)
+out=${1:-$here/../results/gpu}
+python=${PYTHON:-python3}
+mkdir -p "$out"
+export PYTHONPATH="$here/../..:$here/..${PYTHONPATH:+:$PYTHONPATH}" TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
+failed=0
+part() {  # NAME SECONDS
+    echo "== $1 (at most $2 s)"
+    timeout "$2" "$python" "$here/$1.py" --json "$out/$1.json" || { echo "== $1 failed: exit $?"; failed=1; }
+}
+part smoke 150
+part speed 170
+part memory 60
+part resume 60
+part paper 90
+exit $failed
