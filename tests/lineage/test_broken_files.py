@@ -29,8 +29,8 @@ from postgrad.evaluation.before_after import read_scores, write_scores
 from postgrad.evaluation.generation_metrics import TaskPredictions
 from postgrad.evaluation.perplexity import Scores
 from postgrad.lineage.metrics import EvaluationRow, StepRow, format_row, read_metrics
-from postgrad.lineage.record import read_record
-from postgrad.lineage.saved_plan import read_plan
+from postgrad.lineage.record import PLAN, read_record
+from postgrad.lineage.saved_plan import read_plan, write_plan
 from postgrad.models.location import ModelLocation
 from postgrad.plan.seen_sources import get_seen_sources, make_replay_source
 from postgrad.reports.pages.model_card import model_card
@@ -335,3 +335,16 @@ def test_a_resumed_run_keeps_the_damaged_lines_before_its_checkpoint(log: Path) 
     log.write_bytes(b"".join([*lines[:2], b"rubbish\n", *lines[3:6], b"more\n"]))
     MetricsLog(log, "run-1").rewind(4)
     assert log.read_bytes() == b"".join([*lines[:2], b"rubbish\n", *lines[3:5]])
+
+
+def test_new_text_without_a_share_is_refused(folder: Path) -> None:
+    content = (folder / PLAN).read_text()
+    plan = read_plan(folder)
+    for source in plan.plan.sources:
+        source.share = 0.0
+    try:
+        write_plan(folder, plan)
+        with pytest.raises(StageError, match="has a share of 0"):
+            _restore_stage(RestoreRequest(folder, prompts=("x",), retained=("y",)), read_record(folder), folder)
+    finally:
+        (folder / PLAN).write_text(content)
