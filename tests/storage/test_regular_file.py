@@ -66,6 +66,7 @@ OPENED_ELSEWHERE = {
     "models/task_head_model.py": "a folder that was just written",
     "studies/run_study.py": "files that `list_files` and `load_stage` have refused to be pipes",
     "commands/synthesize.py": "a file that this command has begun",
+    "commands/synthesize_from.py": "files that this command has written",
     "cli/model_verbs.py": "a file that this command has written",
     "cli/demo.py": "a file that this command has written",
     "commands/builtin_corpus.py": "Python's own library",
