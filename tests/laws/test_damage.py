@@ -70,6 +70,8 @@ DAMAGES: dict[str, Damage] = {
 REPLACED: dict[str, Callable[[Path], None]] = {"pipe": os.mkfifo, "folder": os.mkdir}
 """What is there in place of the file; a command that opened a pipe would wait for ever."""
 KINDS = (*DAMAGES, *REPLACED)
+CACHE_KINDS = (*DAMAGES, "pipe")
+"""A folder in place of a file of the cache is an error that names it: nothing removes folders that it did not make."""
 
 
 @contextmanager
@@ -324,13 +326,13 @@ def cache_failures(sweep: CacheSweep, kinds: list[str], every: int = 1) -> list[
 
 
 def test_damage_to_a_cache_changes_nothing(cache_sweep: CacheSweep) -> None:
-    assert cache_failures(cache_sweep, list(KINDS), every=13) == []
+    assert cache_failures(cache_sweep, list(CACHE_KINDS), every=13) == []
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_no_damage_to_a_cache_changes_anything(cache_sweep: CacheSweep) -> None:
-    assert cache_failures(cache_sweep, list(KINDS)) == []
+    assert cache_failures(cache_sweep, list(CACHE_KINDS)) == []
 
 
 def test_a_cache_that_is_not_verified_gives_another_result(

@@ -59,7 +59,7 @@ def test_what_is_appended_to_is_a_regular_file(tmp_path: Path) -> None:
 
 OPENED_ELSEWHERE = {
     "storage/atomic.py": "the sha256 of a file whose status was checked, or that was just written",
-    "storage/verification.py": "files whose status was checked, and the cache's own",
+    "storage/verification.py": "files whose status was checked",
     "data/tokens/store.py": "shards that the same call has written",
     "data/tokens/train_vocabulary.py": "a file of the cache that was read before",
     "models/pretrained.py": "a folder without special files, and one that was just written",
