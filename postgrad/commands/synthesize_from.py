@@ -49,6 +49,7 @@ from postgrad.evaluation.generation_metrics import normalize_answer
 from postgrad.hardware import machine
 from postgrad.storage.atomic import disk_errors, write_atomically
 from postgrad.storage.fingerprint import fingerprint
+from postgrad.storage.read_json import MAX_BYTES, read_file
 
 FORM_COLUMN = "form"
 """The column of generated rows that sources filter by."""
@@ -335,7 +336,8 @@ def _write_questions(
     Raises `StageError` for a file that another command wrote, `DataError` for documents that give no question.
     """
     if file.exists():
-        first = file.read_text("utf-8").partition("\n")[0]
+        content = read_file(file, MAX_BYTES, error=StageError)
+        first = content.decode(errors="replace").partition("\n")[0]
         if f'"options": "{options}"' not in first:
             raise StageError(
                 f"{file} already exists, and was not written by this command with these options",

@@ -35,6 +35,7 @@ from postgrad.models.auto_classes import (
     make_model,
 )
 from postgrad.models.config_limits import check_weight_file
+from postgrad.models.finite import refuse_non_finite
 from postgrad.models.layers import count_parameters
 from postgrad.models.location import ModelLocation
 from postgrad.models.quantized_folders import forget_quantization, make_plain, prepare_dequantization
@@ -215,6 +216,7 @@ def load_pretrained(
             expected="weights for every parameter of the architecture in its config.json",
             hint=_missing_head_hint(model, missing, task),
         )
+    refuse_non_finite(model.named_parameters(), start.name, where="model")
     return LoadResult(model.eval(), tuple(new), notes)
 
 

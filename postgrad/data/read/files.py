@@ -147,8 +147,12 @@ def list_files(path: str, root: Path, where: str, splits: Sequence[str] = ("trai
 
 def matches_path(file: Path, path: str, root: Path) -> bool:
     """Whether `list_files` would find `file`, an absolute path, if it existed."""
-    target = (root / Path(path).expanduser()).resolve()
-    if target.is_dir():
+    try:
+        target = (root / Path(path).expanduser()).resolve()
+        is_folder = target.is_dir()
+    except (OSError, RuntimeError):  # too long a name, a loop of links: `list_files` refuses it
+        return False
+    if is_folder:
         return file.is_relative_to(target) and not any(p.startswith(".") for p in file.relative_to(target).parts)
     return matches_pattern(str(file), str(target))
 
