@@ -73,9 +73,9 @@ def provenance(*packages: str) -> dict[str, Any]:
 
     from postgrad.hardware import machine
 
-    script = os.path.relpath(sys.argv[0], Path(__file__).parents[1])
+    script = Path("benchmarks", *(["gpu"] if Path(sys.argv[0]).parent.name == "gpu" else []), Path(sys.argv[0]).name)
     return {
-        "repeat": " ".join(["python", script, *map(shlex.quote, map(strip_folders, sys.argv[1:]))]),
+        "repeat": " ".join(["python", str(script), *map(shlex.quote, map(strip_folders, sys.argv[1:]))]),
         "machine": {"cpu": machine.processor_name(), "cores": machine.core_count(), "system": platform.system()},
         "measured": date.today().isoformat(),
         "versions": {name: version(name) for name in ("torch", "transformers", *packages)},

@@ -4,7 +4,8 @@
 
 Every arm trains the same random Llama on the same batch, as a stage steps: forward, backward, clip, AdamW. `plain` has
 next-token prediction alone, the others distillation on every row besides: from a second model, from the ids that it drew
-beforehand, or from its likeliest ids. `lora` arms train an adapter; their teacher is the model with the adapter switched off.
+beforehand, or from its likeliest ids. `context teacher`: the second model also reads `--context` more tokens of each row.
+`sharp plain`: a sharpness-aware step. `lora` arms train an adapter; their teacher is the model with the adapter switched off.
 Arms take turns, and the one that begins changes each round; a ratio is of two steps of one round. Seconds are those that the
 process was computing, so that others on the machine do not count. Given are the median and the range over the rounds. What is
 looked up is read by another thread while the model steps in a stage; here its time is added in full (`lookup_ms`).
@@ -24,7 +25,7 @@ import torch
 from arms import add_integer_options, format_range, median_and_range, provenance, run_rounds, settings, write_results
 from small_llama import make_llama, make_run
 
-from postgrad.data.layouts.rows import Row
+from postgrad.data.layouts.rows import Row, RowContext
 from postgrad.data.loading.batch import Batch, collate, collate_teacher_targets
 from postgrad.data.loading.teacher_cache import SparseDistribution, TeacherCache, row_digest
 from postgrad.distributed import fsdp
@@ -37,15 +38,17 @@ from postgrad.objectives.objective import Objective
 from postgrad.objectives.teacher import OnlineTeacher
 from postgrad.optim.optimizer import Weights
 from postgrad.run.cached_teacher import sample_distribution, top_k_distribution
-from postgrad.training.step import train_step
+from postgrad.training.sharpness_aware import SharpnessAwareGradients
+from postgrad.training.step import compute_gradients, train_step
 from postgrad.tuning.attach import attach
 
 DRAWS, K = 50, 64
+_ARMS = ["plain", "teacher", "context teacher", "sampled", "top-k", "sharp plain", "lora plain", "lora off"]
 
 
 def make_teacher(options: argparse.Namespace) -> CausalModel:
     """Another Llama, about as sure of the next token as a small model is: a random one would draw every id once."""
-    teacher = CausalModel(make_llama(options, seed=1))
+    teacher = CausalModel(make_llama(options, seed=1, extra_positions=options.context))
     with torch.no_grad():
         teacher.pretrained.model.norm.weight *= 9
     return teacher
@@ -53,9 +56,19 @@ def make_teacher(options: argparse.Namespace) -> CausalModel:
 
 def random_rows(options: argparse.Namespace) -> list[Row]:
     """Rows of random ids, each one document."""
-    ids = np.random.default_rng(0).integers(0, options.vocabulary, (options.rows, options.time + 1))
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, options.vocabulary, (options.rows, options.time + 1))
+    contexts = rng.integers(0, options.vocabulary, (options.rows, options.context))
     positions = np.arange(options.time)
-    return [Row({"input_ids": row[:-1], "position_ids": positions}, row[1:], options.time) for row in ids]
+    return [
+        Row(
+            {"input_ids": row[:-1], "position_ids": positions},
+            row[1:],
+            options.time,
+            (RowContext(context, 0, 0, options.time),),
+        )
+        for row, context in zip(ids, contexts, strict=True)
+    ]
 
 
 @torch.no_grad()
@@ -92,7 +105,8 @@ class Arm:
                 parameter.data = parameter.data.to(dtype)
             if options.compile:
                 fsdp.compile_layers(teacher)
-            objectives.append(DistillationLoss(OnlineTeacher(teacher), lambda step: 1.0))
+            teaches = OnlineTeacher(teacher, reads_contexts=name.startswith("context"))
+            objectives.append(DistillationLoss(teaches, lambda step: 1.0))
         elif how == "off":
             objectives.append(DistillationLoss(OnlineTeacher(student, attached.disable), lambda step: 1.0))
         elif how != "plain":
@@ -101,11 +115,13 @@ class Arm:
             fsdp.compile_layers(student)
         self.batch = replace(batch, objectives=tuple(range(len(objectives))))
         self.run = make_run(student.train(), weights, objectives)
+        is_sharp = name.startswith("sharp")
+        self.compute = SharpnessAwareGradients(0.05, 1) if is_sharp else compute_gradients
 
     def step(self) -> float:
         """Seconds of a step."""
         begin = time.process_time()
-        train_step(self.run, [self.batch])
+        train_step(self.run, [self.batch], self.compute)
         return time.process_time() - begin
 
 
@@ -158,9 +174,19 @@ def measure_arms(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arms", nargs="*", default=["plain", "teacher", "sampled", "top-k", "lora plain", "lora off"])
+    parser.add_argument("--arms", nargs="*", default=_ARMS)
     add_integer_options(
-        parser, hidden=256, layers=6, inner=704, vocabulary=8192, time=512, rows=4, rounds=7, warm=2, threads=1
+        parser,
+        hidden=256,
+        layers=6,
+        inner=704,
+        vocabulary=8192,
+        time=512,
+        context=52,
+        rows=4,
+        rounds=7,
+        warm=2,
+        threads=1,
     )
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--compile", action="store_true")

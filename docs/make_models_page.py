@@ -28,7 +28,11 @@ page is generated: `python -m docs.make_models_table OUTCOMES`, then `python -m 
   ([rows](data.md)). Other layouts are those of encoders and encoder-decoders.
 - **loss**: the first step's loss equals the loss from the model's own logits, each document of the batch alone. So scales, caps,
   sinks and windows are right, and no document sees another.
-- **LoRA**: a step of a LoRA adapter trains. "not tried" is left empty.
+- **resume**: a run that is interrupted behind a checkpoint ends with the weights of one that is not, to the bit.
+- **LoRA**: a step of a LoRA adapter trains. **reload**: plain transformers reads the published model, and finds every weight.
+- What was not tried is left empty. A model with an encoder's default is built as a decoder under a causal head (`is_decoder: true`).
+- The packed way of recurrent layers, whose kernels take the borders of documents (`seq_idx`, `cu_seq_lens`), needs CUDA. It is
+  tested with layers that take them, and **not measured**: on CUDA a probe decides, and `check` says which way it took.
 
 {counts}
 """
@@ -50,6 +54,9 @@ What was expected of each causal family was written down before it ran. What cam
 | `camembert` (masked) | resume | the saved name of the tied output embedding is not the first name of the parameter | tried |
 | `qwen3_5`, `llama4` with images | kept whole | `AutoModelForCausalLM` reads the language part of such a folder alone, and saves that alone | `models/auto/modeling_auto.py` |
 | `t5gemma` | plain head | caps its logits at 30 by default | `models/t5gemma/modeling_t5gemma.py` |
+| `gpt_oss` in mxfp4 | saved by transformers as it was read | its dequantised weights get the names of quantised ones (`down_proj_blocks`), and nothing reads the folder; here it is a plain one | `core_model_loading.py` |
+| `reformer` | refused | trains, in training mode alone; an adapter on frozen embeddings gets no gradient from its reversible layers | tried |
+| `xlm` | masked | causal, with `causal: true` | tried |
 | `jetmoe`, `zaya`, `hunyuan_v1_moe`, `longcat_flash` | a balancing loss | none, or not that of Switch Transformers | tried |
 """
 TASKS = {"causal": "Decoders", "masked": "Encoders", "text-to-text": "Encoder-decoders"}
@@ -61,7 +68,7 @@ def render(outcomes: Sequence[dict[str, Any]]) -> str:
     sections = []
     for task, title in TASKS.items():
         rows = sorted((o for o in outcomes if o["task"] == task), key=lambda o: o["model_type"])
-        head = f"## {title}\n\n| model type | rows | loss | LoRA | reason |\n|---|---|---|---|---|\n"
+        head = f"## {title}\n\n| model type | rows | loss | resume | LoRA | reload | reason |\n|---|---|---|---|---|---|---|\n"
         sections.append(head + "\n".join(map(_row, rows)) + "\n")
     causal = [o for o in outcomes if o["task"] == "causal"]
     return "\n".join(
@@ -86,19 +93,18 @@ def _row(outcome: dict[str, Any]) -> str:
 
     problem = next(iter(outcome["problems"].values()), outcome["cause"])
     reason = FULL_STOP.sub(" ", re.sub(r"/\S+/model", "it", problem)).replace("|", "/")[:160]
-    cells = [f"`{outcome['model_type']}`", status(outcome), mark("loss"), mark("lora"), reason]
+    cells = [f"`{outcome['model_type']}`", status(outcome), *map(mark, ("loss", "resume", "lora", "reload")), reason]
     return f"| {' | '.join(cells)} |"
 
 
 def _counts(causal: Sequence[dict[str, Any]]) -> str:
     found = Counter(map(status, causal))
-    encoders = sum("what follows a text" in str(o["problems"]) for o in causal)
+    later = sum("what follows a text" in str(o["problems"]) for o in causal)
     built = len(causal) - found["not built"]
     trained = found["packed"] + found["unpacked"]
     return (
-        f"Of {len(causal)} causal model types, {built} could be built; {trained} train ({found['packed']} packed, "
-        f"{found['unpacked']} unpacked). Of the {found['refused']} refused, {encoders} attend to later tokens: most are encoders "
-        "under a decoder's head, whose configuration does not say `is_decoder`."
+        f"Of {len(causal)} causal model types, {built} could be built; {trained} train ({trained / built:.0%}): {found['packed']} "
+        f"packed, {found['unpacked']} unpacked. Of the {found['refused']} refused, {later} attend to later tokens."
     )
 
 

@@ -32,7 +32,7 @@ from postgrad.models.task import Task
 from postgrad.run.build import build_run, make_loader
 from postgrad.run.tuned_model import make_tuned_model
 from postgrad.training.step import StepReport, train_step
-from tests.model_families import make_tiny_model, model_types, tiny_config
+from tests.model_families import make_tiny_model, model_types, tiny_config_of_task
 from tests.tiny_models import bert_tokenizer, make_tokenizer, old_text, t5_tokenizer
 
 LENGTH = 48
@@ -77,7 +77,7 @@ def survey(model_type: str, task: Task, folder: Path, steps: Sequence[str] = tup
     """Build a model type tiny, and take it through what a user does with it; `steps`: what of it."""
     outcome = Outcome(model_type, task)
     try:
-        model = make_tiny_model(tiny_config(model_type), task)
+        model = make_tiny_model(tiny_config_of_task(model_type, task), task)
         ids = torch.arange(5, 17)[None]
         with torch.no_grad():
             model(input_ids=ids, **({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}))
@@ -160,7 +160,7 @@ def compare_loss(folder: Path, outcome: Outcome) -> None:
     run.model.eval()
     with torch.no_grad():
         own = sum(own_loss(tuned.model.pretrained, batch) for batch in batches) / sum(b.label_count for b in batches)
-    run.model.train(False)
+    run.model.train()
     report = train_step(run, batches)
     assert abs(report.loss - own) < 1e-4 * max(1.0, own), (
         f"the loss is {report.loss:.5f}, and the model's own {own:.5f}"

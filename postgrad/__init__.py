@@ -72,6 +72,8 @@ if TYPE_CHECKING:
     from postgrad.commands.synthesize import synthesize as synthesize
     from postgrad.commands.synthesize_chat import Rehearsal as Rehearsal
     from postgrad.commands.synthesize_chat import synthesize_chat as synthesize_chat
+    from postgrad.commands.synthesize_from import Rewriting as Rewriting
+    from postgrad.commands.synthesize_from import synthesize_from as synthesize_from
     from postgrad.commands.track import TrackingReport as TrackingReport
     from postgrad.commands.track import track_run as track_run
     from postgrad.commands.train import load_stage as load_stage
@@ -123,6 +125,7 @@ _NAMES = {
     "commands.shift": ("MeasuredShift", "measure_shift"),
     "commands.synthesize": ("SynthesisRequest", "SynthesizedText", "synthesize"),
     "commands.synthesize_chat": ("Rehearsal", "synthesize_chat"),
+    "commands.synthesize_from": ("Rewriting", "synthesize_from"),
     "commands.track": ("TrackingReport", "track_run"),
     "commands.train": ("load_stage", "plan_stage", "train"),
     "config.stage": ("Stage",),

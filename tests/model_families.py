@@ -71,6 +71,13 @@ def tiny_config(model_type: str, **changes: Any) -> PreTrainedConfig:
         return _make(CONFIG_MAPPING[model_type], **changes)
 
 
+def tiny_config_of_task(model_type: str, task: Task) -> PreTrainedConfig:
+    """A tiny configuration for a task: an encoder under a causal head is one that its configuration makes a decoder."""
+    fields = {field.name for field in dataclasses.fields(CONFIG_MAPPING[model_type])}
+    options = {"is_decoder": True, "causal": True} if task == Task.CAUSAL else {}
+    return tiny_config(model_type, **{name: value for name, value in options.items() if name in fields})
+
+
 def _make(config_class: type[PreTrainedConfig], **changes: Any) -> PreTrainedConfig:
     numbers = dict(_numbers(config_class))
     default: Any = config_class()
@@ -100,7 +107,7 @@ def _numbers(config_class: type[PreTrainedConfig]) -> Iterator[tuple[str, Any]]:
             yield field.name, _OPTIONAL[field.name]
         elif isinstance(field.default, bool) or not isinstance(field.default, int | float):
             continue
-        elif "dropout" in field.name or "drop" in field.name.split("_"):
+        elif "drop" in field.name or "jitter" in field.name:
             yield field.name, 0.0 if isinstance(field.default, float) else 0
         elif isinstance(field.default, float):
             continue

@@ -45,6 +45,7 @@ SPREAD = [
     "roberta",
     "deepseek_v4",
     "inkling_text",
+    "reformer",
 ]
 QUICK = ["gemma3n_text", "gpt_oss", "roberta"]
 

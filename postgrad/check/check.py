@@ -10,6 +10,7 @@ from postgrad.check.memory_probe import measure_memory
 from postgrad.check.penalty_cost import check_penalties
 from postgrad.check.plan_text import plan_lines
 from postgrad.check.preview_rows import preview_rows
+from postgrad.check.replay_cost import check_replay
 from postgrad.check.source_text import source_lines
 from postgrad.check.teacher_cost import check_teachers
 from postgrad.distributed.world import World
@@ -55,6 +56,7 @@ def _check_stage(plan: Plan, cache: Path, show: int) -> dict[str, Any]:
     teachers = check_teachers(plan, subject, execution, world)
     memory = _estimate_memory(plan, subject, execution, sum(cost.bytes for cost in teachers))
     update = check_update(plan, subject)
+    replays = check_replay(plan, subject, execution)
     penalties = check_penalties(plan, subject, execution, world)
     notes, tuning_notes = subject.loaded_model.notes, subject.tuning.notes
     del subject  # the measured run loads a model of its own
@@ -68,6 +70,7 @@ def _check_stage(plan: Plan, cache: Path, show: int) -> dict[str, Any]:
     )
     padding = make_loader(plan, execution, world).measure_padding(plan.steps)
     padding_lines = [] if execution.packed else [f"  padding: {padding:.1%} of the positions of unpacked rows"]
+    execution = replace(execution, seconds=execution.seconds * (1 + plan.sharp_steps / plan.steps))
     lines = [
         *plan_lines(plan, sources),
         *(f"note: {note}" for note in model_notes),
@@ -78,6 +81,8 @@ def _check_stage(plan: Plan, cache: Path, show: int) -> dict[str, Any]:
         *padding_lines,
         _memory_line(memory),
         *(line for cost in (*teachers, *penalties) for line in cost.lines),
+        *(cost.line for cost in replays),
+        *_sharpness_lines(plan.sharp_steps, plan.steps, counts),
         f"time: about {format_duration(execution.seconds)} without evaluation, from timed micro-batches"
         + (" (not compiled; a compiled model is faster)" if execution.compile else ""),
     ]
@@ -91,6 +96,8 @@ def _check_stage(plan: Plan, cache: Path, show: int) -> dict[str, Any]:
         "padding_share": padding,
         "memory": {**asdict(memory), "total": memory.total},
         "seconds": execution.seconds,
+        "on_policy_replay": [cost.record for cost in replays],
+        "sharpness_aware_steps": plan.sharp_steps,
         "teachers": [cost.record for cost in teachers],
         "penalties": [penalty.record for penalty in penalties],
         "sparse_update": update.as_json() if update else None,
@@ -139,6 +146,15 @@ def _execution_lines(execution: Execution) -> list[str]:
         f"{'compiled' if execution.compile else 'not compiled'}, "
         f"{execution.threads} thread{'s' * (execution.threads > 1)}",
         *(f"  {key}: {reason}" for key, reason in execution.reasons.items()),
+    ]
+
+
+def _sharpness_lines(sharp_steps: int, steps: int, counts: ParameterCounts) -> list[str]:
+    if not sharp_steps:
+        return []
+    return [
+        f"sharpness-aware: the last {sharp_steps:,} of {steps:,} steps compute their gradient twice, {sharp_steps / steps:.0%} "
+        f"more computation in all, and hold a copy of the trained weights, {format_bytes(4 * counts.trainable)}"
     ]
 
 

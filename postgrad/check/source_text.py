@@ -10,6 +10,7 @@ from postgrad.config.objectives import (
     MaskedObjective,
     NextTokenObjective,
     OnPolicyObjective,
+    OnPolicyReplayObjective,
     PrefixLMObjective,
     RowsObjective,
     SpanCorruptionObjective,
@@ -132,6 +133,8 @@ def _describe_training(objective: RowsObjective, kind: str) -> str:
             return "the rest of each text is the target" if running else "the answer is the target"
         case OnPolicyObjective():
             return "the model continues it, and the teacher scores the continuation"
+        case OnPolicyReplayObjective():
+            return f"the model is trained on answers of its own with a {objective.score} of at least {objective.min_score:g}"
         case ClassifyObjective():
             return (
                 "a task layer predicts a tag for each word" if kind == "tagged" else "a task layer predicts the label"

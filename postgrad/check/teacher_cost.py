@@ -107,10 +107,12 @@ def _online_teacher_cost(
         if is_second_model
         else f"this model with `{subject.tuning.kind}` disabled, no second copy"
     )
+    context_tokens = sum(len(context.ids) for contexts in batch.contexts for context in contexts)
+    context_share = context_tokens / batch.labels.numel() if teacher.reads_contexts else 0.0
     line = (
         f"{name}: {location.name} runs at each step on {share_of_rows:.0%} of the rows; {model_text}; its forward pass takes "
         f"about {share_of_step:.0%} of a step" + (f", generation {generation_share:.0%}" if generation_share else "")
-    )
+    ) + (f"; contexts add {context_share:.0%} to what it reads" if context_share else "")
     record = {
         "name": name,
         "teacher": location.name,
@@ -118,6 +120,7 @@ def _online_teacher_cost(
         "bytes": memory,
         "share_of_step": share_of_step,
         "writing_share_of_step": generation_share,
+        **({"context_share": context_share} if context_share else {}),
     }
     return TeacherCost(record, [line], memory)
 

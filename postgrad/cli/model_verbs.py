@@ -241,15 +241,30 @@ def synthesize(
     diverse_share: Annotated[
         str, typer.Option(help="With --chat: fraction of the conversations to keep, the most diverse.")
     ] = "100%",
+    corpus: Annotated[
+        list[str] | None,
+        typer.Option("--from", help="Rewrite these documents, so that a small corpus can be learnt."),
+    ] = None,
+    forms: Annotated[
+        str, typer.Option(help="With --from: what to write of each document, separated by commas.")
+    ] = "restatement,questions,notes",
+    held_out: Annotated[
+        str,
+        typer.Option(help="With --from: share of the documents whose questions are a test instead of training text."),
+    ] = "10%",
+    questions: Annotated[
+        Path | None, typer.Option(help="With --from: the file of these questions. Default: beside --out.")
+    ] = None,
     base: Base = None,
     as_json: Json = False,
 ) -> None:
-    """Generate replay text with the model itself, for when the old text is gone. The same command resumes."""
+    """Generate replay text with the model itself, or rewrite a small corpus with --from. The same command resumes."""
     require_training()
     from postgrad.cli.progress import show_token_progress
     from postgrad.cli.render import synthesized_text
     from postgrad.commands import synthesize as commands
     from postgrad.commands.synthesize_chat import DEFAULT_SHOTS, Rehearsal, synthesize_chat
+    from postgrad.commands.synthesize_from import Rewriting, synthesize_from
     from postgrad.config.quantities import parse_share, parse_token_count
 
     budget = parse_token_count(tokens, "--tokens")
@@ -257,7 +272,13 @@ def synthesize(
         budget, max_tokens, seed, temperature, top_p, prompt_tokens, batch_size, max_repetition, dedup_threshold
     )
     files = tuple(prompts or ())
-    if chat:
+    if corpus:
+        if chat or files:
+            raise StageError("--from has a text already", where="--from", expected="neither --chat nor --prompts")
+        names = tuple(name.strip() for name in forms.split(",") if name.strip())
+        rewriting = Rewriting(tuple(corpus), names, parse_share(held_out, "--held-out"), questions)
+        events = synthesize_from(model, out, request, rewriting, base=base)
+    elif chat:
         if shots is not None and not files:
             raise StageError("--shots requires --prompts", where="--shots", hint="add --prompts FILE")
         share = parse_share(diverse_share, "--diverse-share")

@@ -51,7 +51,6 @@ RENAMED_OPTIONS: Mapping[str, Mapping[str, str]] = {
     "compare": {"--on": "--text"},
     "synthesize": {
         "--longest": "--max-tokens",
-        "--from": "--prompts",
         "--beginning": "--prompt-tokens",
         "--at-once": "--batch-size",
         "--most-repeated": "--max-repetition",

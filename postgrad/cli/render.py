@@ -506,7 +506,6 @@ def grown_text(result: GrownModel) -> str:
 def synthesized_text(result: SynthesizedText, previews: Sequence[str]) -> str:
     """A file of generated text, and the source that replays it."""
     rejected = ", ".join(f"{count:,} {reason}" for reason, count in result.left_out.items()) or "none"
-    words: Mapping[str, object] = {"--model": result.model, "--data": "NEW", "--replay": result.file}
     return "\n".join(
         [
             *(["this text was already complete"] if result.already_complete else []),
@@ -514,7 +513,27 @@ def synthesized_text(result: SynthesizedText, previews: Sequence[str]) -> str:
             f"  {result.ended / max(result.documents, 1):.0%} ended by themselves; rejected: {rejected}",
             *([f"  the {result.chosen:,} most diverse are kept"] if result.chosen is not None else []),
             *(f"  {number}. {text}" for number, text in enumerate(previews, 1)),
-            f"use it as a source: {{name: replay, path: {result.file}, share: 10%, role: replay}}",
-            next_line("init", "stage", *(word for pair in words.items() for word in pair)),
+            *(_rewritten_sources(result) if result.forms else _replay_source(result)),
         ]
     )
+
+
+def _replay_source(result: SynthesizedText) -> list[str]:
+    words: Mapping[str, object] = {"--model": result.model, "--data": "NEW", "--replay": result.file}
+    return [
+        f"use it as a source: {{name: replay, path: {result.file}, share: 10%, role: replay}}",
+        next_line("init", "stage", *(word for pair in words.items() for word in pair)),
+    ]
+
+
+def _rewritten_sources(result: SynthesizedText) -> list[str]:
+    """A source for each form, and the task of closed-book questions."""
+    lines = ["use them as sources beside the corpus, with shares of your choice:"]
+    lines += [
+        f"  {{name: {form}, path: {result.file}, filter: {{form: [{form}]}}, share: 20%}}    # {count:,} texts"
+        for form, count in result.forms.items()
+    ]
+    if result.questions_file:
+        lines.append(f"measure what is learnt with {result.questions:,} closed-book questions, under evaluation.tasks:")
+        lines.append(f"  {{name: closed-book, path: {result.questions_file}, role: learned}}")
+    return [*lines, next_line("init", "stage", "--model", result.model, "--data", result.file)]

@@ -50,6 +50,7 @@ from postgrad.stats.forgetting import MIN_LOSS
 from postgrad.storage.atomic import write_atomically
 from postgrad.storage.cache_folder import cache_folder
 from postgrad.storage.fingerprint import fingerprint
+from postgrad.storage.read_json import MAX_BYTES, read_file
 
 _MAX_SCORED_TOKENS = 100_000
 """Tokens of each held-out set that a pilot is scored on, at most."""
@@ -186,7 +187,7 @@ def _check_stage(stage: s.Stage, request: AdviceRequest) -> None:
             where="--out",
             expected="a file in the folder of the stage",
         )
-    if out.exists() and not out.read_text(errors="replace").startswith(_FILE_HEADER):
+    if out.exists() and not read_file(out, MAX_BYTES, error=StageError).startswith(_FILE_HEADER.encode()):
         raise StageError(
             f"{out} already exists, and was not written by advise", where="--out", hint="name another file"
         )

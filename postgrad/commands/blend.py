@@ -7,7 +7,6 @@ learning (Ibrahim et al. 2024, table 6: the best merge 27.6 against 32.5).
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,7 +27,7 @@ from postgrad.commands.blend_models import (
     select_checkpoints,
 )
 from postgrad.commands.results import Result
-from postgrad.commands.weighted_models import parse_weighted_model
+from postgrad.commands.weighted_models import MAX_WEIGHT, parse_weighted_model
 from postgrad.distributed.world import World
 from postgrad.errors import StageError, suggest_nearest
 from postgrad.evaluation import before_after
@@ -416,7 +415,7 @@ def _check_sweep(
     *,
     is_merge: bool,
 ) -> None:
-    most = math.inf if is_merge else 1
+    most = MAX_WEIGHT if is_merge else 1
     outside = [w for w in (*weights, *([weight] if weight is not None else [])) if not 0 <= w <= most]
     if outside or not weights:
         raise StageError(

@@ -19,6 +19,7 @@ from postgrad.errors import ModelError, StageError
 from postgrad.evaluation.continuations import decode_ids
 from postgrad.hardware import machine
 from postgrad.hardware.memory import memory_errors
+from postgrad.models.finite import sampling_errors
 from postgrad.models.location import ModelLocation, locate_model
 from postgrad.models.model_sizes import get_model_sizes
 from postgrad.models.prefix_lm_attention import is_prefix_lm, prefill_prompt
@@ -188,15 +189,16 @@ def _generate_text(text_model: TextModel, prompt_ids: Sequence[int], options: Sa
     decoder_prefix = text_model.inputs.decoder_prefix
     if decoder_prefix:
         prefill["decoder_input_ids"] = torch.tensor([decoder_prefix], device=model.device)
-    out = model.generate(  # pyrefly: ignore[not-callable]
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=int(min(options.max_new_tokens, room)),
-        pad_token_id=pad,
-        eos_token_id=tokenizer.eos_token_id if stop_ids is None else stop_ids,
-        **sampling,
-        **prefill,
-    )
+    with sampling_errors("generate"):
+        out = model.generate(  # pyrefly: ignore[not-callable]
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=int(min(options.max_new_tokens, room)),
+            pad_token_id=pad,
+            eos_token_id=tokenizer.eos_token_id if stop_ids is None else stop_ids,
+            **sampling,
+            **prefill,
+        )
     if decoder_prefix:  # the output holds the answer alone
         return decode_ids(tokenizer, out[0])
     # Decoded together with the prompt: many tokenizers drop the space before a first word.

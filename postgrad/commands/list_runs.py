@@ -20,6 +20,8 @@ from postgrad.storage.file_lock import is_locked
 
 _MAX_DEPTH = 5
 _CHECKPOINTS = "checkpoints"
+_ENDED = ("finished", "gate-failed")
+"""States of a run that does not go on."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class RunRow:
     forgotten: SetChange | None = None
     """The change of the retained set that rose most."""
     removable: tuple[Path, ...] = ()
-    """Folders that the finished run no longer needs: checkpoints that no other run started from, unfinished writes."""
+    """Folders that the finished run no longer needs: checkpoints that no other run started from or reads, unfinished writes."""
     removable_bytes: int = 0
     problem: str = ""
 
@@ -94,14 +96,11 @@ def list_runs(folder: Path | str = "runs") -> RunList:
         raise StageError(f"there is no folder {folder}", where="FOLDER", hint=suggest_path(folder))
     paths = sorted(find_runs(folder))
     records = {path: _read_record(path) for path in paths}
-    branched = {
-        Path(parent.path).resolve()
-        for record in records.values()
-        if isinstance(record, Record)
-        for parent in record.parents
-        if parent.step is not None
-    }
-    return RunList(folder, tuple(_make_row(path, records[path], path.resolve() in branched) for path in paths))
+    needed = [_needed_runs(path, records[path]) for path in paths]
+    rows = (
+        _make_row(path, records[path], any(each is None or path.resolve() in each for each in needed)) for path in paths
+    )
+    return RunList(folder, tuple(rows))
 
 
 def clean_runs(runs: RunList) -> int:
@@ -140,6 +139,40 @@ def _read_record(path: Path) -> Record | PostgradError | None:
         return error
 
 
+def _needed_runs(path: Path, record: Record | PostgradError | None) -> set[Path] | None:
+    """The runs whose checkpoints a run started from, or reads if it goes on; None where that is unknown."""
+    names: list[str] = []
+    if isinstance(record, Record):
+        names += [f"{parent.path}/{_CHECKPOINTS}/{parent.step}" for parent in record.parents if parent.step is not None]
+    if not isinstance(record, Record) or record.status not in _ENDED:
+        try:
+            names += _texts(read_plan(path).stage)
+        except PostgradError:
+            if not isinstance(record, Record):
+                return None
+    # The plan has paths as the stage names them, relative to a folder that it does not name: that of the stage file.
+    bases = [Path.cwd(), *path.resolve().parents]
+    found = (_checkpoint_owner(base, name) for name in names if _CHECKPOINTS in name for base in bases)
+    return {run for run in found if run is not None}
+
+
+def _texts(value: object) -> Iterator[str]:
+    """The texts of a stage: models, teachers and references are among them."""
+    if isinstance(value, str):
+        yield value
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _texts(item)
+
+
+def _checkpoint_owner(base: Path, name: str) -> Path | None:
+    """The run of a checkpoint that `name` is the path of, relative to `base`."""
+    try:
+        folder = (base / Path(name).expanduser()).resolve()
+    except (OSError, ValueError, RuntimeError):  # too long, a NUL, a loop of links: no path
+        return None
+    return folder.parent.parent if folder.parent.name == _CHECKPOINTS else None
+
+
 def _make_row(path: Path, record: Record | PostgradError | None, is_branched: bool) -> RunRow:
     size = _folder_bytes(path)
     try:
@@ -154,7 +187,7 @@ def _make_row(path: Path, record: Record | PostgradError | None, is_branched: bo
     except PostgradError as error:
         return RunRow(path, path.name, "damaged", 0, 0, size, problem=f"{error.where}: {error.problem}")
     removable: list[Path] = []
-    if record.status in ("finished", "gate-failed") and not locked:
+    if record.status in _ENDED and not locked:
         removable = [each for each in path.glob(f"{STAGING}*") if each.is_dir()]
         if (path / _CHECKPOINTS).is_dir() and not is_branched:
             removable.append(path / _CHECKPOINTS)

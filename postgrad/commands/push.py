@@ -18,6 +18,7 @@ from postgrad.lineage.record import RECORD, Record, read_record
 from postgrad.lineage.tree import read_ancestors
 from postgrad.models.location import ModelLocation, locate_model
 from postgrad.reports.pages.model_card import CARD, card_options, model_card
+from postgrad.storage.read_json import MAX_BYTES, read_file
 
 _REPOSITORY = r"[A-Za-z0-9](?:[\w.-]*[A-Za-z0-9])?/[A-Za-z0-9_](?:[\w.-]{0,94}[A-Za-z0-9_])?"
 
@@ -108,7 +109,8 @@ def _make_card(start: ModelLocation, folder: Path, record: Record | None, licens
     if license_name is not None and record is None:
         raise StageError(f"{start.name} is not a run", where="--license", hint=f"name the license in {folder / CARD}")
     if record is None or start.run is None or ((folder / CARD).exists() and license_name is None):
-        return (folder / CARD).read_text("utf-8") if (folder / CARD).exists() else None
+        card = folder / CARD
+        return read_file(card, MAX_BYTES, error=StageError).decode(errors="replace") if card.exists() else None
     return mask_secrets(model_card(record, read_ancestors(start.run, record), card_options(folder, license_name)))
 
 

@@ -22,7 +22,7 @@ from postgrad.distributed.world import World
 from postgrad.errors import StageError
 from postgrad.evaluation import before_after
 from postgrad.hardware import machine
-from postgrad.lineage.record import Record, read_record
+from postgrad.lineage.record import PLAN, Record, read_record
 from postgrad.lineage.saved_plan import read_plan
 from postgrad.models.location import ModelLocation, locate_model
 from postgrad.models.model import wrap_model
@@ -253,6 +253,13 @@ def _new_sources(request: RestoreRequest) -> list[dict[str, Any]]:
     """The new text of the run, in the shares that it had."""
     sources = _trained_sources(request.run, "new")
     total = sum(share for _, share in sources)
+    if sources and not total > 0:
+        raise StageError(
+            f"the new text of {request.run} has a share of {total:g}",
+            where=str(request.run / PLAN),
+            expected="shares above 0",
+            hint="restore the file from a backup, or leave the new text out: --self-distill-share 0",
+        )
     return [{**source, "role": "replay", "share": share / total} for source, share in sources]
 
 

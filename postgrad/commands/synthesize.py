@@ -13,7 +13,7 @@ import math
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -376,6 +376,12 @@ class SynthesizedText(Result):
     """Of conversations: how many were kept for their diversity."""
     already_complete: bool = False
     """An earlier process wrote it, nothing was done."""
+    forms: Mapping[str, int] = field(default_factory=dict)
+    """Of a rewritten corpus: the number of texts in each form ..."""
+    questions_file: Path | None = None
+    """... the file of closed-book questions on held-out documents ..."""
+    questions: int | None = None
+    """... and their number."""
 
 
 def read_synthesized(model: str, out: Path, *, already_complete: bool = False) -> SynthesizedText:

@@ -76,7 +76,10 @@ def _make_config(tracker: str | TrackerConfig, project: str | None, address: str
     try:
         return TypeAdapter(AnyTracker).validate_python(given)
     except ValidationError as error:
-        key = str(error.errors()[0]["loc"][-1])
+        first = error.errors()[0]
+        key = str(first["loc"][-1])
+        if key == tracker:  # the whole of it, such as a NUL character in a text
+            raise StageError(first["msg"].removeprefix("Value error, "), where="--to") from None
         raise StageError(f"{tracker} has no {key}", where=f"--{key}") from None
 
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 from postgrad.errors import StageError
 
+MAX_WEIGHT = 1e6
+
 
 def parse_weights(text: str, where: str = "--weights") -> list[float]:
-    """Weights with commas between them. Raises `StageError`."""
+    """Weights with commas between them. Raises `StageError` for anything else, NaN and sums that would overflow included."""
     try:
         found = [float(part) for part in text.split(",")]
     except ValueError:
         found = []
-    if not found or not all(map(math.isfinite, found)):
+    if not found or not all(abs(weight) <= MAX_WEIGHT for weight in found):
         raise StageError(f"{text!r} is not a list of weights", where=where, expected="0,0.5,1")
     return found
 

@@ -294,6 +294,35 @@ AnyWeight = Annotated[
 ]
 
 
+class BeginningTeacherContext(ConfigModel):
+    """The beginning of each document: the teacher reads it before the rest, and the model trains on the rest alone (DiSC)."""
+
+    kind: Literal["beginning"]
+    tokens: Positive = 128
+    """Largest number of tokens of a context; it ends with a sentence, where there is an end."""
+    share: Annotated[Share, Field(gt=0, lt=1)] = 0.5
+    """Largest share of a document's text, which matters for short documents."""
+
+
+class FieldTeacherContext(ConfigModel):
+    """A field of each row, such as a fact or a demonstration: the teacher reads it before the row's prompt (SDFT)."""
+
+    kind: Literal["field"]
+    field: str
+    """Name of the column with text; an empty one is no context."""
+    template: str = "{text}\n\n"
+    """What the teacher reads before the prompt; `{text}` is the field."""
+
+    @model_validator(mode="after")
+    def _check_template(self) -> FieldTeacherContext:
+        if "{text}" not in self.template:
+            raise ValueError(f"`template` needs `{{text}}`, where the field `{self.field}` stands")
+        return self
+
+
+AnyTeacherContext = Annotated[BeginningTeacherContext | FieldTeacherContext, Field(discriminator="kind")]
+
+
 class DistillObjective(ObjectiveConfig):
     """Distillation from a teacher: from the start model on new text (learning without forgetting), or on replayed text."""
 
@@ -315,6 +344,8 @@ class DistillObjective(ObjectiveConfig):
     vocabulary: Annotated[Literal["without-labels"] | None, omit_unset] = None
     """without-labels: remove each token's label from both distributions, so that distillation does not resist what is learnt
     (TMKL, Xu et al. 2026). Default: the whole vocabulary."""
+    context: Annotated[AnyTeacherContext | None, omit_unset] = None
+    """What the teacher reads and the model does not. Default: both read the same."""
 
     @model_validator(mode="after")
     def _check_cache(self) -> DistillObjective:
@@ -345,8 +376,37 @@ class OnPolicyObjective(RowObjectiveConfig):
     """Largest number of tokens to generate. Prompt and continuation must fit into `data.sequence_length`."""
     temperature: Annotated[float, Field(gt=0), BeforeValidator(reject_bool)] = 1.0
     """Sampling temperature; the divergence is computed at 1."""
+    context: Annotated[AnyTeacherContext | None, omit_unset] = None
+    """What the teacher reads before the prompt and the model does not. Default: both read the same."""
 
 
+class OnPolicyReplayObjective(RowObjectiveConfig):
+    """On-policy replay (Chen et al. 2026): next tokens of answers that the model itself samples to old prompts, at every step.
+
+    Of each prompt's answers the one with the best score is trained on, if the score is high enough; there is no teacher.
+    Requires a single process: a sharded model cannot generate.
+    """
+
+    task: ClassVar[Task] = Task.CAUSAL
+    rows_function: ClassVar[str] = "postgrad.plan.objective_rows:make_prompt_rows"
+    kind: Literal["on-policy-replay"]
+    prompt_tokens: Count = 32
+    """Length of the prompts taken from running text; 0: none. The prompt of an example is everything before its answer."""
+    max_new_tokens: Positive = 96
+    """Largest number of tokens of an answer. Prompt and answer must fit into `data.sequence_length`."""
+    temperature: Annotated[float, Field(gt=0), BeforeValidator(reject_bool)] = 1.0
+    """Sampling temperature."""
+    samples: Annotated[Positive, Field(le=64)] = 4
+    """Answers to each prompt, of which one is trained on at most."""
+    score: Literal["f1", "exact", "variety"] = "f1"
+    """f1, exact: overlap of words with the row's own answer, or equality, as in question answering (Rajpurkar et al. 2016);
+    variety: the share of an answer that repeats no earlier run of eight tokens of it, for running text."""
+    min_score: Share = 0.5
+    """Answers with a lower score are rejected."""
+
+
+GeneratingObjective = OnPolicyObjective | OnPolicyReplayObjective
+"""Objectives on text that the model samples at every step."""
 TeacherObjective = DistillObjective | OnPolicyObjective
 """Objectives with a teacher."""
 
@@ -357,7 +417,7 @@ RowsObjective = (
     | SpanCorruptionObjective
     | TextToTextObjective
     | ClassifyObjective
-    | OnPolicyObjective
+    | GeneratingObjective
 )
 """Objectives that define the rows of their sources."""
 

@@ -170,6 +170,15 @@ class BatchConfig(ConfigModel):
     """Rows per device at a time; does not change the result. Default: measured on this machine."""
 
 
+class SharpnessAware(ConfigModel):
+    """Sharpness-aware steps (SAM, Foret et al. 2021): the gradient is taken a small step uphill. Each costs two steps."""
+
+    radius: Annotated[float, Field(gt=0), BeforeValidator(reject_bool)] = 0.05
+    """2-norm of the step uphill, over all trained weights."""
+    over: Literal["decay"] | Length = "decay"
+    """The last part of the stage, which is sharpness-aware: the decay of the learning rate at its end, or a length."""
+
+
 class OptimizerConfig(ConfigModel):
     """The optimizer, with weight decay on matrices, not on vectors and embeddings."""
 
@@ -196,6 +205,8 @@ class OptimizerConfig(ConfigModel):
     """Update only some entries of the weights at each step. Default: all trained weights."""
     loss_adaptive: LossAdaptive | None = None
     """Lower the learning rate where the loss is high. Default: the schedule's rate."""
+    sharpness_aware: Annotated[SharpnessAware | None, omit_unset] = None
+    """End the stage with sharpness-aware steps, so that later stages forget less of it. Default: plain steps."""
 
     @model_validator(mode="after")
     def _check_kind(self) -> OptimizerConfig:

@@ -257,8 +257,9 @@ class LoraTuning(PartialTuning):
     """Scale of the update: alpha / rank (rsLoRA: alpha / sqrt(rank)). Default: twice the rank (pissa: the rank)."""
     dropout: Dropout = 0.0
     """Dropout on the input of A during training."""
-    targets: Literal["all-linear", "attention", "feed-forward"] | list[str] = "all-linear"
-    """Which matrices of the blocks, or names with the wildcards `*` and `?`."""
+    targets: Literal["all-linear", "attention", "feed-forward", "experts"] | list[str] = "all-linear"
+    """Which matrices of the blocks, or names with the wildcards `*` and `?`. `experts`: the weights of fused experts, which are
+    no layers and part of no other group; each expert gets an update of its own."""
     exclude: list[str] = []
     """Names of matrices to leave out of `targets`, with the same wildcards."""
     quantization: Literal["nf4", "int8"] | None = None

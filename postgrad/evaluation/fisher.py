@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from postgrad.data.layouts.rows import IGNORED
 from postgrad.data.loading.batch import Batch
 from postgrad.data.problem_type import ProblemType
+from postgrad.models.finite import sampling_errors
 from postgrad.models.model import Model, Output
 
 Loss = Callable[[Output, Batch], tuple[Tensor, Tensor]]
@@ -102,7 +103,8 @@ def sample_labels(output: Output, labels: Tensor, problem: ProblemType, generato
     for part in _chunks(output, flat, positions_N):
         shares_NV = _logits(output, flat[part]).float().softmax(-1)
         # Sampled on the CPU: reproducible on all devices.
-        drawn[part] = torch.multinomial(shares_NV.cpu(), 1, generator=generator)[:, 0].to(drawn)
+        with sampling_errors("importance"):
+            drawn[part] = torch.multinomial(shares_NV.cpu(), 1, generator=generator)[:, 0].to(drawn)
     return drawn.view(labels.shape)
 
 

@@ -19,9 +19,11 @@ from postgrad.data.loading.unpacked_rows import drop_positions
 from postgrad.errors import StageError
 from postgrad.hardware import machine
 from postgrad.hardware.memory import ModelDimensions, estimate_memory
+from postgrad.models.architecture_errors import SHORTER, as_model_error
 from postgrad.models.cpu_attention import CAUSAL_BLOCKS, is_supported
 from postgrad.models.layers import get_embedding_weight, get_layers
 from postgrad.models.model import CausalModel, Model, find_model_leak
+from postgrad.models.sublayers import training_mode
 
 MIN_BF16_SPEEDUP = 1.3
 """Minimum speed-up of bf16 products to accept their rounding."""
@@ -320,29 +322,37 @@ def _micro_batch_seconds(
 def _time_micro_batch(
     model: Model, inputs: dict[str, Tensor], dtype: str, device: torch.device, agree: Callable[[float], float]
 ) -> float:
-    """The faster of two runs after a warm-up.
+    """The faster of two runs after a warm-up, in training mode. Raises `ModelError` for an architecture that cannot be trained.
 
     The head is timed on some of the tokens, in a chunk as in the loss: all logits at once may need more memory than training.
     """
     inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
     trainable = [p for p in model.parameters() if p.requires_grad]
     times: list[float] = []
-    while len(times) < 3 and sum(times) < 10:  # a large model: one run is enough
-        begin = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-            output = model(**inputs)
-            tokens = output.hidden[..., 0].numel()
-            chunk = min(256, tokens)
-            head_seconds = -time.perf_counter()
-            hidden = output.hidden.detach().flatten(0, -2)[:chunk].requires_grad_()
-            logits = hidden if output.head is None else output.head.logits(hidden)
-            logits.float().logsumexp(-1).sum().backward()
-            head_seconds += time.perf_counter()
-        if output.hidden.requires_grad:
-            output.hidden.float().mean().backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(agree(time.perf_counter() - begin + head_seconds * (tokens / chunk - 1)))
-        for parameter in trainable:
-            parameter.grad = None
+    length = next(iter(inputs.values())).shape[-1]
+    what = f"a training step on rows of {length:,} tokens"
+    random_devices = [] if device.type == "cpu" else [device]
+    with (
+        training_mode(model),
+        torch.random.fork_rng(random_devices),
+        as_model_error(model.pretrained, what, SHORTER),
+    ):
+        while len(times) < 3 and sum(times) < 10:  # a large model: one run is enough
+            begin = time.perf_counter()
+            with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+                output = model(**inputs)
+                tokens = output.hidden[..., 0].numel()
+                chunk = min(256, tokens)
+                head_seconds = -time.perf_counter()
+                hidden = output.hidden.detach().flatten(0, -2)[:chunk].requires_grad_()
+                logits = hidden if output.head is None else output.head.logits(hidden)
+                logits.float().logsumexp(-1).sum().backward()
+                head_seconds += time.perf_counter()
+            if output.hidden.requires_grad:
+                output.hidden.float().mean().backward()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(agree(time.perf_counter() - begin + head_seconds * (tokens / chunk - 1)))
+            for parameter in trainable:
+                parameter.grad = None
     return min(times[1:], default=times[0])

@@ -16,6 +16,7 @@ from postgrad.lineage.previous_format import upgrade_row
 from postgrad.lineage.record import Record, RecordPart, SkippedStep
 from postgrad.storage.checked_files import add_checksum, find_damage
 from postgrad.storage.read_json import parse_json
+from postgrad.storage.regular_file import open_regular_file
 
 METRICS = "metrics.jsonl"
 
@@ -47,6 +48,10 @@ class StepRow(RecordPart):
     positions: int | None = None
     """Positions of the first rank's unpacked rows."""
     padding: int | None = None
+    sampled_prompts: int | None = None
+    """Of on-policy replay: the prompts that the model answered ..."""
+    accepted_answers: int | None = None
+    """... and those with an answer that is trained on."""
     """Those of them that only fill a row."""
     seconds: float = 0.0
 
@@ -175,7 +180,7 @@ def scan_metrics(path: Path, run_id: str = "", offset: int = 0) -> Iterator[Metr
     if not path.exists():
         return
     try:
-        with path.open("rb") as file:
+        with open_regular_file(path) as file:
             file.seek(offset)
             for number, text in enumerate(file, 1):
                 try:

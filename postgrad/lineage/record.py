@@ -7,13 +7,14 @@ previous format are converted on reading.
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 from collections.abc import Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from postgrad.errors import StageError, suggest_path
 from postgrad.lineage.previous_format import PREVIOUS_FORMAT, upgrade_record
@@ -25,6 +26,7 @@ PLAN = "plan.json"
 LOCK = "lock"
 FORMAT = 2
 
+_DAMAGED_HINT = "the file is damaged, or postgrad did not write it: train the stage again"
 _DAMAGED_RECORD_HINT = "delete it and repeat the `postgrad train` command, which scores the model and writes it again"
 
 Status = Literal["running", "stopped", "finished", "gate-failed"]
@@ -39,6 +41,37 @@ class RecordPart(BaseModel):
     def as_json(self) -> dict[str, Any]:
         """JSON-compatible data without the fields that are None."""
         return self.model_dump(mode="json", exclude_none=True)
+
+
+def _check_path_part(name: Any) -> Any:
+    if not isinstance(name, str) or "/" in name or "\0" in name or name in (".", ".."):
+        raise ValueError(f"{name!r} is no name")
+    return name
+
+
+def _check_time(time: str) -> str:
+    try:
+        dt.datetime.fromisoformat(time).timestamp()
+    except OverflowError as error:
+        raise ValueError(str(error)) from None
+    return time
+
+
+def _check_sections(stage: dict[str, Any]) -> dict[str, Any]:
+    """A stage with a name that is no path, and with mappings for the sections that pages read."""
+    _check_path_part(stage.get("name", ""))
+    for name in ("tuning", "batch", "optimizer", "schedule"):
+        if not isinstance(stage.get(name, {}), dict):
+            raise ValueError(f"`{name}` is no mapping")
+    return stage
+
+
+RunId = Annotated[str, AfterValidator(_check_path_part)]
+"""It is in the names of files that trackers write."""
+Time = Annotated[str, AfterValidator(_check_time)]
+"""In the form of ISO 8601."""
+RecordedStage = Annotated[dict[str, Any], AfterValidator(_check_sections)]
+"""A stage as resolved."""
 
 
 def notebook_html(function: str, document: RecordPart) -> str:
@@ -319,6 +352,10 @@ class TrainingTotals(RecordPart):
     """Counted in `steps`, but not in `tokens`."""
     padding_share: float | None = None
     """Padding among the positions of unpacked rows; none for packed ones."""
+    sampled_prompts: int | None = None
+    """Of on-policy replay: the prompts that the model answered ..."""
+    accepted_answers: int | None = None
+    """... and those with an answer that was trained on."""
 
 
 class PublishedCheckpoint(RecordPart):
@@ -622,14 +659,14 @@ class Record(RecordPart):
 
     format: int = FORMAT
     """Version of this document."""
-    id: str
+    id: RunId
     name: str
     status: Status
-    created: str
-    finished: str | None = None
+    created: Time
+    finished: Time | None = None
     command: str = ""
     stage_yaml: str = ""
-    stage: dict[str, Any] = {}
+    stage: RecordedStage = {}
     """The stage as resolved."""
     stage_folder: str = ""
     """The folder that the paths of the stage are relative to."""
@@ -751,7 +788,7 @@ def parse_record(raw: Any, where: str) -> Record:
     return validate_part(Record, raw, where)
 
 
-def validate_part(kind: type[Document], raw: Any, where: str) -> Document:
+def validate_part(kind: type[Document], raw: Any, where: str, hint: str = _DAMAGED_HINT) -> Document:
     """Parse JSON data. Raises `StageError` that names the first missing or malformed field."""
     try:
         return kind.model_validate(raw)
@@ -761,7 +798,7 @@ def validate_part(kind: type[Document], raw: Any, where: str) -> Document:
         raise StageError(
             f"{field}: {first['msg'][:1].lower()}{first['msg'][1:]}",
             where=where,
-            hint="the file is damaged, or postgrad did not write it: train the stage again",
+            hint=hint,
         ) from None
 
 

@@ -13,7 +13,10 @@ from postgrad.lineage.record import (
     ConsumedSource,
     ExecutionSummary,
     PlanSummary,
+    RecordedStage,
     RecordPart,
+    RunId,
+    Time,
     refuse_other_run,
     validate_part,
 )
@@ -36,9 +39,9 @@ class ReplayableSource(RecordPart):
 class SavedPlan(RecordPart):
     """`plan.json`."""
 
-    id: str
-    created: str
-    stage: dict[str, Any]
+    id: RunId
+    created: Time
+    stage: RecordedStage
     start_model: str | None = None
     fingerprints: dict[str, Any] = {}
     execution: ExecutionSummary

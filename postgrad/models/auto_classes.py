@@ -59,9 +59,10 @@ def load_config(name_or_path: str, where: str = "model") -> PreTrainedConfig:
         _refuse_foreign_code(raw, name_or_path, where)
         check_config_numbers(raw, name_or_path, where)
         config: Any = AutoConfig.from_pretrained(name_or_path, **_NO_CODE)
-        if not all(isinstance(each, str) for each in config.architectures or []):
+        architectures = config.architectures or []
+        if not isinstance(architectures, list) or not all(isinstance(each, str) for each in architectures):
             raise ModelError(
-                f"{name_or_path} has the architectures {config.architectures}", where=where, expected="names"
+                f"{name_or_path} has the architectures {config.architectures}", where=where, expected="a list of names"
             )
         for name in _IMPLEMENTATIONS:
             setattr(config, f"_{name}", None)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from postgrad.errors import ModelError
+from postgrad.models.architecture_errors import SHORTER, as_model_error
 from postgrad.models.isolation import (
     SHORT_DOCUMENT,
     UNSUPPORTED,
@@ -179,7 +180,8 @@ def find_model_leak(model: CausalModel, row_length: int) -> Leak | None:
     A model that leaks gets the borders of documents as arguments, where its kernels on this machine keep to them.
     """
     model.passes_documents = False
-    leak = find_leak(model.pretrained, model.compute_hidden, row_length)
+    with as_model_error(model.pretrained, f"the forward pass on rows of {row_length:,} tokens", SHORTER):
+        leak = find_leak(model.pretrained, model.compute_hidden, row_length)
     if leak is None:
         return None
     model.passes_documents = True

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from postgrad.errors import ModelError, first_line
+from postgrad.errors import ModelError
+from postgrad.models.architecture_errors import as_model_error
 from postgrad.models.sublayers import eval_mode
 
 _LOGITS_BIAS = "final_logits_bias"
@@ -122,18 +123,12 @@ def find_head_function(pretrained: PreTrainedModel) -> HeadFunction:
         return products[None, :, None].repeat(1, 1, layer.out_features)
 
     options = {"decoder_input_ids": ids} if pretrained.config.is_encoder_decoder else {}
-    try:
-        with eval_mode(pretrained), _replace_output_layer(pretrained, answer):
-            logits = pretrained(input_ids=ids, **options).logits
-    except (ModelError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise ModelError(
-            f"the forward pass of this model ({pretrained.config.model_type}) fails in transformers: {first_line(error)}",
-            where="model",
-            expected="a configuration that transformers can compute with",
-            hint="load the folder with transformers and call it on a few ids: the error is the same there",
-        ) from error
+    with (
+        as_model_error(pretrained, "the forward pass"),
+        eval_mode(pretrained),
+        _replace_output_layer(pretrained, answer),
+    ):
+        logits = pretrained(input_ids=ids, **options).logits
     if len(calls) != 1 or logits.shape != (1, len(products), layer.out_features):
         raise _not_understood(pretrained, "its output embedding is not used once for each token")
     function = _fit(logits[0, :, 0].double())

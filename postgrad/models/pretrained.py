@@ -37,8 +37,10 @@ from postgrad.models.auto_classes import (
     make_model,
 )
 from postgrad.models.config_limits import check_weight_file
+from postgrad.models.finite import refuse_non_finite
 from postgrad.models.layers import count_parameters
 from postgrad.models.location import ModelLocation
+from postgrad.models.quantized_folders import forget_quantization, make_plain, prepare_dequantization
 from postgrad.models.task import Task
 from postgrad.models.task_head import TaskHeadConfig, load_task_head_config
 from postgrad.models.task_head_model import make_model_class
@@ -82,6 +84,8 @@ class LoadResult(NamedTuple):
 
     model: PreTrainedModel
     new_weights: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    """Effects of loading that the folder does not show, as sentences for the plan."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +156,8 @@ def detect_config_task(config: PreTrainedConfig) -> Task:
 def _is_bare_encoder(name: str, config: PreTrainedConfig) -> bool:
     """Whether a bare backbone is an encoder: the families that also have a masked language model, and are no decoders."""
     bare = name.endswith("Model") or not name
-    return bare and type(config) in AutoModelForMaskedLM._model_mapping and not getattr(config, "is_decoder", False)
+    is_decoder = any(getattr(config, key, False) for key in ("is_decoder", "causal"))
+    return bare and type(config) in AutoModelForMaskedLM._model_mapping and not is_decoder
 
 
 def load_pretrained(
@@ -174,6 +179,9 @@ def load_pretrained(
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), _suppress_load_report():
             warnings.simplefilter("ignore")
             config = load_config(start.name_or_path)
+            quantization = prepare_dequantization(config, start.name)
+            if state is not None:
+                forget_quantization(config)
             folder = start.full_model.folder
             auto = _auto_class(config, task)
             if folder and state is None:
@@ -198,6 +206,7 @@ def load_pretrained(
         raise ModelError(
             f"{start.name} could not be loaded as {task.description}: {first_line(error)}", where="model"
         ) from error
+    notes = (make_plain(model, quantization),) if quantization and state is None else ()
     record_separate_output(model)
     # Some architectures have a pooler in the backbone, which only a task layer uses.
     new = sorted({*loading["missing_keys"], *(key for key, *_ in loading.get("mismatched_keys", ()))})
@@ -209,7 +218,8 @@ def load_pretrained(
             expected="weights for every parameter of the architecture in its config.json",
             hint=_missing_head_hint(model, missing, task),
         )
-    return LoadResult(model.eval(), tuple(new))
+    refuse_non_finite(model.named_parameters(), start.name, where="model")
+    return LoadResult(model.eval(), tuple(new), notes)
 
 
 def _missing_head_hint(model: PreTrainedModel, missing: Sequence[str], task: Task) -> str:

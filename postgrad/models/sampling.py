@@ -23,11 +23,18 @@ from postgrad.models.sublayers import eval_mode
 
 @torch.no_grad()
 def sample_continuations(
-    model: CausalModel, prompt_BP: Tensor, uniform_BN: np.ndarray, *, temperature: float, eos: int
+    model: CausalModel,
+    prompt_BP: Tensor,
+    uniform_BN: np.ndarray,
+    *,
+    temperature: float,
+    eos: int,
+    mask_BP: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Continuations (B, N) of prompts of one length, and the number of tokens of each, including its EOS.
 
-    The i-th token is where the i-th uniform number falls in the cumulated softmax(logits / temperature).
+    The i-th token is where the i-th uniform number falls in the cumulated softmax(logits / temperature). `mask_BP`: 0 where
+    shorter prompts are padded on the left, for a model that supports it.
     """
     rows = len(prompt_BP)
     sampled_BN = torch.full(uniform_BN.shape, eos, dtype=torch.int64, device=prompt_BP.device)
@@ -36,9 +43,9 @@ def sample_continuations(
     active_B = torch.ones(rows, dtype=torch.bool, device=prompt_BP.device)
     ids = prompt_BP
     with eval_mode(model), _cache_capable_attention(model), torch.compiler.set_stance("force_eager"):
-        decoder = Decoder(model, find_decoding_way(model))
+        decoder = Decoder(model, find_decoding_way(model, padded=mask_BP is not None))
         for i in range(uniform_BN.shape[1]):
-            logits_BV = model.head().logits(decoder(ids)).double() / temperature
+            logits_BV = model.head().logits(decoder(ids, mask_BP)).double() / temperature
             sums_BV = logits_BV.softmax(-1).cumsum(-1)
             at_B1 = uniform[:, i : i + 1] * sums_BV[:, -1:]
             token_B = torch.searchsorted(sums_BV, at_B1, right=True)[:, 0].clamp(max=sums_BV.shape[1] - 1)
@@ -48,6 +55,7 @@ def sample_continuations(
             if not active_B.any():
                 break
             ids = sampled_BN[:, i : i + 1]
+            mask_BP = None if mask_BP is None else torch.cat([mask_BP, torch.ones_like(ids)], 1)
     return sampled_BN, size_B
 
 

@@ -67,6 +67,18 @@ def make_probe_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 @contextmanager
+def training_mode(model: nn.Module) -> Iterator[None]:
+    """Inside, every module is in training mode; afterwards each is in its own mode again."""
+    evaluating = [module for module in model.modules() if not module.training]
+    model.train()
+    try:
+        yield
+    finally:
+        for module in evaluating:
+            module.training = False
+
+
+@contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Inside, every module is in eval mode; afterwards each is in its own mode again."""
     training = [module for module in model.modules() if module.training]

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from postgrad.errors import DataError
+from postgrad.models.finite import refuse_non_finite
 from postgrad.storage.regular_file import open_regular_file
 
 FORMAT = 1
@@ -87,8 +88,17 @@ class ImportanceFile:
         return tuple(self._file.get_slice(name).get_shape())
 
     def __getitem__(self, name: str) -> Tensor:
-        """The importance of a weight, in the dtype of the file."""
-        return self._file.get_tensor(name)
+        """The importance of a weight, in the dtype of the file. Raises `DataError` for values that are none."""
+        tensor = self._file.get_tensor(name)
+        refuse_non_finite([(name, tensor)], "the importance", where=str(self.path), error=DataError)
+        if tensor.numel() and float(tensor.min()) < 0:
+            raise DataError(
+                f"{name} has negative importance",
+                where=str(self.path),
+                expected="importance of zero or more",
+                hint="measure it again: postgrad importance MODEL FILES... --out FILE",
+            )
+        return tensor
 
     def check_model(self, reference: str, fingerprint: str | None, where: str) -> None:
         """Raise `DataError` for importance that was measured on another model than `reference`, of this fingerprint."""

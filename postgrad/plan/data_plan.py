@@ -10,7 +10,7 @@ import numpy as np
 
 from postgrad.config import stage as s
 from postgrad.config.mixing import describe_shares
-from postgrad.data.layouts.rows import Rows
+from postgrad.data.layouts.rows import ContextOptions, Rows
 from postgrad.data.loading.mixture import Mixture
 from postgrad.data.read.row_kinds import RUNNING_TEXT_KINDS
 from postgrad.data.tokens.held_out_split import select_documents
@@ -84,8 +84,9 @@ def plan_data(
     seen_sources: dict[str, ConsumedSource],
     cache: Path,
     notes: list[str],
+    contexts: Sequence[ContextOptions | None],
 ) -> DataPlan:
-    """The data plan of a stage; documents whose digests are `excluded` are not trained on.
+    """The data plan of a stage; documents whose digests are `excluded` are not trained on. `contexts`: of each source.
 
     Raises `DataError` for a source without trained tokens or without enough of them.
     """
@@ -99,8 +100,9 @@ def plan_data(
             max_document_tokens=stage.data.max_document_tokens,
             problem=model.problem,
             words=source.spec.template.words,
+            context=context,
         )
-        for source in sources
+        for source, context in zip(sources, contexts, strict=True)
     )
     for source, source_rows in zip(sources, rows, strict=True):
         _refuse_empty(source, source_rows)

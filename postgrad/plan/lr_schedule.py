@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from postgrad.config import schedules as s
 from postgrad.config.quantities import length_in_steps
+from postgrad.config.stage import SharpnessAware
 from postgrad.errors import StageError
 from postgrad.models.location import ModelLocation
 from postgrad.optim import lr_schedules
@@ -42,6 +43,33 @@ def warmup_notes(spec: s.AnySchedule, steps: int, tokens: int, beta2: float) -> 
         f"schedule.warmup: {spec.warmup} is {warmup:.3g} of {steps:,} steps; until about step {shortest} the steps of Adam are"
         f" too large, which can cost learning and retention: write `warmup: {shortest} steps`"
     ]
+
+
+def find_sharpness_start(
+    spec: SharpnessAware | None, schedule: lr_schedules.Schedule, steps: int, tokens: int
+) -> int | None:
+    """The first sharpness-aware step; None without any. Raises `StageError` without a decay to begin with."""
+    if spec is None:
+        return None
+    if spec.over != "decay":
+        first = steps - round(length_in_steps(spec.over, steps, tokens)) + 1
+        if first > steps:
+            raise StageError(
+                f"{spec.over} of {steps:,} steps is no step",
+                where="optimizer.sharpness_aware.over",
+                expected="at least one step",
+            )
+        return max(first, 1)
+    last_before = steps
+    while last_before > 0 and (last_before == 1 or schedule(last_before - 1) > schedule(last_before)):
+        last_before -= 1
+    if last_before == steps:
+        raise StageError(
+            "the learning rate does not decay at the end of this schedule",
+            where="optimizer.sharpness_aware.over",
+            expected="a length such as 10%, or a schedule that decays: rewarm, wsd, anneal ...",
+        )
+    return last_before + 1
 
 
 def make_constant(spec: s.ConstantSchedule, stage: ScheduleContext) -> lr_schedules.Schedule:

@@ -27,6 +27,7 @@ from postgrad.models.task_head_model import decoder_start_token
 from postgrad.tuning.open_model import BaseReference
 
 _MAX_SENTINELS = 1000
+_SENTENCE_ENDS = (".", "!", "?", "…", "。", "！", "？", "\n")
 _UNKNOWN_PROBE_TOKENS = 1_000_000
 _UNKNOWN_SHARE_TOLD = 0.001
 
@@ -207,6 +208,15 @@ class ModelInputs:
             for token in tokens
         ]
         return continues_V
+
+    @cached_property
+    def ends_sentence_V(self) -> np.ndarray:
+        """Whether each id ends a sentence or a line, of shape (V,)."""
+        size = min(len(self.tokenizer), self.encoder.vocabulary)
+        texts = self.tokenizer.batch_decode([[token] for token in range(size)], clean_up_tokenization_spaces=False)
+        ends_V = np.zeros(self.encoder.vocabulary, bool)
+        ends_V[:size] = [text.rstrip(" \"'”’)」").endswith(_SENTENCE_ENDS) for text in texts]
+        return ends_V
 
     @cached_property
     def sentinels(self) -> list[int]:

@@ -9,9 +9,10 @@ from postgrad.config.objectives import (
     AnyObjective,
     ClassifyObjective,
     DistillObjective,
+    GeneratingObjective,
     MaskedObjective,
     NextTokenObjective,
-    OnPolicyObjective,
+    OnPolicyReplayObjective,
     PrefixLMObjective,
     RowsObjective,
     SpanCorruptionObjective,
@@ -20,6 +21,7 @@ from postgrad.config.objectives import (
 )
 from postgrad.config.quantities import get_kinds
 from postgrad.data.problem_type import ProblemType
+from postgrad.data.read.row_kinds import RUNNING_TEXT_KINDS
 from postgrad.errors import StageError
 from postgrad.models.location import ModelLocation
 from postgrad.models.task import Task
@@ -95,13 +97,13 @@ def match_objectives(
 ) -> SourceObjectives:
     """The objectives of a source: the one that names it, or the first that supports its row kind, and distillations.
 
-    Distillation uses the rows of another objective. Next to a distillation, rows without another objective are laid out for
-    the first of the `start_objectives` that supports them.
+    Distillation uses the rows of another objective. Next to a distillation or a generating objective, rows without another
+    objective are laid out for the first of the `start_objectives` that supports them.
     """
     laying_out = [(i, o) for i, o in enumerate(objectives) if not isinstance(o, DistillObjective)]
     named = [(i, o) for i, o in laying_out if name in o.on]
     candidates = named or [(i, o) for i, o in laying_out if not o.on]
-    if not candidates and any(isinstance(o, TeacherObjective) for o in objectives):
+    if not candidates and any(isinstance(o, TeacherObjective | GeneratingObjective) for o in objectives):
         candidates = [(-1, o) for o in start_objectives]
     supporting = [(i, o) for i, o in candidates if kind in o.row_kinds]
     if not supporting:
@@ -119,10 +121,17 @@ def match_objectives(
             expected="one for each source",
         )
     number, row_objective = supporting[0]
-    is_generated = isinstance(row_objective, OnPolicyObjective)
+    is_generated = isinstance(row_objective, GeneratingObjective)
     distilling = [(i, o) for i, o in enumerate(objectives) if isinstance(o, DistillObjective)]
     # An on-policy source has a teacher of its own; a distillation joins in only if it names the source.
     distilled = [i for i, o in distilling if name in o.on or (not o.on and not is_generated)]
+    has_answers = kind not in RUNNING_TEXT_KINDS
+    if isinstance(row_objective, OnPolicyReplayObjective) and not has_answers and row_objective.score != "variety":
+        raise StageError(
+            f"'{name}' has rows of kind {kind}, without an answer to compare with",
+            where=f"objectives[{number}].score",
+            expected="variety, or rows with answers",
+        )
     if is_generated and any(o.cache != "none" for i, o in distilling if i in distilled):
         raise StageError(
             f"teacher predictions on '{name}' cannot be cached, because its text is generated during training",
@@ -147,4 +156,4 @@ def refuse_unused_objectives(objectives: Sequence[AnyObjective], objective_indic
 
 def get_evaluation_objective(objective: RowsObjective, start_objectives: Sequence[RowsObjective]) -> RowsObjective:
     """The objective that held-out rows are scored with: on-policy sources are scored on the given text."""
-    return start_objectives[0] if isinstance(objective, OnPolicyObjective) else objective
+    return start_objectives[0] if isinstance(objective, GeneratingObjective) else objective

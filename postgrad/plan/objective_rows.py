@@ -11,9 +11,10 @@ import numpy as np
 
 from postgrad.config.objectives import (
     ClassifyObjective,
+    GeneratingObjective,
     MaskedObjective,
     NextTokenObjective,
-    OnPolicyObjective,
+    OnPolicyReplayObjective,
     PrefixLMObjective,
     RowsObjective,
     SpanCorruptionObjective,
@@ -26,7 +27,7 @@ from postgrad.data.layouts.masked_lm import MaskedRows
 from postgrad.data.layouts.packed_examples import PackedExampleRows
 from postgrad.data.layouts.packed_text import PackedRows
 from postgrad.data.layouts.prefix_lm import PrefixRows
-from postgrad.data.layouts.rows import RowOptions, Rows
+from postgrad.data.layouts.rows import ContextOptions, RowOptions, Rows
 from postgrad.data.layouts.seq2seq import Seq2SeqRows
 from postgrad.data.layouts.span_corruption import SpanCorruptionRows
 from postgrad.data.layouts.windows import TooLongPolicy
@@ -49,13 +50,14 @@ def make_rows(
     problem: ProblemType = ProblemType.CLASS,
     pack: bool = True,
     words: Mapping[str, str] = MappingProxyType({}),
+    context: ContextOptions | None = None,
 ) -> Rows:
     """The rows of a store for an objective, as a model reads them. `pack=False`: one document per row.
 
-    `words`: words for the labels of cloze rows.
+    `words`: words for the labels of cloze rows. `context`: what teachers read beside the rows.
     """
     options = RowOptions(
-        model_inputs.length, model_inputs.frame, model_inputs.lead, held_out, excluded, max_document_tokens
+        model_inputs.length, model_inputs.frame, model_inputs.lead, held_out, excluded, max_document_tokens, context
     )
     request = RowsRequest(store, model_inputs, options, problem, pack, words)
     return load_function(objective.rows_function)(objective, request)
@@ -83,7 +85,8 @@ class RowsRequest(NamedTuple):
 def make_next_token_rows(objective: NextTokenObjective, request: RowsRequest) -> Rows:
     """Packed text, or packed examples."""
     options = request.options
-    if request.is_running_text and not request.inputs.has_soft_prompt and request.pack:
+    is_plain = not request.inputs.has_soft_prompt and options.context is None
+    if request.is_running_text and is_plain and request.pack:
         return PackedRows(request.store, options)
     if request.is_running_text:
         options = _without_separator(options)
@@ -145,14 +148,15 @@ def make_seq2seq_rows(objective: TextToTextObjective, request: RowsRequest) -> R
     )
 
 
-def make_prompt_rows(objective: OnPolicyObjective, request: RowsRequest) -> Rows:
-    """Prompts for the model to continue."""
+def make_prompt_rows(objective: GeneratingObjective, request: RowsRequest) -> Rows:
+    """Prompts for the model to continue, with their own answers where its answers are compared with these."""
     return PromptRows(
         request.store,
         request.options,
         prompt_tokens=objective.prompt_tokens,
         new_tokens=objective.max_new_tokens,
         eos=request.inputs.encoder.eos,
+        with_answers=isinstance(objective, OnPolicyReplayObjective) and objective.score != "variety",
     )
 
 

@@ -23,7 +23,7 @@ from postgrad.plan.demonstration_pool import make_demonstration_wrapper
 from postgrad.plan.evaluation_plan import EvaluationPlan, plan_evaluation
 from postgrad.plan.held_out_documents import HeldOutDocuments, check_labels, select_held_out_documents
 from postgrad.plan.held_out_files import resolve_held_out_files
-from postgrad.plan.lr_schedule import make_schedule, warmup_notes
+from postgrad.plan.lr_schedule import find_sharpness_start, make_schedule, warmup_notes
 from postgrad.plan.model_inputs import unknown_notes
 from postgrad.plan.model_plan import ModelPlan, plan_model
 from postgrad.plan.objective_matching import (
@@ -39,6 +39,7 @@ from postgrad.plan.source_labels import resolve_labels
 from postgrad.plan.sources import ProgressCallback, resolve_source_specs, resolve_sources
 from postgrad.plan.start_model import new_model_note, resolve_start_model
 from postgrad.plan.task_prompts import make_prompted_task
+from postgrad.plan.teacher_contexts import make_context_options
 from postgrad.plan.teachers import get_teacher_identity, resolve_teachers
 from postgrad.reports.notebook import plan_html
 
@@ -59,6 +60,8 @@ class Plan:
     schedule: lr_schedules.Schedule
     notes: tuple[str, ...]
     cache: Path
+    sharpness_start: int | None = None
+    """The first sharpness-aware step; None without any."""
 
     @property
     def steps(self) -> int:
@@ -69,6 +72,11 @@ class Plan:
     def tokens(self) -> int:
         """Trained tokens of the whole stage."""
         return self.data.tokens
+
+    @property
+    def sharp_steps(self) -> int:
+        """Steps at the end that compute their gradient twice."""
+        return 0 if self.sharpness_start is None else self.steps - self.sharpness_start + 1
 
     @property
     def start_model_name(self) -> str:
@@ -163,7 +171,11 @@ def make_plan(stage: s.Stage, root: Path, cache: Path, progress: ProgressCallbac
     excluded = _excluded_digests(tables, tasks)
     check_labels(held_out, sources, excluded, cache, notes)
 
-    data = plan_data(stage, root, model, sources, excluded, seen, cache, notes)
+    teachers = resolve_teachers(objectives, start, model.task, model.tokenizer, model.vocab_size, root)
+    contexts = [
+        make_context_options(spec.context, spec.objective_indices, objectives, teachers, model.inputs) for spec in specs
+    ]
+    data = plan_data(stage, root, model, sources, excluded, seen, cache, notes, contexts)
     schedule = make_schedule(stage.schedule, data.steps, data.tokens, start)
     notes += warmup_notes(stage.schedule, data.steps, data.tokens, stage.optimizer.betas[1])
     return Plan(
@@ -174,10 +186,11 @@ def make_plan(stage: s.Stage, root: Path, cache: Path, progress: ProgressCallbac
         data=data,
         evaluation=plan_evaluation(stage, model, data, held_out, tasks, schedule, notes),
         objectives=objectives,
-        teachers=resolve_teachers(objectives, start, model.task, model.tokenizer, model.vocab_size, root),
+        teachers=teachers,
         schedule=schedule,
         notes=tuple(notes),
         cache=cache,
+        sharpness_start=find_sharpness_start(stage.optimizer.sharpness_aware, schedule, data.steps, data.tokens),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 
 from postgrad.config import stage as s
 from postgrad.config.document_filters import AnySelection
-from postgrad.config.objectives import AnyObjective, RowsObjective
+from postgrad.config.objectives import AnyObjective, AnyTeacherContext, RowsObjective
 from postgrad.config.renamed_keys import upgrade_source
 from postgrad.data.loading.replay_weights import seen_weights
 from postgrad.data.read.documents import detect_kind, read_examples
@@ -32,6 +32,7 @@ from postgrad.plan.filter_documents import select_documents
 from postgrad.plan.model_inputs import ModelInputs
 from postgrad.plan.objective_matching import match_objectives
 from postgrad.plan.row_renderers import DemonstrationWrapper, RowTemplate, make_renderer, make_row_template
+from postgrad.plan.teacher_contexts import find_source_context, get_context_column
 
 ProgressCallback = Callable[[str, int, int], None]
 """Called with a source's name, the bytes done and the bytes in all."""
@@ -63,6 +64,8 @@ class SourceSpec:
     """Task cluster of its rows."""
     select: tuple[AnySelection, ...] = ()
     """Filters of its documents."""
+    context: AnyTeacherContext | None = None
+    """What its teachers read beside its rows."""
 
     @cached_property
     def kind(self) -> str:
@@ -116,7 +119,11 @@ def resolve_source_specs(
         where = f"data.sources[{i}]"
         for origin in _source_origins(stage, source, root, seen_sources, where):
             files = make_text_files(origin.name, origin.config, origin.root, where)
-            matched = match_objectives(source.name, detect_kind(files), objectives, start_objectives, where)
+            kind = detect_kind(files)
+            matched = match_objectives(source.name, kind, objectives, start_objectives, where)
+            context = find_source_context(
+                source.name, kind, matched.row_objective, objectives, matched.objective_indices
+            )
             if not matched.objective_indices:
                 raise StageError(
                     f"no objective trains on '{source.name}'",
@@ -130,13 +137,14 @@ def resolve_source_specs(
                 fraction=origin.fraction,
                 held_out=origin.held_out,
                 max_passes=source.max_passes,
-                files=files,
+                files=replace(files, context=get_context_column(context)),
                 template=make_row_template(origin.config),
                 prior_tokens=origin.prior_tokens,
                 objective=matched.row_objective,
                 objective_indices=matched.objective_indices,
                 cluster=origin.config.get("cluster"),
                 select=tuple(_SELECTIONS.validate_python(origin.config.get("select") or [])),
+                context=context,
             )
             specs.append(spec)
     return specs

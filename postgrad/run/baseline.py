@@ -18,7 +18,7 @@ from postgrad.run.context import RunContext
 from postgrad.run.events import Phase, PhaseStarted
 from postgrad.run.task_scores import AllAnswers
 from postgrad.storage.checked_files import read_checked_json, write_checked_json
-from postgrad.storage.read_json import read_json
+from postgrad.storage.read_json import MAX_BYTES, read_file, read_json
 
 _SCORES, _PSEUDO_SCORES = "before.npz", "pseudo-before.npz"
 _CONTINUATIONS, ANSWERS_BEFORE = "samples-before.json", "tasks-before.json"
@@ -82,7 +82,7 @@ def _read_continuations(context: RunContext) -> list[str]:
     if not path.exists():
         return []
     hint = "remove it; the same `postgrad train` command generates the continuations again"
-    if path.read_bytes()[:1] == b"[":  # an earlier version wrote the list alone
+    if read_file(path, MAX_BYTES, error=DataError, hint=hint)[:1] == b"[":  # an earlier version wrote the list alone
         return read_json(path, list[str], error=DataError, hint=hint)
     return read_checked_json(path, _Continuations, context.saved_plan.id, error=DataError, hint=hint)["continuations"]
 

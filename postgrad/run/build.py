@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -11,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from postgrad.config.objectives import OnPolicyObjective
+from postgrad.config.objectives import GeneratingObjective, OnPolicyObjective
 from postgrad.config.tunings import LoraTuning
+from postgrad.data.filter.near_duplicates import repetition_share
 from postgrad.data.layouts.rows import Row, Rows
 from postgrad.data.loading.batch import collate
 from postgrad.data.loading.loader import Loader
@@ -21,6 +23,8 @@ from postgrad.data.loading.unpacked_rows import PACKED_LAYOUTS
 from postgrad.distributed import fsdp
 from postgrad.distributed.world import InputFile, World
 from postgrad.errors import ResumeError, StageError
+from postgrad.evaluation.continuations import decode_ids
+from postgrad.evaluation.generation_metrics import exact_match, token_f1
 from postgrad.hardware.execution import Execution, ExecutionRequest, select_execution
 from postgrad.lineage.tree import read_lineage
 from postgrad.models.location import TUNING_FILE, ModelLocation
@@ -38,7 +42,8 @@ from postgrad.run.update_masks import make_update_mask
 from postgrad.storage.fingerprint import file_fingerprint
 from postgrad.training.checkpoint_state import STATE, has_moments, read_moments, read_progress
 from postgrad.training.checkpoints import Checkpoints
-from postgrad.training.on_policy import OnPolicySampler, make_on_policy_step
+from postgrad.training.on_policy import AnswerFilter, OnPolicySampler, make_on_policy_step
+from postgrad.training.sharpness_aware import SharpnessAwareGradients
 from postgrad.training.step import Run, StepFunction, train_step
 from postgrad.tuning.adapter_folder import read_export
 from postgrad.tuning.tuning import TuningExport
@@ -229,21 +234,48 @@ def make_optimizer(
 
 
 def make_step(plan: Plan, run: Run) -> StepFunction:
-    """The step function: plain, or on-policy. Raises `StageError` for on-policy with a sharded model."""
-    specs = {i: o for i, o in enumerate(plan.objectives) if isinstance(o, OnPolicyObjective)}
+    """The step function: plain, sharpness-aware, or on-policy.
+
+    Raises `StageError` for on-policy with a sharded model, and for sharpness-aware steps in bf16.
+    """
+    step: StepFunction = train_step
+    spec = plan.stage.optimizer.sharpness_aware
+    if spec is not None and plan.sharpness_start is not None:
+        if run.weights.compute_dtype != torch.float32:
+            raise StageError(
+                f"a step uphill of {spec.radius:g} is lost in the rounding of {str(run.weights.compute_dtype)[6:]} weights",
+                where="optimizer.sharpness_aware",
+                expected="compute: {dtype: float32}",
+            )
+        step = partial(train_step, compute=SharpnessAwareGradients(spec.radius, plan.sharpness_start))
+    specs = {i: o for i, o in enumerate(plan.objectives) if isinstance(o, GeneratingObjective)}
     if not specs:
-        return train_step
+        return step
     if run.world.is_distributed:
         raise StageError(
             "a sharded model cannot generate",
             where="objectives",
-            expected="one process, without torchrun, for `on-policy`",
+            expected="one process, without torchrun, for `on-policy` and `on-policy-replay`",
         )
-    assert isinstance(run.model, CausalModel)
-    seed, eos = plan.stage.seed, plan.model.inputs.encoder.eos
-    return make_on_policy_step(
-        {i: OnPolicySampler(run.model, spec.temperature, eos, seed) for i, spec in specs.items()}
-    )
+    model = run.model
+    assert isinstance(model, CausalModel)
+    return make_on_policy_step({i: make_sampler(plan, model, spec) for i, spec in specs.items()}, step)
+
+
+def make_sampler(plan: Plan, model: CausalModel, spec: GeneratingObjective) -> OnPolicySampler:
+    """The sampler of an objective on text of the model's own, with the filter of on-policy replay."""
+    sampler = OnPolicySampler(model, spec.temperature, plan.model.inputs.encoder.eos, plan.stage.seed)
+    if isinstance(spec, OnPolicyObjective):
+        return sampler
+    score = {"f1": token_f1, "exact": exact_match}.get(spec.score)
+    tokenizer = plan.model.tokenizer
+
+    def score_ids(answer: list[int], reference: list[int]) -> float:
+        if score is None:
+            return 1.0 - repetition_share(answer) if answer else 0.0
+        return score(decode_ids(tokenizer, np.array(answer)), decode_ids(tokenizer, np.array(reference)))
+
+    return replace(sampler, filter=AnswerFilter(score_ids, spec.samples, spec.min_score))
 
 
 def make_loader(

@@ -66,6 +66,8 @@ def find_cache_jobs(plan: Plan) -> list[CacheJob]:
                     "seed": plan.stage.seed,
                     "rows": _rows_fingerprint(plan, k),
                 }
+                if (context := plan.data.sources[k].spec.context) is not None:
+                    description |= {"context": context.model_dump(), "reads_context": spec.context is not None}
                 labels_per_row = rows.ledger.trained / max(len(rows), 1)
                 cache = TeacherCache.open_in(plan.cache / "teacher-predictions", description, keys, labels_per_row)
                 out.append(CacheJob(number, k, cache, spec))
@@ -167,6 +169,7 @@ def query_teacher(
     plan: Plan, job: CacheJob, teacher: OnlineTeacher, rows: Sequence[Row], keys: Sequence[int], device: torch.device
 ) -> list[SparseDistribution]:
     """A teacher's predictions for some rows."""
+    teacher = dataclasses.replace(teacher, reads_contexts=job.spec.context is not None)
     batch = collate(rows, [job.source_number] * len(rows), pad_token_id=plan.model.inputs.pad_id).to(device)
     answer = teacher(batch)
     head = answer.output.head

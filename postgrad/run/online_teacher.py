@@ -6,6 +6,7 @@ A second model is frozen, in the dtype of the computation, and sharded as the fi
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 
 import torch
 
@@ -25,6 +26,7 @@ from postgrad.objectives.distillation import LossWeight
 from postgrad.objectives.teacher import OnlineTeacher
 from postgrad.optim import lr_schedules
 from postgrad.plan.plan import Plan
+from postgrad.plan.teacher_contexts import get_context
 from postgrad.plan.teachers import get_teacher_identity
 from postgrad.tuning.open_model import BaseReference, LoadedModel, open_model
 from postgrad.tuning.parameter_location import task_layer_parameters
@@ -61,7 +63,7 @@ def make_online_teachers(
                 if _is_base_model(plan, start, tuning, base_names)
                 else load_teacher(plan, start, number, execution, world)
             )
-        teachers[number] = loaded[identity]
+        teachers[number] = replace(loaded[identity], reads_contexts=get_context(spec) is not None)
     return teachers
 
 

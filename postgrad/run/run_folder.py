@@ -21,6 +21,7 @@ from postgrad.lineage.saved_plan import SavedPlan, read_plan
 from postgrad.plan.plan import Plan
 from postgrad.storage.atomic import STAGING, disk_error
 from postgrad.storage.fingerprint import differences
+from postgrad.storage.regular_file import open_regular_file
 
 MODEL = "model"
 """Folder of the published model."""
@@ -54,15 +55,15 @@ def lock_run_folder(run_folder: Path, world: World) -> Iterator[None]:
             raise
 
 
-def _lock(path: Path) -> IO[str]:
+def _lock(path: Path) -> IO[bytes]:
     """The open lock file. Raises `BusyError` when another process holds the lock."""
     while True:
-        file = path.open("a+")
+        file = open_regular_file(path, append=True)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.seek(0)
-            owner = file.read().strip() or "unknown"
+            owner = file.read(1000).decode(errors="replace").strip() or "unknown"
             file.close()
             raise BusyError(
                 f"another process ({owner}) is using this run folder",
@@ -74,7 +75,7 @@ def _lock(path: Path) -> IO[str]:
             break
         file.close()
     file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.write(f"process {os.getpid()} on {platform.node()}".encode())
     file.flush()
     return file
 

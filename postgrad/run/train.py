@@ -125,8 +125,9 @@ class _Evaluator:
 
 
 def _skip_text(row: SkippedStepRow, run: Run) -> str:
+    reason = "its loss or gradient is not finite" if row.tokens else "the filter rejects all of its answers"
     return (
-        f"step {row.step} is skipped, since its loss or gradient is not finite ({row.list_rows()}): it changes no weight; "
+        f"step {row.step} is skipped, since {reason} ({row.list_rows()}): it changes no weight; "
         f"{run.skipped_steps} of at most {run.max_skipped_steps} skipped steps (optimizer.max_skipped_steps)"
     )
 
@@ -150,6 +151,8 @@ def _step_row(report: StepReport | SkippedStepRow, seconds: float) -> StepRow | 
         balancing_loss=report.balancing_loss,
         positions=report.positions,
         padding=report.padding,
+        sampled_prompts=report.sampled_prompts,
+        accepted_answers=report.accepted_answers,
         seconds=round(seconds, 4),
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import os
 import platform
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -154,7 +155,15 @@ def summarize_training(metrics: Metrics, plan: Plan, outcome: TrainingOutcome) -
         ],
         skipped_steps=metrics.skipped_steps,
         padding_share=_padding_share(metrics),
+        sampled_prompts=_sum_known(row.sampled_prompts for row in metrics.steps),
+        accepted_answers=_sum_known(row.accepted_answers for row in metrics.steps),
     )
+
+
+def _sum_known(counts: Iterable[int | None]) -> int | None:
+    """The sum of the counts of those steps that have one; None without any."""
+    known = [count for count in counts if count is not None]
+    return sum(known) if known else None
 
 
 def _padding_share(metrics: Metrics) -> float | None:

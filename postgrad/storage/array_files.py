@@ -7,8 +7,9 @@ cache counts as absent and is made again.
 from __future__ import annotations
 
 import io
+import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,9 @@ from postgrad.storage.regular_file import read_regular_file
 
 _OWNER = "owner"
 _MAX_BYTES = 2**34
+_LOCAL_HEADER = 30
+"""Bytes before the name of an entry; the last four are the lengths of the name and of the extra field behind it."""
+_LIST_MARK = b"PK\1\2"
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], owner: str = "") -> None:
@@ -60,9 +64,26 @@ def _unpack_arrays(data: bytes) -> dict[str, np.ndarray]:
     """
     arrays: dict[str, np.ndarray] = {}
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        _refuse_gaps(data, archive.infolist())
         for entry in archive.infolist():
             if entry.compress_type != zipfile.ZIP_STORED:
                 raise ValueError("a compressed entry")
             content = io.BytesIO(archive.read(entry))
             arrays[entry.filename.removesuffix(".npy")] = np.lib.format.read_array(content, allow_pickle=False)
     return arrays
+
+
+def _refuse_gaps(data: bytes, entries: Sequence[zipfile.ZipInfo]) -> None:
+    """Raise `ValueError` unless each entry begins where the last one ends, and the list of entries behind them.
+
+    The list has no crc32: a changed length in it hides the entries that follow.
+    """
+    end = 0
+    for entry in entries:
+        if entry.header_offset != end:
+            break
+        end += _LOCAL_HEADER + sum(struct.unpack_from("<HH", data, end + _LOCAL_HEADER - 4)) + entry.compress_size
+    else:
+        if data[end : end + 4] == _LIST_MARK:
+            return
+    raise ValueError("an entry is missing from the list of entries")

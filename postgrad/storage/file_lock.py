@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from postgrad.storage.atomic import disk_errors
+from postgrad.storage.regular_file import open_regular_file
 
 
 def is_locked(lock: Path) -> bool:
@@ -15,7 +16,7 @@ def is_locked(lock: Path) -> bool:
     try:
         import fcntl
 
-        with open(lock, "rb") as handle:
+        with open_regular_file(lock) as handle:
             fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
@@ -38,7 +39,7 @@ def file_lock(lock: Path) -> Iterator[bool]:
     is_locked = False
     with disk_errors(lock):
         lock.parent.mkdir(parents=True, exist_ok=True)
-        handle = open(lock, "ab")  # noqa: SIM115 (closed below)
+        handle = open_regular_file(lock, append=True)
     with handle:
         while True:
             try:

@@ -29,11 +29,16 @@ def find_special_file(folder: Path) -> Path | None:
     return next((path for path in sorted(folder.iterdir()) if describe_special_file(path)), None)
 
 
-def open_regular_file(path: Path) -> IO[bytes]:
-    """Open a file for reading. Raises `OSError` for what is no regular file, as for a file that cannot be opened."""
+def open_regular_file(path: Path, *, append: bool = False) -> IO[bytes]:
+    """Open a file for reading, or (made if there is none) also for appending.
+
+    Raises `OSError` for what is no regular file, as for a file that cannot be opened.
+    """
     if not (kind := describe_special_file(path)):
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT if append else os.O_RDONLY
         # Nothing waits here, even if the path became a pipe since; `fdopen` refuses a folder.
-        file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+        handle = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        file = os.fdopen(handle, "ab+" if append else "rb")
         if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             return file
         file.close()

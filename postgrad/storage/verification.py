@@ -23,11 +23,13 @@ from pathlib import Path
 
 from postgrad.errors import CheckpointError, DiskError
 from postgrad.storage.atomic import FileEntry, Manifest, check_sha256, check_size, read_manifest, write_atomically
+from postgrad.storage.regular_file import read_regular_file
 
 SAMPLED_BLOCKS = 2
 _BLOCK_BYTES = 2**16
 _MAX_BLOCKS = 2**14
 """Blocks of a file; those of a larger file are larger."""
+_MAX_MEMO_BYTES = 2**30
 _CLOCK_GRAIN_NS = 2e9
 """A file this young may change again without new times, so it is read whole again."""
 
@@ -111,7 +113,7 @@ def _write_memo(memo_file: Path, memo: _Memo) -> None:
 def _read_memo(memo_file: Path) -> _Memo:
     """The memo; empty when it is missing or broken. It is read at every start, so it has a cheaper form than other files."""
     try:
-        data = memo_file.read_bytes()
+        data = read_regular_file(memo_file, _MAX_MEMO_BYTES)
     except OSError:
         return _Memo({}, {})
     line, _, blocks = data[4:].partition(b"\n")

@@ -25,6 +25,7 @@ from postgrad.errors import PostgradError, StageError, first_line
 from postgrad.run.run_folder import lock_run_folder
 from postgrad.storage.atomic import write_without_secrets
 from postgrad.storage.checked_files import read_cached_json, write_checked_json
+from postgrad.storage.read_json import MAX_BYTES, read_file
 from postgrad.studies.run_step import (
     MACHINE_FILE,
     StepProgress,
@@ -235,7 +236,8 @@ def _write_study_copy(prepared: PreparedStudy) -> None:
     """Copy the study file into its folder. Raises `StageError` for a folder that belongs to anything else."""
     home = prepared.folder.path
     if (home / "study.yaml").exists():
-        first = (home / "study.yaml").read_text(errors="replace").partition("\n")[0]
+        content = read_file(home / "study.yaml", MAX_BYTES, error=StageError)
+        first = content.decode(errors="replace").partition("\n")[0]
         other = prepared.folder.root / first.removeprefix(_SOURCE_COMMENT)
         if first.startswith(_SOURCE_COMMENT) and other.name != prepared.file.name and other.is_file():
             raise _same_folder_error(prepared, other)

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from postgrad.check.replay_cost import check_replay
 from postgrad.check.teacher_cost import check_teachers
 from postgrad.config.stage import Stage
 from postgrad.config.stage_file import parse_stage
@@ -206,6 +207,8 @@ def _time_run(prepared: PreparedStudy, plan: Plan, world: World, planning_second
         write_checked_json(place, {"compute": kept, "reasons": execution.reasons})
     costs = check_teachers(plan, subject, execution, world)
     more = sum(cost.record.get("share_of_step", 0.0) + cost.record.get("writing_share_of_step", 0.0) for cost in costs)
+    more += sum(cost.record["share_of_step"] for cost in check_replay(plan, subject, execution))
+    more += plan.sharp_steps / plan.steps
     held = plan.evaluation.scored_sets[0].take_tokens(_TIMED_SCORE_TOKENS)
     begin = time.perf_counter()
     with subject.tuning.disable() if subject.tuning.additive else nullcontext():

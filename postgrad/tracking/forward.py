@@ -170,4 +170,4 @@ def read_cursor(path: Path, run_id: str) -> Cursor:
         return Cursor()
     hint = f"delete {path.name}, and the run in the tracker, to send the whole run again"
     raw = read_checked_json(path, dict[str, object], run_id, error=StageError, hint=hint)
-    return validate_part(Cursor, raw, str(path))
+    return validate_part(Cursor, raw, str(path), hint)

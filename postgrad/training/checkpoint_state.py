@@ -23,6 +23,8 @@ from postgrad.models.weight_files import StoredTensors
 from postgrad.optim.optimizer import load_full_state
 from postgrad.storage.atomic import read_manifest
 from postgrad.storage.fingerprint import holds_moments
+from postgrad.storage.read_json import MAX_BYTES
+from postgrad.storage.regular_file import read_regular_file
 from postgrad.training.step import Run
 from postgrad.tuning.adapter_folder import TENSORS, write_description, write_tuning
 
@@ -157,7 +159,7 @@ def checkpoint_bytes(run: Run) -> int:
 def read_progress(folder: Path) -> TrainingProgress:
     """The progress stored in a checkpoint. Raises `CheckpointError` when it cannot be read."""
     try:
-        return _PROGRESS.validate_json((folder / STATE).read_bytes())
+        return _PROGRESS.validate_json(read_regular_file(folder / STATE, MAX_BYTES))
     except (OSError, ValidationError) as error:
         raise CheckpointError(
             f"{STATE} is missing or unreadable", where=str(folder), expected="a checkpoint that a run has saved"

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from postgrad.data.loading.batch import Batch
 from postgrad.distributed.world import World
+from postgrad.errors import TuningError
 from postgrad.models.model import Model
 from postgrad.objectives.balancing import BalancingLoss
 from postgrad.objectives.objective import Objective, combine_losses
@@ -66,7 +67,8 @@ class StepReport:
     `tokens`: trained tokens of this step; `trained_tokens`: of all steps. `losses_by_source`: sum in nats and token count of
     each source. `loss_gradient_norm`: without the penalties' gradient, if there are penalties. `num_updated`: weights that a
     sparse update changed. `balancing_loss`: of experts, times its coefficient; not part of `loss`. `positions`, `padding`: of
-    this rank's unpacked rows, and those of them that only fill a row.
+    this rank's unpacked rows, and those of them that only fill a row. `sampled_prompts`, `accepted_answers`: of on-policy
+    replay.
     """
 
     step: int
@@ -83,6 +85,8 @@ class StepReport:
     balancing_loss: float | None = None
     positions: int | None = None
     padding: int | None = None
+    sampled_prompts: int | None = None
+    accepted_answers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -104,18 +108,26 @@ StepFunction = Callable[[Run, Sequence[Batch]], StepReport | StepWithoutUpdate]
 """Takes one step with the micro-batches of a global batch."""
 
 
-def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepReport | StepWithoutUpdate:
-    """Train on one global batch.
+class LossSums(NamedTuple):
+    """Losses of a global batch, in nats, summed over its tokens on this rank.
 
-    When the loss or the gradient norm is not finite on any rank, all ranks leave their weights as they are.
+    `all_sums`: of each objective, and last the balancing loss of experts, which is no objective. `by_source`: of each source.
+    `row_losses`: of the rows of each micro-batch.
     """
-    step = run.step + 1
-    run.weights.tuning.on_step_begin(step)
-    # Seeded per (seed, step, rank): no random state is saved or restored.
-    torch.manual_seed(_derive_seed(run.seed, step, run.world.rank))
-    counts = _count_tokens(run, micro_batches)
-    token_count = int(counts.sum())
 
+    all_sums: Tensor
+    by_source: Tensor
+    row_losses: list[Tensor]
+
+
+GradientFunction = Callable[[Run, Sequence[Batch], int], LossSums]
+"""Leaves the gradient of a global batch of so many trained tokens in the masters, and returns the losses."""
+
+
+def compute_gradients(run: Run, micro_batches: Sequence[Batch], token_count: int) -> LossSums:
+    """The gradient at the weights, with the same random numbers whenever it is computed for a step."""
+    # Seeded per (seed, step, rank): no random state is saved or restored.
+    torch.manual_seed(_derive_seed(run.seed, run.step + 1, run.world.rank))
     # The last sum is the balancing loss of experts, which is no objective.
     all_sums = torch.zeros(len(run.objectives) + 1, dtype=torch.float64, device=run.world.device)
     sums, balancing = all_sums[:-1], all_sums[-1]
@@ -127,12 +139,35 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> StepReport | StepWit
             output = run.model(**batch.inputs)
         combined = combine_losses([run.objectives[i] for i in batch.objectives], output, batch)
         term = run.balancing(output, batch) if run.balancing else torch.zeros_like(combined.loss)
-        (combined.loss + term).div(token_count).backward()
+        loss_and_term = combined.loss + term
+        if not loss_and_term.requires_grad:
+            raise TuningError(
+                f"no gradient reaches the weights that `{run.weights.tuning.kind}` trains in this architecture",
+                where="tuning.kind",
+                expected="full, or a tuning that this model's backward pass supports",
+            )
+        loss_and_term.div(token_count).backward()
         balancing += term.detach()
         run.weights.accumulate_gradients()
         sums[list(batch.objectives)] += combined.sums_J
         by_source.index_add_(0, torch.from_numpy(batch.source_B).to(combined.rows_B.device), combined.rows_B)
         row_losses.append(combined.rows_B)
+    return LossSums(all_sums, by_source, row_losses)
+
+
+def train_step(
+    run: Run, micro_batches: Sequence[Batch], compute: GradientFunction = compute_gradients
+) -> StepReport | StepWithoutUpdate:
+    """Train on one global batch.
+
+    When the loss or the gradient norm is not finite on any rank, all ranks leave their weights as they are.
+    """
+    step = run.step + 1
+    run.weights.tuning.on_step_begin(step)
+    counts = _count_tokens(run, micro_batches)
+    token_count = int(counts.sum())
+    all_sums, by_source, row_losses = compute(run, micro_batches, token_count)
+    sums, balancing = all_sums[:-1], all_sums[-1]
 
     run.world.all_reduce(all_sums)
     run.world.all_reduce(by_source)

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from postgrad.config.renamed_keys import upgrade_tuning_options
 from postgrad.errors import PostgradError, TuningError, first_line
+from postgrad.models.finite import refuse_non_finite
 from postgrad.storage.read_json import read_json
 from postgrad.tuning.attach import attach
 from postgrad.tuning.tuning import Tuning, TuningExport, load_or_detach
@@ -186,8 +187,10 @@ def _write_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. Raises `TuningError` if it cannot be read."""
+    """The tensors of a safetensors file. Raises `TuningError` if it cannot be read, or one of them is not finite."""
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except (OSError, SafetensorError, ValueError) as error:
         raise TuningError(f"the tensors cannot be read: {error}", where=str(path), expected="safetensors") from error
+    refuse_non_finite(tensors.items(), "the tuning", where=str(path), error=TuningError)
+    return tensors

@@ -6,6 +6,7 @@ new: no base has another value of it, so it keeps its trained one.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -16,6 +17,8 @@ from transformers import PreTrainedModel
 
 from postgrad.tuning.parameter_location import task_layer_parameters
 from postgrad.tuning.tuning import freeze, unfreeze
+
+_ADAPTERS = re.compile(r"(\.base_layer)+\.")
 
 
 class ExtraTrainable:
@@ -83,5 +86,5 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def base_parameter_name(name: str) -> str:
-    """A parameter's name without the adapters around its layer."""
-    return name.replace(".base_layer.", ".")
+    """A parameter's name without the adapters around its layer, of which experts have several."""
+    return _ADAPTERS.sub(".", name)

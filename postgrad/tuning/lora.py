@@ -31,6 +31,7 @@ from typing import Any, Literal, TypeVar, get_args
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
@@ -38,11 +39,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from postgrad.distributed.shards import full_tensor, local_shard, local_shard_like
 from postgrad.errors import TuningError
+from postgrad.tuning.expert_weights import (
+    add_expert_adapter,
+    current_name,
+    expert_weights,
+    find_wrapper,
+    is_expert_weight,
+    remove_wrapper,
+)
 from postgrad.tuning.extra_trainable import ExtraTrainable
 from postgrad.tuning.parameter_location import replace_module
 from postgrad.tuning.peft_lora import check_tables, read_lora, write_lora
 from postgrad.tuning.quantization import Precision, is_quantized, make_quantizer
-from postgrad.tuning.targets import base_layer, is_transposed, resolve_targets, short_names
+from postgrad.tuning.targets import EXPERTS, base_layer, is_transposed, resolve_targets, short_names
 from postgrad.tuning.tuning import (
     PeftFolder,
     Tuning,
@@ -52,7 +61,7 @@ from postgrad.tuning.tuning import (
     check_ranges,
     trainable_parameters,
 )
-from postgrad.tuning.weight_delta import LowRankDelta, RescaledDelta, TuningDelta
+from postgrad.tuning.weight_delta import ExpertsDelta, LowRankDelta, RescaledDelta, TuningDelta
 
 LoraVariant = Literal["lora", "rslora", "dora", "pissa"]
 T = TypeVar("T")
@@ -102,7 +111,9 @@ class LoraAdapter(Tuning):
         self.quantization = quantization
         self.has_exact_merge = quantization is None
         self.b_rate = b_rate
-        names = resolve_targets(model, targets, exclude)
+        experts = expert_weights(model)
+        names = resolve_targets(model, targets, exclude, experts)
+        _check_experts([name for name in names if name in experts], variant, dropout)
         ranks = _values_by_pattern(names, rank_pattern or {}, rank, "rank_pattern")
         alphas = _values_by_pattern(names, alpha_pattern or {}, self.alpha, "alpha_pattern")
         _check_layers(model, ranks, variant, quantization)
@@ -139,12 +150,14 @@ class LoraAdapter(Tuning):
                 _activate_adapters(layer, active[name])
 
     def tensors(self) -> dict[str, Tensor]:
-        """`<layer>.lora_A.weight`, `<layer>.lora_B.weight`; `<layer>.lora_magnitude_vector` (dora); `<layer>.start_A.weight`
-        and `start_B` (pissa); and the trained weights of the base by name."""
+        """`<layer>.lora_A.weight`, `<layer>.lora_B.weight` (of experts: `<tensor>.lora_A.experts` and `lora_B.experts`);
+        `<layer>.lora_magnitude_vector` (dora); `<layer>.start_A.weight` and `start_B` (pissa); and the trained weights of the
+        base by name."""
         tensors: dict[str, Tensor] = {}
         for name, layer in self._layers.items():
-            tensors[f"{name}.lora_A.weight"] = _adapter_weight(layer.lora_A, self.adapter_name)
-            tensors[f"{name}.lora_B.weight"] = _adapter_weight(layer.lora_B, self.adapter_name)
+            ending = EXPERTS if isinstance(layer, ParamWrapper) else "weight"
+            tensors[f"{name}.lora_A.{ending}"] = _adapter_weight(layer.lora_A, self.adapter_name)
+            tensors[f"{name}.lora_B.{ending}"] = _adapter_weight(layer.lora_B, self.adapter_name)
             if self.variant == "dora":
                 tensors[f"{name}.lora_magnitude_vector"] = _adapter_weight(
                     layer.lora_magnitude_vector, self.adapter_name
@@ -209,17 +222,33 @@ class LoraAdapter(Tuning):
         return self.b_rate if name.endswith(f".lora_B.{self.adapter_name}.weight") else 1.0
 
     def directions(self) -> dict[str, nn.Parameter]:
-        """The trained A's (R, I) by layer name; their rows span the input directions that the adapter reads (O-LoRA)."""
-        return {name: _adapter_weight(layer.lora_A, self.adapter_name) for name, layer in self._layers.items()}
+        """The trained A's (R, I) by layer name; their rows span the input directions that the adapter reads (O-LoRA).
+
+        Not those of experts, which read other directions each.
+        """
+        return {
+            name: _adapter_weight(layer.lora_A, self.adapter_name)
+            for name, layer in self._layers.items()
+            if not isinstance(layer, ParamWrapper)
+        }
 
     def weight_deltas(self) -> dict[str, TuningDelta]:
         """For every layer, the delta of its weight from A and B (dora: and the magnitudes)."""
-        return {f"{name}.base_layer.weight": self._weight_delta(name, layer) for name, layer in self._layers.items()}
+        return {
+            current_name(self.model, name) if isinstance(layer, ParamWrapper) else f"{name}.base_layer.weight": (
+                self._weight_delta(name, layer)
+            )
+            for name, layer in self._layers.items()
+        }
 
     def _weight_delta(self, name: str, layer: Layer) -> TuningDelta:
         base, scale = base_layer(layer), float(layer.scaling[self.adapter_name])
-        transposed = is_transposed(base)
         a_RI, b_OR = _adapter_weight(layer.lora_A, self.adapter_name), _adapter_weight(layer.lora_B, self.adapter_name)
+        if isinstance(layer, ParamWrapper):
+            weight = layer.get_param()
+            delta = ExpertsDelta(scale, len(weight), transposed=not layer._did_swap_in_out_features)
+            return TuningDelta(delta, (a_RI, b_OR), tuple(weight.shape))
+        transposed = is_transposed(base)
         shape = (a_RI.shape[1], b_OR.shape[0]) if transposed else (b_OR.shape[0], a_RI.shape[1])
         if self.variant == "dora":
             magnitude_O = _adapter_weight(layer.lora_magnitude_vector, self.adapter_name)
@@ -241,10 +270,15 @@ class LoraAdapter(Tuning):
             quantize()
             self.notes.append(f"the blocks' linear layers are quantised to {self.quantization}")
         if any(type(module).__name__.endswith("Experts") for module in self.model.modules()):
-            self.notes.append("the experts' weights are fused tensors, not linear layers, and get no adapters")
+            self.notes.append(
+                "the experts' weights are fused tensors, not linear layers, and get adapters only with "
+                "targets: [all-linear, experts]"
+            )
 
     def _attach_layer(self, name: str, rank: int, alpha: Any, settings: Mapping[str, Any]) -> Layer:
         """Add the adapter to one layer; frozen ones on it stay active."""
+        if is_expert_weight(self.model, name):
+            return self._attach_to_experts(name, LoraConfig(r=rank, lora_alpha=alpha, **settings))
         target = self.model.get_submodule(name)
         config = LoraConfig(r=rank, lora_alpha=alpha, fan_in_fan_out=is_transposed(target), **settings)
         earlier = list(target.active_adapters) if isinstance(target, LoraLayer) else []
@@ -271,6 +305,18 @@ class LoraAdapter(Tuning):
         layer.set_requires_grad(self.adapter_name, True)
         return layer
 
+    def _attach_to_experts(self, name: str, config: LoraConfig) -> Layer:
+        """Add the adapter to a tensor of fused experts; frozen ones on it stay active."""
+        existing = find_wrapper(self.model, name)
+        earlier = list(existing.active_adapters) if existing else []
+        layer: Layer = add_expert_adapter(self.model, name, self.adapter_name, config)
+        for part in (layer.lora_A, layer.lora_B):
+            part.requires_grad_(False)
+            part[self.adapter_name].float().requires_grad_(True)
+        layer.train(base_layer(layer).training)
+        _activate_adapters(layer, [*earlier, self.adapter_name])
+        return layer
+
     def _layer_initial_factors(self, name: str) -> tuple[Tensor, Tensor]:
         """A0 and B0 of a layer (pissa)."""
         return self._initial_factors[f"{name}.start_A.weight"], self._initial_factors[f"{name}.start_B.weight"]
@@ -290,7 +336,9 @@ class LoraAdapter(Tuning):
             )
             for adapter in self._adapter_names:
                 layer.delete_adapter(adapter)
-            if not layer.lora_A:
+            if not layer.lora_A and isinstance(layer, ParamWrapper):
+                remove_wrapper(self.model, name, layer)
+            elif not layer.lora_A:
                 replace_module(self.model, name, layer.base_layer)
         self._layers = {}
         if is_top:  # an adapter stacked on this one needs the base frozen
@@ -310,7 +358,11 @@ class LoraAdapter(Tuning):
                     where="tuning",
                     hint="merge the earlier adapter first",
                 )
-        check_mergeable({name: base_layer(layer).weight for name, layer in self._layers.items()}, self.tensors())
+        weights = {
+            name: layer.get_param() if isinstance(layer, ParamWrapper) else base_layer(layer).weight
+            for name, layer in self._layers.items()
+        }
+        check_mergeable(weights, self.tensors())
 
 
 def from_peft(model: PreTrainedModel, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> LoraAdapter:
@@ -320,7 +372,7 @@ def from_peft(model: PreTrainedModel, config: Mapping[str, Any], state: Mapping[
     adapters saved without the changes to their base (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ).
     """
     check_tables(model, state)
-    export = read_lora(config, state)
+    export = read_lora(model, config, state)
     tuning = LoraAdapter(model, **export.options)
     tuning.load(export.state)
     return tuning
@@ -351,6 +403,8 @@ def _check_layers(
 ) -> None:
     """Raise `TuningError` for layers that a variant does not support."""
     for name, rank in ranks.items():
+        if is_expert_weight(model, name):
+            continue
         target = model.get_submodule(name)
         if variant == "dora" and isinstance(target, BaseTunerLayer):
             raise TuningError(
@@ -379,6 +433,19 @@ def _check_layers(
                 where="tuning.rank",
                 expected=f"{smallest} or less",
             )
+
+
+def _check_experts(names: Sequence[str], variant: LoraVariant, dropout: float) -> None:
+    """Raise `TuningError` for an option that PEFT does not have for tensors."""
+    if not names or (variant in ("lora", "rslora") and not dropout):
+        return
+    option = "dropout" if dropout else "variant"
+    raise TuningError(
+        f"{names[0]} holds the weights of fused experts, for which PEFT has no {'dropout' if dropout else variant}",
+        where=f"tuning.{option}",
+        expected="dropout: 0" if dropout else "lora or rslora",
+        hint="leave experts out of `targets`, or the option",
+    )
 
 
 def _values_by_pattern(names: Sequence[str], patterns: Mapping[str, T], default: T, option: str) -> dict[str, T]:

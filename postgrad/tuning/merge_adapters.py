@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 
 from postgrad.errors import TuningError, suggest_nearest
 from postgrad.tuning.lora import LoraAdapter, scalings
+from postgrad.tuning.targets import EXPERTS
 from postgrad.tuning.tuning import TuningExport
 
 MergeMethod = Literal[
@@ -120,6 +121,13 @@ def _check_arguments(
             expected="a fraction above 0 and below 1" if prunes else "no density: every value is kept",
         )
     for part, _ in parts:
+        names = part.state() if isinstance(part, LoraAdapter) else part.state
+        if any(name.endswith(f".lora_A.{EXPERTS}") for name in names):
+            raise TuningError(
+                "an adapter on the weights of fused experts cannot be summed: its matrices are stacked",
+                where="--method",
+                hint="merge it into its base, and blend the models",
+            )
         variant = part.variant if isinstance(part, LoraAdapter) else part.options.get("variant", "lora")
         if variant == "dora":
             raise TuningError(

@@ -200,7 +200,7 @@ def open_model(
     if start.base is None or start.folder is None:
         task = task or detect_task(start)
         pretrained = load_pretrained(start, task, layer=layer, attention=attention, dtype=dtype)
-        return LoadedModel(pretrained.model, task, layer, pretrained.new_weights)
+        return LoadedModel(pretrained.model, task, layer, pretrained.new_weights, notes=pretrained.notes)
     reference = BaseReference.read_folder(start)
     assert reference is not None
     base = open_model(start.base, reference.task, layer=reference.layer, attention=attention, dtype=dtype)

@@ -21,8 +21,9 @@ from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from postgrad.errors import TuningError
+from postgrad.tuning.expert_weights import current_name, expert_weights, peft_names
 from postgrad.tuning.parameter_location import is_inside
-from postgrad.tuning.targets import is_transposed
+from postgrad.tuning.targets import EXPERTS, is_transposed
 from postgrad.tuning.tuning import PeftFolder, TuningExport
 
 PEFT_PREFIX = "base_model.model."
@@ -42,12 +43,12 @@ _UNSUPPORTED_OPTIONS = (
     "layer_replication",
     "lora_bias",
     "monteclora_config",
-    "target_parameters",
     "trainable_token_indices",
     "use_bdlora",
     "use_qalora",
     "velora_config",
 )
+_AB = ("lora_A.weight", "lora_B.weight")
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
@@ -60,14 +61,16 @@ def write_lora(model: PreTrainedModel, export: TuningExport, layers: Sequence[st
     modules = _modules_to_save(model, options.get("also_train", []), layers)
     if modules is None:
         return None
+    experts = peft_names(model, layers)
     task = next((task for task, names in _PEFT_TASKS.items() if type(model).__name__ in names.values()), None)
     if task in ("SEQ_CLS", "TOKEN_CLS") and not modules:
         task = None  # PEFT would expect the head among the tensors
     config = LoraConfig(
         r=options["rank"],
         lora_alpha=_int_if_integral(options["alpha"]),  # type: ignore[bad-argument-type]  # PEFT accepts a float
-        target_modules=options["targets"],
-        fan_in_fan_out=any(is_transposed(model.get_submodule(name)) for name in layers),
+        target_modules=[target for target in options["targets"] if target not in experts],
+        target_parameters=sorted(experts) or None,
+        fan_in_fan_out=any(is_transposed(model.get_submodule(name)) for name in layers if name not in experts),
         use_rslora=options["variant"] == "rslora",
         use_dora=options["variant"] == "dora",
         rank_pattern=options.get("rank_pattern", {}),
@@ -88,16 +91,26 @@ def write_lora(model: PreTrainedModel, export: TuningExport, layers: Sequence[st
         if any(name.endswith(end) for end in modules)
         for local, tensor in module.named_parameters()
     }
-    return PeftFolder(plain, {f"{PEFT_PREFIX}{name}": t for name, t in (export.state | extra).items()})
+    renamed = {f"{name}.lora_{ab}.{EXPERTS}": f"{experts[name]}.lora_{ab}.weight" for name in experts for ab in "AB"}
+    tensors = export.state | extra
+    return PeftFolder(plain, {f"{PEFT_PREFIX}{renamed.get(name, name)}": tensor for name, tensor in tensors.items()})
 
 
-def read_lora(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> TuningExport:
+def read_lora(model: PreTrainedModel, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> TuningExport:
     """Options and state of `LoraAdapter` for a LoRA folder of PEFT's. Raises `TuningError` for what is not supported."""
     _check_config(config)
     tensors = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in state.items()}
-    layers = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
-    endings = ("lora_A.weight", "lora_B.weight", *(("lora_magnitude_vector",) if config.get("use_dora") else ()))
-    adapters = {f"{layer}.{ending}" for layer in layers for ending in endings}
+    experts = peft_names(model, _target_parameters(model, config))
+    of_experts = {f"{experts[name]}.lora_{ab}.weight": f"{name}.lora_{ab}.{EXPERTS}" for name in experts for ab in "AB"}
+    tensors = {of_experts.get(name, name): tensor for name, tensor in tensors.items()}
+    starts = (".lora_A.weight", f".lora_A.{EXPERTS}")
+    layers = [name.removesuffix(start) for name in tensors for start in starts if name.endswith(start)]
+    magnitudes = ("lora_magnitude_vector",) if config.get("use_dora") else ()
+    adapters = {
+        f"{layer}.{ending}"
+        for layer in layers
+        for ending in (*((f"lora_A.{EXPERTS}", f"lora_B.{EXPERTS}") if layer in experts else _AB), *magnitudes)
+    }
     extra = [name for name in tensors if name not in adapters and ".lora_" not in name]
     unknown = sorted(tensors.keys() - adapters - set(extra)) or sorted(adapters - tensors.keys())
     if unknown or not layers:
@@ -106,7 +119,11 @@ def read_lora(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> TuningE
             where="adapter_model.safetensors",
             expected="a two-dimensional lora_A and lora_B for each layer",
         )
-    ranks = {layer: tensors[f"{layer}.lora_A.weight"].shape[0] for layer in layers}
+    counts = {name: len(model.get_parameter(current_name(model, name))) for name in experts}
+    ranks = {
+        layer: len(tensors[f"{layer}.lora_A.{EXPERTS if layer in experts else 'weight'}"]) // counts.get(layer, 1)
+        for layer in layers
+    }
     rank_patterns = config.get("rank_pattern") or {}
     for layer, rank in ranks.items():
         declared = rank_patterns.get(get_pattern_key(list(rank_patterns), layer), config["r"])
@@ -129,6 +146,21 @@ def read_lora(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> TuningE
         "also_train": [glob.escape(name) for name in extra],
     }
     return TuningExport(options, tensors)
+
+
+def _target_parameters(model: PreTrainedModel, config: Mapping[str, Any]) -> list[str]:
+    """The weights of experts that a folder of PEFT's has adapters for."""
+    where = "adapter_config.json"
+    patterns = config.get("target_parameters") or ()
+    names = expert_weights(model)
+    unknown = [p for p in patterns if not any(name == p or name.endswith(f".{p}") for name in names)]
+    if unknown:
+        raise TuningError(
+            f"target_parameters has {unknown[0]}, which is no tensor of fused experts in this model",
+            where=where,
+            expected=f"names such as {names[0]}" if names else "A and B at linear layers",
+        )
+    return [name for name in names if any(name == p or name.endswith(f".{p}") for p in patterns)]
 
 
 def check_tables(model: PreTrainedModel, state: Mapping[str, Tensor]) -> None:
@@ -189,7 +221,9 @@ def _preserves_target_names(config: LoraConfig, model: PreTrainedModel) -> bool:
         convert_peft_config_for_transformers(converted, model, None)
     except ValueError:
         return False
-    return converted.target_modules == config.target_modules and not converted.target_parameters
+    return converted.target_modules == config.target_modules and (
+        set(converted.target_parameters or ()) == set(config.target_parameters or ())
+    )
 
 
 def _int_if_integral(value: float) -> float:

@@ -3,6 +3,7 @@
     all-linear    every linear layer of the blocks
     attention     those of attention
     feed-forward  the others
+    experts       (LoRA alone) the weights of fused experts, which are tensors of three dimensions and no layers
     auto          the query and value projections, fused or not, as in the LoRA paper (Hu et al. 2021, section 4.2) and in
                   PEFT's defaults
 
@@ -31,6 +32,7 @@ from postgrad.errors import TuningError
 _ATTENTION = re.compile(r"att(n|ention)", re.IGNORECASE)
 _ROUTER = re.compile(r"(^|_)router(_|$)|^(shared_expert_)?gate$|^gating$")
 _ROUTER_CLASS = re.compile(r"router|gating|topk", re.IGNORECASE)
+EXPERTS = "experts"
 _QUERY_OR_VALUE = re.compile(r"(^|_)(w?q|w?v|kv|query|value)(_|$)|qkv|^(c|q|kv)_attn$|^(in|att)_proj$", re.IGNORECASE)
 
 
@@ -58,8 +60,15 @@ _GROUPS: dict[str, Callable[[LinearLayer], bool]] = {
 }
 
 
-def resolve_targets(model: PreTrainedModel, targets: str | Sequence[str], exclude: Sequence[str] = ()) -> list[str]:
+def resolve_targets(
+    model: PreTrainedModel,
+    targets: str | Sequence[str],
+    exclude: Sequence[str] = (),
+    experts: Sequence[str] = (),
+) -> list[str]:
     """Names of the linear layers that match `targets` (groups or patterns) but not `exclude`, in the model's order.
+
+    `experts`: names of the weights of fused experts, which the group `experts` and patterns with that word match too.
 
     A pattern (shell style) matches a layer's full name or the end of it, as in `q_proj`, `*.3.*` or `mlp.down_proj`, or
     modules with everything in them. Only a full name matches a layer outside of the blocks, such as a pooler.
@@ -68,9 +77,11 @@ def resolve_targets(model: PreTrainedModel, targets: str | Sequence[str], exclud
     """
     layers = linear_layers(model)
     patterns = [targets] if isinstance(targets, str) else list(targets)
-    included = {layer.name for pattern in patterns for layer in _match_layers(pattern, layers, model)}
-    excluded = {layer.name for pattern in exclude for layer in _match_layers(pattern, layers, model)}
-    names = [layer.name for layer in layers if layer.name in included - excluded]
+    included, excluded = (
+        {name for pattern in chosen for name in _match_names(pattern, layers, model, experts)}
+        for chosen in (patterns, exclude)
+    )
+    names = [name for name in (*(layer.name for layer in layers), *experts) if name in included - excluded]
     if not names:
         raise TuningError(
             f"no linear layer of {type(model).__name__} is targeted",
@@ -98,8 +109,10 @@ def block_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer, itself or under adapters."""
-    return isinstance(base_layer(module), nn.Linear | Conv1D)
+    """Whether a module is a linear layer, itself or under adapters; not one that an architecture computes in another way."""
+    kind = type(base_layer(module))
+    is_other = kind.__module__.startswith("transformers.models.") and kind.forward is not nn.Linear.forward
+    return issubclass(kind, nn.Linear | Conv1D) and not is_other
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -118,6 +131,9 @@ def short_names(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
     `resolve_targets` and PEFT's `target_modules` match endings alike.
     """
     full_names = set(names)
+    layers = {layer.name for layer in linear_layers(model)}
+    if experts := full_names - layers - {name for name, _ in model.named_modules()}:
+        return [*(short_names(model, full_names - experts) if full_names - experts else ()), *sorted(experts)]
     if not full_names <= {layer.name for layer in linear_layers(model) if layer.is_targetable}:
         return sorted(full_names)
     every = [name.split(".") for name, _ in model.named_modules()]
@@ -154,6 +170,18 @@ def _walk(
 def _is_added(module: nn.Module) -> bool:
     """Whether a module was added by another tuning."""
     return type(module).__module__.startswith("postgrad.") and not isinstance(module, BaseTunerLayer)
+
+
+def _match_names(target: str, layers: Sequence[LinearLayer], model: nn.Module, experts: Sequence[str]) -> Iterable[str]:
+    """The names of the layers and of the weights of experts that a group or a pattern matches."""
+    if target == EXPERTS:
+        inside = [layer.name for layer in layers if layer.is_targetable and f".{EXPERTS}." in layer.name]
+        matches = [*inside, *experts]
+    else:
+        patterns = (f"*.{target}", f"*.{target}.*") if EXPERTS in target else ()
+        named = [name for name in experts if any(fnmatchcase(f".{name}", pattern) for pattern in patterns)]
+        matches = named or [name for name in experts if name == target]
+    return matches or [layer.name for layer in _match_layers(target, layers, model)]
 
 
 def _match_layers(target: str, layers: Sequence[LinearLayer], model: nn.Module) -> list[LinearLayer]:

@@ -3,7 +3,7 @@
 Each class describes the change of one weight W as functions of the values of trained tensors: the term added to W, and the map
 from a gradient with respect to W to gradients with respect to them.
 
-Legend: O outputs and I inputs of a layer, R rank of an update, L trained directions; W is (O, I), or (I, O) where it is stored
+Legend: O outputs, I inputs, R rank of an update, L trained directions, E experts; W is (O, I), or (I, O) where it is stored
 transposed.
 """
 
@@ -40,7 +40,7 @@ class TuningDelta:
 
     weight_delta: WeightDelta
     parameters: tuple[nn.Parameter, ...]
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,34 @@ class LowRankDelta(WeightDelta):
         # B A - B0 A0 = (B - B0) A + B0 (A - A0): a sum of small terms, without the cancellation of two large ones.
         a0_RI, b0_OR = (t.to(a_RI.device) for t in self.start)
         return torch.cat([b_OR - b0_OR, b0_OR], 1), torch.cat([a_RI, a_RI - a0_RI])
+
+
+@dataclass(frozen=True)
+class ExpertsDelta(WeightDelta):
+    """`s B A` for each of E experts: LoRA on a tensor with a matrix of every expert. Values: A (E R, I), B (O, R E)."""
+
+    scale: float
+    experts: int
+    transposed: bool = False
+
+    def delta(self, values: Sequence[Tensor]) -> Tensor:
+        """The update (E, O, I), or (E, I, O)."""
+        a_ERI, b_EOR = self._by_expert(values)
+        return self._swap_if_transposed(self.scale * b_EOR @ a_ERI)
+
+    def backward(self, values: Sequence[Tensor], gradient: Tensor) -> list[Tensor]:
+        """`s B^T G` and `s G A^T` of each expert."""
+        a_ERI, b_EOR = self._by_expert(values)
+        gradient_EOI = self._swap_if_transposed(gradient)
+        of_a_ERI, of_b_EOR = self.scale * b_EOR.mT @ gradient_EOI, self.scale * gradient_EOI @ a_ERI.mT
+        return [of_a_ERI.flatten(0, 1), of_b_EOR.permute(1, 2, 0).flatten(1)]
+
+    def _by_expert(self, values: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        a, b = values
+        return a.unflatten(0, (self.experts, -1)), b.unflatten(1, (-1, self.experts)).permute(2, 0, 1)
+
+    def _swap_if_transposed(self, stack: Tensor) -> Tensor:
+        return stack.mT if self.transposed else stack
 
 
 @dataclass(frozen=True)

@@ -232,6 +232,7 @@ def test_models_and_weights_that_make_no_sense_are_refused(runs: LineageRuns, tm
     for models, options, says in (
         ((f"{runs.replay}=half",), {}, "not a list of weights"),
         ((f"{runs.replay}=nan",), {}, "not a list of weights"),
+        ((f"{runs.replay}=1e308",), {}, "not a list of weights"),
         ((runs.naive,), {}, "is named twice"),
         ((f"{runs.replay}=0.5",), {"methods": ("model_stock",)}, "has no weights of models"),
         ((f"{runs.replay}=-1",), {"methods": ("slerp",)}, "no negative weights"),

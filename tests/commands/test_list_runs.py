@@ -12,6 +12,7 @@ from postgrad.commands import list_runs as module
 from postgrad.commands.list_runs import RunList, clean_runs, list_runs
 from postgrad.errors import StageError
 from postgrad.lineage.record import LOCK, PLAN, RECORD, read_record, write_record
+from postgrad.lineage.saved_plan import read_plan, write_plan
 from postgrad.storage.atomic import STAGING
 from postgrad.storage.file_lock import file_lock
 from tests.tiny_lineage import LineageRuns
@@ -77,6 +78,28 @@ def test_only_what_finished_runs_do_not_need_is_removed(
     assert not list((home / "one").glob(f"{STAGING}*"))
     assert all(path.read_bytes() == data for path, data in models.items())
     assert states(list_runs(home)) == states(found) and list_runs(home).removable_bytes == 0
+
+
+@pytest.mark.parametrize("state", ["started from", "reads", "damaged"])
+@pytest.mark.parametrize("guarded", [True, False])
+def test_what_an_unfinished_run_needs_stays(
+    home: Path, monkeypatch: pytest.MonkeyPatch, state: str, guarded: bool
+) -> None:
+    """Its plan alone names what it started from, or its teacher, relative to a folder above it: not so the mutant."""
+    needed, child = home / "study" / "two", home / "interrupted"
+    plan = read_plan(child)
+    if state == "started from":
+        plan.stage["model"] = "study/two/checkpoints/step-00000005"
+    else:
+        plan.stage["objectives"] = [{"kind": "distill", "teacher": str(needed / "checkpoints" / "step-00000005")}]
+    write_plan(child, plan)
+    if state == "damaged":  # what it needs is unknown
+        (child / PLAN).write_text("{")
+    if not guarded:
+        monkeypatch.setattr(module, "_needed_runs", lambda path, record: set())
+    clean_runs(list_runs(home))
+    assert (needed / "checkpoints").exists() is guarded
+    assert (home / "one" / "checkpoints").exists() is (guarded and state == "damaged")
 
 
 def test_a_run_that_is_locked_now_is_left_alone(home: Path) -> None:

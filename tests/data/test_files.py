@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from postgrad.data.read import json_stream, text_lines
 from postgrad.data.read.documents import read_documents
-from postgrad.data.read.files import HubDataset, RawSource, list_files
+from postgrad.data.read.files import HubDataset, RawSource, list_files, matches_path
 from postgrad.data.read.records import read_hub, read_records
 from postgrad.data.read.text_lines import read_lines
 from postgrad.errors import DataError
@@ -109,6 +109,15 @@ def test_seen_adds_up_to_the_size_on_disk(tmp_path: Path) -> None:
 
 
 # --- finding ------------------------------------------------------------------------------------------
+
+
+def test_a_path_that_is_none_matches_nothing(tmp_path: Path) -> None:
+    """`list_files` says what is wrong with it."""
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for path in ("x" * 5000, "x" * 300, "loop/x"):
+        assert not matches_path(tmp_path / "run" / "record.json", path, tmp_path)
+        with pytest.raises(DataError):
+            list_files(path, tmp_path, where="data")
 
 
 @pytest.fixture

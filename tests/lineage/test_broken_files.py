@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import random
+import re
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from hypothesis import strategies as st
 
 from postgrad.commands.compare import compare_runs
 from postgrad.commands.lineage import trace_lineage
+from postgrad.commands.list_runs import list_runs
 from postgrad.commands.pages import write_page
 from postgrad.commands.restore import RestoreRequest, _restore_stage
 from postgrad.errors import DataError, PostgradError, StageError
@@ -25,15 +29,18 @@ from postgrad.evaluation.before_after import read_scores, write_scores
 from postgrad.evaluation.generation_metrics import TaskPredictions
 from postgrad.evaluation.perplexity import Scores
 from postgrad.lineage.metrics import EvaluationRow, StepRow, format_row, read_metrics
-from postgrad.lineage.record import read_record
-from postgrad.lineage.saved_plan import read_plan
+from postgrad.lineage.record import PLAN, read_record
+from postgrad.lineage.saved_plan import read_plan, write_plan
 from postgrad.models.location import ModelLocation
 from postgrad.plan.seen_sources import get_seen_sources, make_replay_source
+from postgrad.reports.pages.model_card import model_card
 from postgrad.reports.pages.rewrite_report import rewrite_report
 from postgrad.run import task_scores
 from postgrad.run.task_scores import read_answers, write_answers
 from postgrad.storage import array_files
 from postgrad.storage.checked_files import CHECKSUM
+from postgrad.tracking.points import result_point
+from postgrad.tracking.tracker import TrackedRun, describe_run
 from postgrad.training.metrics_log import MetricsLog
 from tests.tiny_lineage import LineageRuns
 
@@ -84,6 +91,9 @@ def readers(folder: Path, runs: LineageRuns) -> dict[str, list[Callable[[], obje
             lambda: rewrite_report(folder),
             lambda: write_page(compare_runs([folder, runs.naive]), folder / "page.html"),
             lambda: trace_lineage(folder, cache=runs.cache),
+            lambda: model_card(read_record(folder)),
+            lambda: list_runs(folder).table().html(),
+            lambda: result_point(read_record(folder)),
             lambda: get_seen_sources(location),
             lambda: _restore_stage(request, read_record(folder), folder),
         ],
@@ -91,8 +101,14 @@ def readers(folder: Path, runs: LineageRuns) -> dict[str, list[Callable[[], obje
             lambda: _restore_stage(request, read_record(folder), folder),
             lambda: [make_replay_source(s.name, s.origin) for s in read_plan(folder).resolved_sources],
             lambda: _unfinished_report(folder),
+            lambda: _check_tracked(describe_run(folder, read_plan(folder))),
         ],
     }
+
+
+def _check_tracked(run: TrackedRun) -> None:
+    """Trackers write files with these names into a folder of the user's."""
+    assert Path("x", f"{run.display_name}.{run.id}").parent == Path("x") and math.isfinite(run.created)
 
 
 def _unfinished_report(folder: Path) -> Path:
@@ -221,6 +237,24 @@ def test_an_array_with_a_changed_header_is_refused(tmp_path: Path, monkeypatch: 
     assert len(read_scores(path)["old"].nats_W) == 100
 
 
+def test_an_archive_that_has_lost_entries_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A changed length in the list of entries hides those behind it. The mutant reads the rest as all there is."""
+    path = tmp_path / "s.npz"
+    write_scores(path, SCORES, "run-1")
+    content = path.read_bytes()
+    places = [match.start() for match in re.finditer(rb"PK\x01\x02|PK\x05\x06", content)]
+    for first, last in ((0, 1), (1, 3), (len(places) - 2, len(places) - 1)):  # the last one is the owner
+        size_place = places[-1] + 12 - (places[last] - places[first])
+        changed = bytearray(content[: places[first]] + content[places[last] :])
+        changed[size_place : size_place + 4] = struct.pack("<I", size_place - 12 - places[0])
+        path.write_bytes(changed)
+        with pytest.raises(DataError, match="missing from the list of entries"):
+            read_scores(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(array_files, "_refuse_gaps", lambda data, entries: None)
+        assert read_scores(path).keys() == SCORES.keys()  # without the owner
+
+
 def test_scores_of_another_run_are_refused(tmp_path: Path) -> None:
     write_scores(tmp_path / "s.npz", SCORES, "run-1")
     write_answers(tmp_path / "t.json", ANSWERS, "run-1")
@@ -301,3 +335,16 @@ def test_a_resumed_run_keeps_the_damaged_lines_before_its_checkpoint(log: Path) 
     log.write_bytes(b"".join([*lines[:2], b"rubbish\n", *lines[3:6], b"more\n"]))
     MetricsLog(log, "run-1").rewind(4)
     assert log.read_bytes() == b"".join([*lines[:2], b"rubbish\n", *lines[3:5]])
+
+
+def test_new_text_without_a_share_is_refused(folder: Path) -> None:
+    content = (folder / PLAN).read_text()
+    plan = read_plan(folder)
+    for source in plan.plan.sources:
+        source.share = 0.0
+    try:
+        write_plan(folder, plan)
+        with pytest.raises(StageError, match="has a share of 0"):
+            _restore_stage(RestoreRequest(folder, prompts=("x",), retained=("y",)), read_record(folder), folder)
+    finally:
+        (folder / PLAN).write_text(content)

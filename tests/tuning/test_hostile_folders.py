@@ -160,6 +160,7 @@ FORMS: dict[str, tuple[str, Callable[[Path], None]]] = {
     "config: type a list": ("base", change(CONFIG, "model_type", to=["llama"])),
     "config: architectures text": ("base", change(CONFIG, "architectures", to=5)),
     "config: architectures of numbers": ("base", change(CONFIG, "architectures", to=[5])),
+    "config: architectures a mapping": ("base", change(CONFIG, "architectures", to={"": None})),
     "config: a trillion layers": ("base", change(CONFIG, "num_hidden_layers", to=10**12)),
     "config: 900 layers": ("base", change(CONFIG, "num_hidden_layers", to=900)),
     "config: layers below zero": ("base", change(CONFIG, "num_hidden_layers", to=-1)),

@@ -23,6 +23,7 @@ from postgrad.errors import TuningError
 from postgrad.tuning.adapter import Adapter
 from postgrad.tuning.prompt import PromptTuning
 from postgrad.tuning.targets import is_transposed, linear_layers, resolve_targets, short_names
+from tests.model_families import tiny_config
 from tests.tuning.families import ALL_FAMILIES, FAMILIES, Task, build_model
 
 SMALL = {
@@ -233,3 +234,11 @@ def test_transposed_layers_are_told() -> None:
     gpt2, llama = build_model("gpt2", "lm"), build_model("llama", "lm")
     assert is_transposed(gpt2.get_submodule(resolve_targets(gpt2, "auto")[0]))
     assert not is_transposed(llama.get_submodule(resolve_targets(llama, "auto")[0]))
+
+
+def test_linear_layers_that_compute_in_another_way_are_left_alone() -> None:
+    """DeepSeek-V4 multiplies groups of inputs by parts of one weight, which low-rank matrices of the whole do not fit."""
+    model = plain(tiny_config("deepseek_v4"))
+    grouped = {name for name, module in model.named_modules() if name.endswith("o_a_proj")}
+    assert all(isinstance(model.get_submodule(name), nn.Linear) for name in grouped)
+    assert grouped and not grouped & set(resolve_targets(model, "all-linear"))

@@ -14,6 +14,7 @@ from dataclasses import replace
 import numpy as np
 
 from postgrad.data.layouts.rows import IGNORED, Row, RowOptions
+from postgrad.data.layouts.teacher_context import CONTEXT_TOO_LONG, split_contexts
 from postgrad.data.layouts.windows import (
     MarkedStore,
     locate_texts,
@@ -22,6 +23,7 @@ from postgrad.data.layouts.windows import (
     read_marks,
     split_windows,
 )
+from postgrad.data.render.renderers import ANSWER
 
 PENDING = 0
 """Placeholder id and label of a token to be sampled."""
@@ -30,7 +32,8 @@ PENDING = 0
 class PromptRows:
     """Rows of a prompt and `new_tokens` positions: `input_ids`, `position_ids`, labels, of shape (T,), T = P + new - 1.
 
-    `prompt_tokens`: prompt length in running text. Prompts that do not fit lose their beginning. `trained` in the ledger
+    `with_answers`: the labels are a row's own answer, which the sampled one is compared with. `prompt_tokens`: prompt length in
+    running text. Prompts that do not fit lose their beginning. `trained` in the ledger
     counts all new positions, though a sampled text may end earlier. Raises `StageError` when a row has no room.
     """
 
@@ -38,14 +41,27 @@ class PromptRows:
     is_random = False
 
     def __init__(
-        self, store: MarkedStore, options: RowOptions, *, prompt_tokens: int, new_tokens: int, eos: int
+        self,
+        store: MarkedStore,
+        options: RowOptions,
+        *,
+        prompt_tokens: int,
+        new_tokens: int,
+        eos: int,
+        with_answers: bool = False,
     ) -> None:
         self.store, self.frame, self.new_tokens, self.eos = store, options.frame, new_tokens, eos
-        max_tokens = max_text_tokens(options.length, self.frame.size(2) + new_tokens - 1, 1)
+        self.with_answers = with_answers
+        added_tokens = self.frame.size(2) + new_tokens - 1
+        max_tokens = max_text_tokens(options.length, added_tokens, 1)
         selected = options.select_documents(store)
         texts = locate_texts(store, selected, options.lead)
+        texts, self.contexts = split_contexts(store, texts, options.context, options.length, added_tokens)
         texts = texts.select(texts.size_N > 0)
-        self.skipped = {"no text": len(selected.documents) - len(texts.document_N)}
+        self.skipped = {
+            "no text": len(selected.documents) - len(texts.document_N) - self.contexts.skipped,
+            CONTEXT_TOO_LONG: self.contexts.skipped,
+        }
         self.is_marked = store.marks(0) is not None
         if self.is_marked:
             stop_N = np.array([_prompt_end(store, *span) for span in texts.spans()], np.int64)
@@ -57,7 +73,7 @@ class PromptRows:
             windows = split_windows(texts, max(prompt_tokens, 1) + new_tokens)
             self.document_R, self.start_R = windows.document_R, windows.start_R
             self.stop_R = np.minimum(windows.start_R + min(prompt_tokens, max_tokens), windows.stop_R)
-        placed = int((self.stop_R - self.start_R).sum())
+        placed = int((self.stop_R - self.start_R).sum()) + self.contexts.tokens
         ledger = make_ledger(selected, placed=placed, trained=placed)
         self.ledger = replace(ledger, trained=len(self) * new_tokens, context=placed)
 
@@ -73,7 +89,20 @@ class PromptRows:
         ids_T = np.concatenate((ids_P, np.full(self.new_tokens - 1, PENDING, np.int64)))
         labels_T = np.full(len(ids_T), IGNORED, np.int64)
         labels_T[len(ids_P) - 1 :] = PENDING
-        return Row({"input_ids": ids_T, "position_ids": np.arange(len(ids_T))}, labels_T, self.new_tokens)
+        if self.with_answers:
+            labels_T[len(ids_P) - 1 :] = self._read_answer(row)
+        contexts = self.contexts.before(int(self.document_R[row]), len(prefix), 0, len(ids_T))
+        return Row({"input_ids": ids_T, "position_ids": np.arange(len(ids_T))}, labels_T, self.new_tokens, contexts)
+
+    def _read_answer(self, row: int) -> np.ndarray:
+        """The first answer of a row's document, cut or filled with EOS to `new_tokens`."""
+        document, start = int(self.document_R[row]), int(self.stop_R[row])
+        stop = int(np.asarray(self.store.documents)["tokens"][document])
+        is_answer = read_marks(self.store, document, start, stop) == ANSWER
+        size = min(len(is_answer) if is_answer.all() else int(np.argmin(is_answer)), self.new_tokens)
+        answer = np.full(self.new_tokens, self.eos, np.int64)
+        answer[:size] = self.store.read(document, start, start + size)
+        return answer
 
 
 def _prompt_end(store: MarkedStore, document: int, start: int, stop: int) -> int:

@@ -19,7 +19,8 @@ from typing import Literal
 
 import numpy as np
 
-from postgrad.data.layouts.rows import IGNORED, Row, RowOptions
+from postgrad.data.layouts.rows import IGNORED, Row, RowContext, RowOptions
+from postgrad.data.layouts.teacher_context import CONTEXT_TOO_LONG, split_contexts
 from postgrad.data.layouts.windows import (
     MarkedStore,
     TextSpans,
@@ -110,12 +111,15 @@ class PackedExampleRows:
         self.is_marked = has_marks(store)
         _check_frame(options.frame, self.is_marked)
         # One more than the positions: the last token is only a label.
-        max_tokens = max_text_tokens(options.length, options.frame.size(2), 1) + 1
+        frame_tokens = options.frame.size(2)
+        max_tokens = max_text_tokens(options.length, frame_tokens, 1) + 1
         selected = options.select_documents(store)
         texts = locate_texts(store, selected, options.lead)
+        texts, self.contexts = split_contexts(store, texts, options.context, options.length, frame_tokens)
         self.skipped: dict[str, int] = {}
         self.truncations: dict[str, int] = {}
         self.pieces = (self._example_pieces if self.is_marked else self._text_pieces)(texts, max_tokens, too_long)
+        self.skipped |= {CONTEXT_TOO_LONG: self.contexts.skipped} if self.contexts.skipped else {}
         size_P = self.pieces.positions_P
         row_P = assign_rows(size_P, options.length) if pack else np.arange(len(size_P))
         self.order_P = np.argsort(row_P, kind="stable")
@@ -149,16 +153,19 @@ class PackedExampleRows:
         labels_T = np.full(length, IGNORED, np.int64)
         positions_T = np.empty(length, np.int64)
         begin = label_count = 0
+        contexts: tuple[RowContext, ...] = ()
         for piece in self.row_pieces(row):
             ids, labels = self._piece_tokens(piece)
             end = begin + len(labels)
+            document = int(self.pieces.document_P[piece])
+            contexts += self.contexts.before(document, begin + len(self.frame.prefix_ids), begin, end)
             ids_T[begin:end] = ids
             labels_T[begin:end] = labels
             positions_T[begin:end] = np.arange(len(labels))
             label_count += int(self.pieces.trained_P[piece])
             begin = end
         positions_T[begin:] = np.arange(length - begin)
-        return Row({"input_ids": ids_T, "position_ids": positions_T}, labels_T, label_count)
+        return Row({"input_ids": ids_T, "position_ids": positions_T}, labels_T, label_count, contexts)
 
     def _piece_tokens(self, piece: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids and labels of a piece inside its frame, both of shape (E - 1,)."""

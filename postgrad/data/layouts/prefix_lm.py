@@ -56,7 +56,7 @@ class PrefixRows(PackedExampleRows):
         return not self.is_marked
 
     def get_row(self, row: int, position: int) -> Row:
-        inputs, labels_T, _ = super().get_row(row, position)
+        inputs, labels_T, *_ = super().get_row(row, position)
         labels_T, prefix_T = labels_T.copy(), np.zeros(len(labels_T), np.int64)
         rng, begin = self.random_streams.generator(row, position), 0
         pieces = self.pieces

@@ -22,18 +22,36 @@ IGNORED = -100
 """The label of a position that is not trained (the convention of PyTorch and Hugging Face)."""
 
 
+class RowContext(NamedTuple):
+    """Tokens that only a teacher reads, before the position `position` of a row.
+
+    They belong to the piece of a document from position `begin` up to `stop`.
+    """
+
+    ids: np.ndarray
+    position: int
+    begin: int
+    stop: int
+
+    @property
+    def first_label(self) -> int:
+        """The first position of the row whose prediction comes after the context."""
+        return max(self.position - 1, self.begin)
+
+
 class Row(NamedTuple):
-    """Model inputs by argument name, labels, and the number of labels that count."""
+    """Model inputs by argument name, labels, and the number of labels that count; `contexts` of a teacher, in order."""
 
     inputs: dict[str, np.ndarray]
     labels: np.ndarray
     label_count: int
+    contexts: tuple[RowContext, ...] = ()
 
 
 def ignore_labels(row: Row) -> Row:
     """The row without labels. The float labels of a regression stay, but `label_count` is 0."""
     is_integer = np.issubdtype(row.labels.dtype, np.integer)
-    return Row(row.inputs, np.full_like(row.labels, IGNORED) if is_integer else row.labels, 0)
+    return row._replace(labels=np.full_like(row.labels, IGNORED) if is_integer else row.labels, label_count=0)
 
 
 @dataclass(frozen=True)
@@ -77,11 +95,32 @@ class Rows(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
+class BeginningContext:
+    """The beginning of a document as a context: at most `max_tokens` and the `share` of its text, up to a sentence's end.
+
+    `ends_sentence_V`: whether each id ends a sentence. Without an end, the context ends in a sentence.
+    """
+
+    max_tokens: int
+    share: float
+    ends_sentence_V: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class ContextOptions:
+    """Teacher contexts: those that the store has, or the documents' beginnings; `max_positions` that a teacher reads."""
+
+    max_positions: int | None = None
+    beginning: BeginningContext | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class RowOptions:
     """Options shared by all layouts: the size of a row, its frame, and which documents become rows.
 
     `length`: positions of a row. `lead`: tokens at each document's start that the frame replaces (1 for a BOS or [CLS]).
-    `held_out`: fraction of the documents kept for evaluation. `excluded`: digests of documents to drop.
+    `held_out`: fraction of the documents kept for evaluation. `excluded`: digests of documents to drop. `context`: the rows
+    have contexts for a teacher.
     """
 
     length: int
@@ -90,6 +129,7 @@ class RowOptions:
     held_out: float = 0.0
     excluded: np.ndarray | None = None
     max_document_tokens: int | None = None
+    context: ContextOptions | None = None
 
     def select_documents(self, store: DocumentStore) -> SelectedDocuments:
         """The documents of a store to train on."""

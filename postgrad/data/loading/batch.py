@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from postgrad.data.layouts.rows import IGNORED, Row
+from postgrad.data.layouts.rows import IGNORED, Row, RowContext
 from postgrad.data.loading.teacher_cache import SparseDistribution
 
 _MULTIPLE = 8
@@ -63,6 +63,8 @@ class Batch:
     """Cached teacher predictions, by name of the objective."""
     padding: int | None = None
     """Of unpacked rows: positions that fill them to a common length."""
+    contexts: tuple[tuple[RowContext, ...], ...] = ()
+    """Of each row, what only a teacher reads; empty where no row has any."""
 
     @property
     def label_count(self) -> int:
@@ -121,6 +123,7 @@ def collate(
         np.asarray(sources, np.int64),
         np.array([row.label_count for row in rows], np.int64),
         objectives,
+        contexts=tuple(row.contexts for row in rows) if any(row.contexts for row in rows) else (),
     )
 
 

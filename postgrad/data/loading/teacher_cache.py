@@ -170,10 +170,12 @@ class TeacherCache:
 
 
 def row_digest(row: Row) -> int:
-    """An 8-byte hash of a row's inputs and labels."""
+    """An 8-byte hash of a row's inputs, labels and contexts."""
     hasher = hashlib.blake2b(digest_size=8)
     for name in sorted(row.inputs):
         hasher.update(name.encode())
         hasher.update(np.ascontiguousarray(row.inputs[name]).tobytes())
     hasher.update(np.ascontiguousarray(row.labels).tobytes())
+    for context in row.contexts:
+        hasher.update(np.array([context.position, *context.ids], np.int64).tobytes())
     return int.from_bytes(hasher.digest(), "little")

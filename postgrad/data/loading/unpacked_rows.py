@@ -45,7 +45,12 @@ def split_documents(row: Row) -> list[Document]:
         if len(labelled):
             end = begin + int(labelled[-1]) + 1
             arrays = {name: array[begin:end] for name, array in inputs.items()}
-            documents.append(Document(Row(arrays, row.labels[begin:end], len(labelled)), first_label))
+            contexts = tuple(
+                each._replace(position=each.position - begin, begin=0, stop=end - begin)
+                for each in row.contexts
+                if each.begin == begin
+            )
+            documents.append(Document(Row(arrays, row.labels[begin:end], len(labelled), contexts), first_label))
             first_label += len(labelled)
     return documents
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +27,7 @@ from postgrad.data.read.columns import (
     unknown_kind_error,
 )
 from postgrad.data.read.examples import Example, SkippedRow, check_encodable, make_example
-from postgrad.data.read.files import TEXT_SUFFIXES, RawRow, RawSource, file_suffix
+from postgrad.data.read.files import TEXT_SUFFIXES, ContextColumn, RawRow, RawSource, file_suffix
 from postgrad.data.read.generated_text import GENERATED_COLUMN
 from postgrad.data.read.labels import Labels, collect_labels
 from postgrad.data.read.records import PROJECTED_SUFFIXES, read_hub, read_records
@@ -193,7 +194,8 @@ def _text_file_documents(file: Path, split_mode: str, on_read: ReadCallback) -> 
 
 def _used_columns(columns: Columns, source: RawSource) -> set[str]:
     """The columns that are read: those of the kind, and those of the filter."""
-    names = {name for column in columns.by_role.values() for name in (column, column.partition(".")[0])}
+    read = [*columns.by_role.values(), *([source.context.column] if source.context else [])]
+    names = {name for column in read for name in (column, column.partition(".")[0])}
     return names | source.row_filter.keys()
 
 
@@ -328,7 +330,26 @@ def _make_document(record: RawRow, columns: Columns, source: RawSource, is_typed
         example = make_example(columns.kind, values, location, no_label=source.no_label)
     except SkippedRow as reason:
         return Document("", None, location, None, str(reason))
+    if source.context:
+        example = replace(example, teacher_context=_read_context(record, source.context))
     return Document(example.text, None, location, example)
+
+
+def _read_context(record: RawRow, context: ContextColumn) -> str:
+    """What a teacher reads before a row; nothing for an empty field."""
+    names = list(record.values)
+    if not has_column(names, context.column):
+        raise DataError(
+            f"no column `{context.column}` among {format_columns(names)}",
+            where=record.location,
+            expected="the column that the teacher's context names in every row",
+            hint=suggest_nearest(context.column, names),
+        )
+    value = get_column(record.values, context.column, record.location)
+    if not isinstance(value, str | None):
+        raise DataError(f"`{context.column}` is {describe_value(value)}", where=record.location, expected="text")
+    check_encodable(value or "", f"`{context.column}` holds", record.location)
+    return context.template.replace("{text}", value) if value and not value.isspace() else ""
 
 
 _INTEGER, _DECIMAL = re.compile(r"[+-]?\d+"), re.compile(r"[+-]?(\d+\.\d*|\.\d+)([eE][+-]?\d+)?")

@@ -42,12 +42,14 @@ class Example:
     - choices: `question`, `choices`, a tuple, and `answer`, an index
 
     Instructions, completions, pairs and questions may have `references`, a tuple of equally valid answers that are not
-    trained. `text` is all text without the labels; duplicates and the held-out split go by it.
+    trained. `text` is all text without the labels; duplicates and the held-out split go by it. `teacher_context`: text that
+    only a teacher reads.
     """
 
     kind: RowKind
     fields: Mapping[str, Any]
     text: str
+    teacher_context: str = ""
 
     @property
     def messages(self) -> tuple[Mapping[str, Any], ...]:

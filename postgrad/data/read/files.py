@@ -32,6 +32,13 @@ class HubDataset:
     revision: str | None = None
 
 
+class ContextColumn(NamedTuple):
+    """A column with what only a teacher reads, and the template around its `{text}`."""
+
+    column: str
+    template: str
+
+
 @dataclass(frozen=True)
 class RawSource:
     """One source of a mixture: where its rows are, and how they become documents.
@@ -40,7 +47,8 @@ class RawSource:
     how a text file is split (`auto`, `file`, `passages`, `paragraphs`, `lines`). `where`: the key path in errors, such as
     `data.sources[0]`. `kind`: the kind of rows; `auto` detects it from the columns. `row_filter`: of each column, the values
     (as text) that a row must have one of. `no_label`: the whole number that means that a labelled row has no label.
-    `splits`: of a folder with several splits, which is read: the first that it has.
+    `splits`: of a folder with several splits, which is read: the first that it has. `context`: of rows with a context for a
+    teacher.
     """
 
     name: str
@@ -54,6 +62,7 @@ class RawSource:
     row_filter: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
     no_label: int | None = -1
     splits: tuple[str, ...] = ("train",)
+    context: ContextColumn | None = None
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.hub is None):
@@ -138,8 +147,12 @@ def list_files(path: str, root: Path, where: str, splits: Sequence[str] = ("trai
 
 def matches_path(file: Path, path: str, root: Path) -> bool:
     """Whether `list_files` would find `file`, an absolute path, if it existed."""
-    target = (root / Path(path).expanduser()).resolve()
-    if target.is_dir():
+    try:
+        target = (root / Path(path).expanduser()).resolve()
+        is_folder = target.is_dir()
+    except (OSError, RuntimeError):  # too long a name, a loop of links: `list_files` refuses it
+        return False
+    if is_folder:
         return file.is_relative_to(target) and not any(p.startswith(".") for p in file.relative_to(target).parts)
     return matches_pattern(str(file), str(target))
 

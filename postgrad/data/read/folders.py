@@ -18,8 +18,9 @@ from typing import Any
 import yaml
 
 from postgrad.errors import DataError, suggest_nearest
+from postgrad.storage.read_json import MAX_BYTES
 from postgrad.storage.read_yaml import read_yaml
-from postgrad.storage.regular_file import open_regular_file
+from postgrad.storage.regular_file import open_regular_file, read_regular_file
 
 _SPLIT_WORDS = {
     "train": ("train", "training"),
@@ -104,7 +105,7 @@ def _group(reasons: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
 def _unused_by_state(state: Path, folder: Path, names: Mapping[str, Path]) -> dict[str, str]:
     """The Arrow files beside the `state.json` of a saved data set that are none of it, such as caches of its transforms."""
     try:
-        used = {entry["filename"] for entry in json.loads(state.read_text("utf-8"))["_data_files"]}
+        used = {entry["filename"] for entry in json.loads(read_regular_file(state, MAX_BYTES))["_data_files"]}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
     beside = [name for name, file in names.items() if file.parent == state.parent and file.suffix == ".arrow"]

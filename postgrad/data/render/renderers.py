@@ -21,6 +21,8 @@ from postgrad.errors import DataError, StageError, suggest_nearest
 
 ANSWER, CONTEXT = 1, 0
 """Marks of trained tokens, and of tokens that are only inputs."""
+TEACHER_CONTEXT = 2
+"""Mark of tokens before a text that only a teacher reads."""
 
 _NO_TAG_TEXT = f"words without a tag ({NO_TAG})"
 

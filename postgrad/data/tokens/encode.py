@@ -21,6 +21,7 @@ from postgrad.data.read.examples import Example
 from postgrad.data.read.row_kinds import RUNNING_TEXT_KINDS, RowKind
 from postgrad.data.render.frame import count_repeated
 from postgrad.data.render.renderer import RenderedExample, Renderer
+from postgrad.data.render.renderers import TEACHER_CONTEXT
 from postgrad.data.tokens.batches import EncodingBatch
 from postgrad.data.tokens.encoder import Encoder
 from postgrad.data.tokens.store import MARK_DTYPE, digest
@@ -158,10 +159,11 @@ def _tokenizer_error(error: Exception, batch: EncodingBatch) -> DataError:
 
 
 def encode_examples(batch: EncodingBatch, tokenizer: Tokenizer, encoder: Encoder, renderer: Renderer) -> EncodedBatch:
-    """Render and encode examples: `prefix + ids + [eos]`, and a mark for each token."""
+    """Render and encode examples: `prefix + teacher's context + ids + [eos]`, and a mark for each token."""
     rendered = [render_example(document.example, document.location, renderer) for document in batch.documents]
     texts = [text for each in rendered for text in _tokenized_texts(each)]
     encodings = iter(_tokenize_with_offsets(texts, tokenizer, batch))
+    contexts = _tokenize_contexts(batch, tokenizer)
     ids: list[np.ndarray] = []
     marks: list[np.ndarray] = []
     indices: list[int] = []
@@ -181,8 +183,10 @@ def encode_examples(batch: EncodingBatch, tokenizer: Tokenizer, encoder: Encoder
         if start == stop:
             continue
         eos_mark = 0 if each.mark_first_token else each.pieces[-1][1]
-        ids.append(np.concatenate([np.array(prefix, np.int64), ids_T[start:stop], [encoder.eos]]))
-        marks.append(np.concatenate([[0] * len(prefix), marks_T[start:stop], [eos_mark]]))
+        context = contexts.get(index, np.empty(0, np.int64))
+        ids.append(np.concatenate([np.array(prefix, np.int64), context, ids_T[start:stop], [encoder.eos]]))
+        context_marks = np.full(len(context), TEACHER_CONTEXT)
+        marks.append(np.concatenate([[0] * len(prefix), context_marks, marks_T[start:stop], [eos_mark]]))
         indices.append(index)
     return EncodedBatch(
         np.concatenate(ids).astype(np.int64) if ids else np.zeros(0, np.int64),
@@ -195,6 +199,14 @@ def encode_examples(batch: EncodingBatch, tokenizer: Tokenizer, encoder: Encoder
         ("no tokens",) * (len(rendered) - len(indices)),
         tuple(part for each in rendered for part in each.omitted),
     )
+
+
+def _tokenize_contexts(batch: EncodingBatch, tokenizer: Tokenizer) -> dict[int, np.ndarray]:
+    """The ids of the teacher's contexts, by the index of the document, for those that have one."""
+    texts = {i: d.example.teacher_context for i, d in enumerate(batch.documents) if d.example}
+    texts = {i: text for i, text in texts.items() if text}
+    encodings = _tokenize_with_offsets(list(texts.values()), tokenizer, batch)
+    return {i: ids for i, (ids, _) in zip(texts, encodings, strict=True)}
 
 
 def render_example(example: Example | None, location: str, renderer: Renderer) -> RenderedExample:

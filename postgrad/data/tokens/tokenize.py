@@ -86,6 +86,8 @@ def _store_fingerprint(
         options["no_label"] = None
     if source.row_filter:
         options["only"] = sorted_filter(source)
+    if source.context is not None:
+        options["teacher_context"] = list(source.context)
     if renderer is not None:
         options |= {"format": MARKED_FORMAT, "reading": READING, "renderer": renderer.fingerprint}
     cuts = (text_files.SINGLE_FILE_BYTES, text_files.PASSAGE_CHARACTERS, text_files.PARAGRAPH_CAP)

@@ -193,8 +193,8 @@ def _training_lines(record: Record) -> list[str]:
         ("trained parameters", format_compact(model.trainable)),
         ("steps", format_count(totals.steps)),
         ("tokens per row", format_count(record.plan.sequence_length)),
-        ("rows per step", format_count((stage.get("batch") or {}).get("global_batch_size"))),
-        ("schedule", " ".join(f"{key} {value}" for key, value in (stage.get("schedule") or {}).items())),
+        ("rows per step", format_count(stage.get("batch", {}).get("global_batch_size"))),
+        ("schedule", " ".join(f"{key} {value}" for key, value in stage.get("schedule", {}).items())),
         ("seed", str(stage.get("seed", 0))),
         ("precision", record.execution.dtype),
         ("time", format_duration(totals.seconds)),
@@ -236,7 +236,7 @@ def _stage_text(record: Record) -> str:
 
 
 def _tuning(record: Record) -> str:
-    return str((record.stage.get("tuning") or {}).get("kind") or "full")
+    return str(record.stage.get("tuning", {}).get("kind") or "full")
 
 
 def _start_name(first: Record) -> str:

@@ -11,8 +11,6 @@ from postgrad.lineage.record import (
     LOCK,
     PLAN,
     RECORD,
-    Fingerprints,
-    ModelSummary,
     Record,
     no_run_error,
     read_record,
@@ -51,16 +49,17 @@ def _unfinished_record(run_folder: Path) -> Record:
     """The record of a run that has not written one yet, from its plan."""
     saved = read_plan(run_folder)
     start = saved.start_model or saved.stage.get("model", "")
-    return Record(
-        id=saved.id,
-        name=str(saved.stage.get("name", run_folder.name)),
-        status="running",
-        created=saved.created,
-        stage=saved.stage,
-        stage_yaml=dump_stage(saved.stage),
-        model=ModelSummary(start_model=str(start)),
-        fingerprints=validate_part(Fingerprints, saved.fingerprints, str(run_folder / PLAN)),
-        execution=saved.execution,
-        plan=saved.plan,
-        schedule_curve=saved.schedule_curve,
-    )
+    parts = {
+        "id": saved.id,
+        "name": str(saved.stage.get("name", run_folder.name)),
+        "status": "running",
+        "created": saved.created,
+        "stage": saved.stage,
+        "stage_yaml": dump_stage(saved.stage),
+        "model": {"start_model": str(start)},
+        "fingerprints": saved.fingerprints,
+        "execution": saved.execution,
+        "plan": saved.plan,
+        "schedule_curve": saved.schedule_curve,
+    }
+    return validate_part(Record, parts, str(run_folder / PLAN))

@@ -124,7 +124,7 @@ def run_facts(record: Record, curves: Curves) -> str:
     facts = [("from", plain_text(mask_secrets(model.start_model), 80))]
     if model.parameters is not None:
         facts.append(("parameters", format_compact(model.parameters)))
-    kind = plain_text((record.stage.get("tuning") or {}).get("kind"), 30)
+    kind = plain_text(record.stage.get("tuning", {}).get("kind"), 30)
     if kind and model.trainable is not None and model.parameters and model.trainable < model.parameters:
         facts.append(("tuning", f"{kind}, {format_compact(model.trainable)} trainable"))
     if update:

@@ -53,7 +53,7 @@ def _learning_rate_figure(record: Record, curves: Curves) -> str:
     planned, rates = record.schedule_curve, curves.learning_rates
     if not planned and not rates:
         return ""
-    is_adaptive = bool(planned and (record.stage.get("optimizer") or {}).get("loss_adaptive"))
+    is_adaptive = bool(planned and record.stage.get("optimizer", {}).get("loss_adaptive"))
     lines = [Series("schedule" if is_adaptive else "learning rate", planned or rates, has_label=is_adaptive, colour=2)]
     if is_adaptive:
         lines.append(Series("applied", rates, colour=3))
