@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from postgrad.errors import PostgradError
-from postgrad.models.auto_classes import find_weight_files, load_generation_config
+from postgrad.models.auto_classes import find_weight_files, load_config, load_generation_config
+from postgrad.models.finite import refuse_non_finite
 from postgrad.models.location import ModelLocation
 from postgrad.models.pretrained import ClassifierSpec, LoadResult, load_pretrained
 from postgrad.models.task import Task
@@ -41,6 +42,7 @@ class UnreadWeights:
             # Memory that is never written to takes no room.
             numbers = torch.empty(parameter.shape, dtype=dtype)
             numbers[rows] = self.stored[name][rows]
+            refuse_non_finite([(name, numbers[rows])], "the model", where="model")
             parameter.data = numbers
 
     def find_computed(self, model: nn.Module) -> str | None:
@@ -83,10 +85,10 @@ def load_unread(
 ) -> UnreadModel | None:
     """The plain model of `start` with placeholders for its matrices.
 
-    None for a model with a tuning, or whose weights are no tensors of its files as they are (stacked experts, in some
+    None for a quantized model, one with a tuning, or one whose weights are no tensors of its files as they are (stacked experts, in some
     families).
     """
-    if start.base is not None:
+    if start.base is not None or getattr(load_config(start.name_or_path), "quantization_config", None) is not None:
         return None
     stored = StoredTensors(find_weight_files(start.name_or_path))
     shapes = {name: tuple(tensor.shape) for name, tensor in stored.items()}
@@ -94,7 +96,7 @@ def load_unread(
     state = {name: _placeholder(shapes[name]) if is_large[name] else stored[name].clone() for name in shapes}
     names = {tensor.data_ptr(): name for name, tensor in state.items() if is_large[name]}
     try:
-        loaded = load_pretrained(start, task, layer=layer, attention=attention, state=dict(state))
+        loaded = load_pretrained(start, task, layer=layer, attention=attention, state=dict(state), has_numbers=False)
     except PostgradError:
         return None  # loading it as a whole says what is wrong
     if loaded.model.can_generate():

@@ -109,7 +109,7 @@ def _make_unread_model(plan: Plan, world: World, attention: str | None) -> Tuned
     unread = load_unread(model.start, model.task, layer=model.task_layer, attention=attention)
     if unread is None:
         return None
-    pretrained, new_weights = unread.loaded
+    pretrained, new_weights, _ = unread.loaded
     try:
         tuned_model = _tune(
             plan, LoadedModel(pretrained, model.task, model.task_layer, new_weights), world, unread.weights
