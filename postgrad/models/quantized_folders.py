@@ -17,6 +17,11 @@ _DEQUANTIZED = ("mxfp4", "fp8")
 _CONFIG = "quantization_config"
 
 
+def is_quantized(config: PreTrainedConfig) -> bool:
+    """Whether a configuration's weights are quantised."""
+    return getattr(config, _CONFIG, None) is not None
+
+
 def prepare_dequantization(config: PreTrainedConfig, name: str) -> str | None:
     """The method that a configuration's weights are quantised by, which transformers then reverses; None without one.
 

@@ -18,6 +18,7 @@ from postgrad.models.auto_classes import find_weight_files, load_config, load_ge
 from postgrad.models.finite import refuse_non_finite
 from postgrad.models.location import ModelLocation
 from postgrad.models.pretrained import ClassifierSpec, LoadResult, load_pretrained
+from postgrad.models.quantized_folders import is_quantized
 from postgrad.models.task import Task
 from postgrad.models.weight_files import StoredTensors
 
@@ -27,11 +28,16 @@ class UnreadWeights:
     """Where the numbers of a model's placeholders are."""
 
     stored: StoredTensors
+    owner: str
+    """The model's name, for errors."""
     names: dict[int, str] = field(default_factory=dict)
     """The name in the files of each placeholder, by its `id`."""
 
     def read(self, module: nn.Module, rank: int, ranks: int, dtype: torch.dtype) -> None:
-        """Give the placeholders of a module memory, and the rows of `rank` their numbers; the other rows have none."""
+        """Give the placeholders of a module memory, and the rows of `rank` their numbers; the other rows have none.
+
+        Raises `ModelError` for numbers that are not finite.
+        """
         for parameter in module.parameters():
             if (name := self.names.pop(id(parameter), None)) is None:
                 if parameter.is_floating_point() and dtype != torch.float32:
@@ -42,7 +48,7 @@ class UnreadWeights:
             # Memory that is never written to takes no room.
             numbers = torch.empty(parameter.shape, dtype=dtype)
             numbers[rows] = self.stored[name][rows]
-            refuse_non_finite([(name, numbers[rows])], "the model", where="model")
+            refuse_non_finite([(name, numbers[rows])], self.owner, where="model")
             parameter.data = numbers
 
     def find_computed(self, model: nn.Module) -> str | None:
@@ -85,10 +91,10 @@ def load_unread(
 ) -> UnreadModel | None:
     """The plain model of `start` with placeholders for its matrices.
 
-    None for a quantized model, one with a tuning, or one whose weights are no tensors of its files as they are (stacked experts, in some
-    families).
+    None for a model with a tuning, or whose weights are no tensors of its files as they are (stacked experts, in some
+    families; quantised weights).
     """
-    if start.base is not None or getattr(load_config(start.name_or_path), "quantization_config", None) is not None:
+    if start.base is not None or is_quantized(load_config(start.name_or_path)):
         return None
     stored = StoredTensors(find_weight_files(start.name_or_path))
     shapes = {name: tuple(tensor.shape) for name, tensor in stored.items()}
@@ -101,7 +107,7 @@ def load_unread(
         return None  # loading it as a whole says what is wrong
     if loaded.model.can_generate():
         loaded.model.generation_config = load_generation_config(start.name_or_path)
-    weights = UnreadWeights(stored)
+    weights = UnreadWeights(stored, start.name)
     for parameter in loaded.model.parameters():
         name = names.get(parameter.data_ptr())
         if name is not None and (parameter.shape, parameter.stride()) == (state[name].shape, state[name].stride()):
