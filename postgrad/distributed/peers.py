@@ -168,7 +168,12 @@ class Peers:
 
 
 def _is_communication(error: BaseException) -> bool:
-    """Whether an error comes from a collective call, so that another rank may have caused it."""
+    """Whether an error comes from a collective call, so that another rank may have caused it.
+
+    So does one of this package that such an error has become, as in the trial of a sharded model's architecture.
+    """
+    if isinstance(error, PostgradError) and error.__cause__ is not None:
+        return _is_communication(error.__cause__)
     words = str(error).lower()
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and any(word in words for word in ("gloo", "nccl", "connection closed"))

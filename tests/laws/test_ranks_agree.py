@@ -11,6 +11,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,13 @@ from postgrad.config.stage_file import parse_stage
 from postgrad.distributed import peers
 from postgrad.distributed.world import World
 from postgrad.errors import DistributedError, PostgradError
+from postgrad.models.architecture_errors import as_model_error
 from postgrad.plan.plan import make_plan
 from postgrad.run.events import RunStarted
 from postgrad.run.run import run_stage
 from tests.conftest import StageOf
 from tests.run.test_run import plan_of
+from tests.tiny_models import make_llama
 
 Outcome = BaseException | Any
 
@@ -169,14 +172,21 @@ def test_ranks_with_other_text_are_refused(
     assert not (tmp_path / "run").exists()
 
 
-def all_reduces(rank: int, misbehave: Callable[[], None], *, timeout: float = 1.5) -> None:
+def all_reduces(
+    rank: int,
+    misbehave: Callable[[], None],
+    *,
+    timeout: float = 1.5,
+    inside: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> None:
     with World.init_process_group(torch.device("cpu"), timedelta(seconds=timeout)) as world:
         world.note("the step after step 6")
         world.all_reduce(torch.ones(1))
         if rank == 1:
             misbehave()
-        for _ in range(3):
-            world.all_reduce(torch.ones(1))
+        with inside():
+            for _ in range(3):
+                world.all_reduce(torch.ones(1))
         world.barrier()
 
 
@@ -221,6 +231,16 @@ def test_a_rank_that_hangs_or_ends_is_named(misbehave: Callable[[], None], tmp_p
     assert all(words in str(error) for words in CASES[misbehave]), str(error)
     if misbehave is fail:
         assert type(other) is PostgradError and other.where == "text.jsonl:7"
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_killed_rank_is_named_in_a_trial_of_the_model_too(tmp_path: Path) -> None:
+    """What fails in the trial of an architecture is an error of the model, unless another rank is its cause."""
+    model = make_llama()
+    error, _ = on_ranks(
+        tmp_path, lambda rank: all_reduces(rank, kill, inside=lambda: as_model_error(model, "a training step"))
+    )
+    assert isinstance(error, DistributedError) and CASES[kill][0] in str(error), repr(error)
 
 
 @pytest.mark.usefixtures("quick")
