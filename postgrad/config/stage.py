@@ -487,12 +487,13 @@ class Stage(ConfigModel):
         return tuple(fill_shares(given, self.data.mixing, examples).values())
 
     def fingerprint(self) -> str:
-        """Of everything that decides the result: not of when checkpoints are written, where, time-outs, trackers, giving up."""
+        """Of everything that decides the result: not of when checkpoints are written, where, ranks, trackers, giving up."""
         harmless = {
             "save": {"every", "keep"},
             "optimizer": {"max_skipped_steps"},
             "output": True,
             "compute": {"collective_timeout_seconds"},
+            "parallel": True,
             "track": True,
         }
         decisive = self.model_dump(mode="json", exclude=harmless)

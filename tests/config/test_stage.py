@@ -580,6 +580,7 @@ OTHER: dict[str, Any] = {
     "schedule.warmup": "2%", "schedule.start": 1e-7, "schedule.kind": "linear", "optimizer.betas": [0.9, 0.99],
     "optimizer.eps": 1e-6, "optimizer.weight_decay": 0, "optimizer.max_grad_norm": 2, "optimizer.moments": "keep",
     "optimizer.sparse_update": {"kind": "mofo"}, "optimizer.loss_adaptive": {"initial_share": 0.3},
+    "optimizer.sharpness_aware": {"radius": 0.1},
     "optimizer.decay_embeddings": True, "penalties": [{"kind": "anchor", "strength": 1}], "tuning": {"kind": "norm"},
     "objectives": [{"kind": "next-token", "weight": 2}], "evaluation.retained": [], "evaluation.learned": ["x"],
     "evaluation.test": ["x"], "save.choose": {"set": "x"},
@@ -597,6 +598,7 @@ SAME: dict[str, Any] = {
     "save.keep": "all",
     "optimizer.max_skipped_steps": 3,
     "compute.collective_timeout_seconds": 20,
+    "parallel": {"replicate": 2},
 }
 
 

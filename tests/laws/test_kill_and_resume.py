@@ -154,10 +154,10 @@ def in_place(place: Path, write: Callable[[Path], None]) -> Path:
 def test_a_saver_that_writes_in_place_would_be_caught(
     stage_of: StageOf, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from postgrad.distributed import shard_files
     from postgrad.run import publish_model
-    from postgrad.training import checkpoints
 
-    monkeypatch.setattr(checkpoints, "publish_folder", in_place)
+    monkeypatch.setattr(shard_files, "publish_folder", in_place)
     monkeypatch.setattr(publish_model, "publish_folder", in_place)
     _, failures = swept(stage_of, cache, tmp_path, every=5)
     assert failures
