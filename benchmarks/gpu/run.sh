@@ -14,13 +14,15 @@ python=${PYTHON:-python3}
 mkdir -p "$out"
 export PYTHONPATH="$here/../..:$here/..${PYTHONPATH:+:$PYTHONPATH}" TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 failed=0
-part() {  # NAME SECONDS
-    echo "== $1 (at most $2 s)"
-    timeout "$2" "$python" "$here/$1.py" --json "$out/$1.json" || { echo "== $1 failed: exit $?"; failed=1; }
+part() {  # NAME SECONDS SCRIPT OPTIONS...
+    name=$1 seconds=$2
+    shift 2
+    echo "== $name (at most $seconds s)"
+    timeout "$seconds" "$python" "$@" --json "$out/$name.json" || { echo "== $name failed: exit $?"; failed=1; }
 }
-part smoke 150
-part speed 170
-part memory 60
-part resume 60
-part paper 90
+part smoke 150 "$here/smoke.py"
+part speed 170 "$here/speed.py"
+part memory 60 "$here/../memory_probe.py" --model llama-120M --rounds 1 --settings "full fp32" "full bf16" LoRA distilled
+part resume 60 "$here/resume.py"
+part paper 90 "$here/paper.py"
 exit $failed

@@ -23,34 +23,20 @@ from typing import Any
 from arms import provenance, settings, write_results
 
 SIZES: dict[str, dict[str, int]] = {
-    "tiny": {"hidden": 128, "layers": 2, "heads": 2, "inner": 256, "rows": 4},
-    "124M": {"hidden": 768, "layers": 12, "heads": 12, "inner": 2048, "rows": 32},
-    "350M": {"hidden": 1024, "layers": 24, "heads": 16, "inner": 2816, "rows": 16},
-    "1B": {"hidden": 2048, "layers": 18, "heads": 16, "inner": 5632, "rows": 8},
+    "tiny": {"hidden": 128, "layers": 2, "inner": 256, "rows": 4},
+    "124M": {"hidden": 768, "layers": 12, "inner": 2048, "rows": 32},
+    "350M": {"hidden": 1024, "layers": 24, "inner": 2816, "rows": 16},
+    "1B": {"hidden": 2048, "layers": 18, "inner": 5632, "rows": 8},
 }
 VOCABULARY, WARM_STEPS, RATE = 32_768, 4, 1e-4
 
 
-def make_llama(size: str, length: int) -> Any:
+def make_model(size: str, length: int) -> Any:
     """The same Llama every time."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from small_llama import make_llama
 
-    shape = SIZES[size]
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=shape["hidden"],
-            num_hidden_layers=shape["layers"],
-            num_attention_heads=shape["heads"],
-            num_key_value_heads=shape["heads"],
-            intermediate_size=shape["inner"],
-            vocab_size=VOCABULARY,
-            max_position_embeddings=length,
-            tie_word_embeddings=True,
-            use_cache=False,
-        )
-    )
+    shape = {name: SIZES[size][name] for name in ("hidden", "layers", "inner")}
+    return make_llama(argparse.Namespace(**shape, vocabulary=VOCABULARY, time=length))
 
 
 def save_start_model(size: str, length: int, folder: Path) -> None:
@@ -58,7 +44,7 @@ def save_start_model(size: str, length: int, folder: Path) -> None:
     from training_speed import library_sources, train_tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    make_llama(size, length).save_pretrained(folder)
+    make_model(size, length).save_pretrained(folder)
     tokenizer = train_tokenizer(library_sources()[:200], 4096)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)
 
@@ -132,7 +118,7 @@ def run_trainer(size: str, length: int, steps: int) -> list[float]:
             logging_strategy="no", report_to=[], disable_tqdm=True,
         )  # fmt: skip
         data = [{"input_ids": row, "labels": row} for row in ids]
-        Trainer(model=make_llama(size, length), args=arguments, train_dataset=data, callbacks=[Steps()]).train()
+        Trainer(model=make_model(size, length), args=arguments, train_dataset=data, callbacks=[Steps()]).train()
     return seconds
 
 
@@ -141,7 +127,7 @@ def run_lean(size: str, length: int, steps: int) -> list[float]:
     import torch
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = torch.compile(make_llama(size, length).to(device))
+    model = torch.compile(make_model(size, length).to(device))
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0, fused=True)
     rows, seconds = SIZES[size]["rows"], []
     for ids in random_rows(size, length, steps).split(rows):

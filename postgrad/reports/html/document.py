@@ -69,9 +69,11 @@ def figure(caption: str, draw: Callable[[float], Chart], *, note: str = "", numb
     """A figure drawn for a wide and for a narrow screen, of which the style sheet shows one, and its files to save."""
     small = f"<small>{escape_html(note)}</small>" if note else ""
     wide = draw(WIDE_PIXELS)
-    links = _file_link(caption, "svg", "image/svg+xml", wide.standalone_svg())
+    links = _file_link(caption, "svg", "image/svg+xml", wide.standalone_svg(), "Save this figure")
     if wide.rows:
-        links += _file_link(caption, "csv", "text/csv", csv_text([wide.header, *map(_rounded, wide.rows)]))
+        links += _file_link(
+            caption, "csv", "text/csv", csv_text([wide.header, *map(_rounded, wide.rows)]), "Save its numbers"
+        )
     return (
         f"<figure><figcaption>{escape_html(caption)}{small}</figcaption>"
         f'<div class="wide">{wide.svg}</div><div class="narrow">{draw(NARROW_PIXELS).svg}</div>'
@@ -87,11 +89,10 @@ def _rounded(row: Sequence[str | float | None]) -> list[str | float | None]:
     return [int(value) if isinstance(value, float) and value.is_integer() else value for value in rounded]
 
 
-def _file_link(caption: str, suffix: str, media_type: str, text: str) -> str:
+def _file_link(caption: str, suffix: str, media_type: str, text: str, title: str) -> str:
     """A link that saves a text which the page itself holds."""
     name = "-".join(re.findall(r"\w+", caption.lower()))[:60] or "figure"
     data = quote(mask_secrets(text), safe=" -._~!$()*,/;=?@{}[]|")  # base64 would be longer
-    title = f"Save this figure as {suffix.upper()}" if suffix == "svg" else "Save its numbers as CSV"
     return (
         f'<a download="{escape_html(name)}.{suffix}" title="{title}" href="data:{media_type};charset=utf-8,{data}">'
         f"{suffix.upper()}</a>"
