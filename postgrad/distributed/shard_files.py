@@ -94,13 +94,13 @@ class WrittenFiles:
 def write_files(folder: Path, files: Sequence[OutputFile], world: World, convert: Convert = _as_it_is) -> WrittenFiles:
     """Write the files of this rank into `folder`. Collective.
 
-    `convert`: what a whole tensor is in the file; it is called with tensors without numbers (`meta`) first.
+    `convert`: what a whole tensor is in the file; it is called with tensors without values (`meta`) first.
     """
     written = WrittenFiles({}, 0, [])
     with ExitStack() as stack:
         writers: dict[str, SafetensorsWriter] = {}
         for file in files:
-            shapes = [convert(name, _without_numbers(tensor)) for name, tensor in file.tensors.items()]
+            shapes = [convert(name, _without_values(tensor)) for name, tensor in file.tensors.items()]
             like = {name: tensor for part in shapes for name, tensor in part.items()}
             written.weight_map |= dict.fromkeys(like, file.name)
             written.total_size += sum(tensor.nbytes for tensor in like.values())
@@ -121,7 +121,7 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _without_numbers(tensor: Tensor) -> Tensor:
+def _without_values(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 

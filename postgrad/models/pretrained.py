@@ -168,13 +168,13 @@ def load_pretrained(
     attention: str | None = None,
     dtype: torch.dtype = torch.float32,
     state: dict[str, Tensor] | None = None,
-    has_numbers: bool = True,
+    has_values: bool = True,
 ) -> LoadResult:
     """The plain model at the bottom of `start` for a task in `dtype`, in eval mode. No code of a foreign repository runs.
 
     `attention`: an attention implementation. Default: transformers' choice, SDPA where the architecture supports it. `layer`: a
     task layer that the folder lacks (or has for other labels) is initialised from its seed; no other weight may be missing.
-    `state`: weights that replace the folder's. `has_numbers`: False for placeholders, which are NaN.
+    `state`: weights that replace the folder's. `has_values`: False for placeholders, which are NaN.
     """
     try:
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), _suppress_load_report():
@@ -219,7 +219,7 @@ def load_pretrained(
             expected="weights for every parameter of the architecture in its config.json",
             hint=_missing_head_hint(model, missing, task),
         )
-    if has_numbers:
+    if has_values:
         refuse_non_finite(model.named_parameters(), start.name, where="model")
     return LoadResult(model.eval(), tuple(new), notes)
 

@@ -1,8 +1,8 @@
 """A model whose weights are not read yet: each rank reads its rows of them, block by block, as the model is sharded.
 
-Transformers builds the model from placeholders, which have the shapes of the weights in the files and take a number of memory
+Transformers builds the model from placeholders, which have the shapes of the weights in the files and take one value of memory
 for each row. So names, ties, new layers, computed buffers and all checks are those of any other loading. A placeholder is NaN
-everywhere: whatever has been computed from it shows, and such a model is loaded as a whole instead.
+everywhere: whatever is computed from it is NaN, and such a model is loaded as a whole instead.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from postgrad.models.weight_files import StoredTensors
 
 @dataclass(frozen=True)
 class UnreadWeights:
-    """Where the numbers of a model's placeholders are."""
+    """Where the values of a model's placeholders are."""
 
     stored: StoredTensors
     owner: str
@@ -34,9 +34,9 @@ class UnreadWeights:
     """The name in the files of each placeholder, by its `id`."""
 
     def read(self, module: nn.Module, rank: int, ranks: int, dtype: torch.dtype) -> None:
-        """Give the placeholders of a module memory, and the rows of `rank` their numbers; the other rows have none.
+        """Give the placeholders of a module memory, and the rows of `rank` their values; the other rows have none.
 
-        Raises `ModelError` for numbers that are not finite.
+        Raises `ModelError` for values that are not finite.
         """
         for parameter in module.parameters():
             if (name := self.names.pop(id(parameter), None)) is None:
@@ -46,10 +46,10 @@ class UnreadWeights:
             size = -(-len(parameter) // ranks)
             rows = slice(rank * size, (rank + 1) * size)
             # Memory that is never written to takes no room.
-            numbers = torch.empty(parameter.shape, dtype=dtype)
-            numbers[rows] = self.stored[name][rows]
-            refuse_non_finite([(name, numbers[rows])], self.owner, where="model")
-            parameter.data = numbers
+            values = torch.empty(parameter.shape, dtype=dtype)
+            values[rows] = self.stored[name][rows]
+            refuse_non_finite([(name, values[rows])], self.owner, where="model")
+            parameter.data = values
 
     def find_computed(self, model: nn.Module) -> str | None:
         """The first parameter or buffer that was computed from placeholders; None when there is none."""
@@ -102,7 +102,7 @@ def load_unread(
     state = {name: _placeholder(shapes[name]) if is_large[name] else stored[name].clone() for name in shapes}
     names = {tensor.data_ptr(): name for name, tensor in state.items() if is_large[name]}
     try:
-        loaded = load_pretrained(start, task, layer=layer, attention=attention, state=dict(state), has_numbers=False)
+        loaded = load_pretrained(start, task, layer=layer, attention=attention, state=dict(state), has_values=False)
     except PostgradError:
         return None  # loading it as a whole says what is wrong
     if loaded.model.can_generate():
