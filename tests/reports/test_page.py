@@ -511,5 +511,16 @@ def test_a_comparison_tells_in_which_keys_the_stages_differ(arms: list[dict], me
         ("schedule.kind", "\u2013", "wsd"),
     ]
     assert "What differs" in said(draw_comparison([first, second], [metrics, metrics], "t", None))
+    first["stage"]["data"]["mixture"] = [{"name": "new", "split": "train", "share": None}]
+    second["stage"]["data"]["mixture"] = [
+        {"name": "new", "split": "train", "share": 0.9},
+        {"name": "old", "split": "train", "share": 0.1, "select": []},
+    ]
+    del second["stage"]["schedule"]
+    table = stage_differences_table([as_record(first), as_record(second)], ["a", "b"])
+    assert [tuple(cell.text for cell in row) for row in table.rows] == [
+        ("data.mixture.new.share", "\u2013", "0.9"),
+        ("data.mixture.old", "\u2013", "share 0.1"),
+    ]
     second["stage"] = first["stage"]
     assert "What differs" not in said(draw_comparison([first, second], [metrics, metrics], "t", None))
