@@ -522,5 +522,9 @@ def test_a_comparison_tells_in_which_keys_the_stages_differ(arms: list[dict], me
         ("data.mixture.new.share", "\u2013", "0.9"),
         ("data.mixture.old", "\u2013", "share 0.1"),
     ]
+    first["stage"] = {"objectives": [{"kind": "distill", "weight": 1}, {"kind": "distill", "weight": 2}]}
+    second["stage"] = {"objectives": [{"kind": "distill", "weight": 3}, {"kind": "distill", "weight": 2}]}
+    table = stage_differences_table([as_record(first), as_record(second)], ["a", "b"])
+    assert [row[0].text for row in table.rows] == ["objectives.distill.weight"]
     second["stage"] = first["stage"]
     assert "What differs" not in said(draw_comparison([first, second], [metrics, metrics], "t", None))

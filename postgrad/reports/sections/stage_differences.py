@@ -48,7 +48,11 @@ def _items(value: object) -> dict[str, object] | None:
     if isinstance(value, Mapping):
         return {str(name): item for name, item in value.items()}
     if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
-        return {str(item.get("name") or item.get("kind") or number): item for number, item in enumerate(value)}
+        items: dict[str, object] = {}
+        for number, item in enumerate(value):
+            name = str(item.get("name") or item.get("kind") or number)
+            items[f"{name} {number}" if name in items else name] = item
+        return items
     return None
 
 
