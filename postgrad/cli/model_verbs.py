@@ -65,7 +65,10 @@ def generate(
 
 def export(
     model: Annotated[str, typer.Argument(help="A run, a checkpoint or a model.")],
-    folder: Annotated[Path, typer.Argument(help="The Hugging Face folder to write; must not exist.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(help="The Hugging Face folder to write, or a file NAME.gguf for llama.cpp; must not exist."),
+    ],
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto (as it is stored).")] = "auto",
     base: Base = None,
     merge_with: Annotated[
@@ -83,7 +86,7 @@ def export(
     license_name: License = None,
     as_json: Json = False,
 ) -> None:
-    """Write a plain Hugging Face folder, and verify that plain transformers computes the same logits from it."""
+    """Write a plain Hugging Face folder or a GGUF file, and verify that plain transformers computes the same logits from it."""
     require_training()
     from postgrad.cli.render import export_text
     from postgrad.commands.export import export_model

@@ -360,9 +360,10 @@ def generation_text(result: Generation) -> str:
 
 
 def export_text(result: ExportedModel) -> str:
-    """A plain folder, and what a reader has to know about it."""
+    """A plain folder or file, and what a reader has to know about it."""
     reader = "postgrad.load_classifier" if result.has_task_head else "plain transformers"
     lines = [f"{result.folder}: {result.dtype}, {result.bytes:,} bytes; {reader} reads the same logits"]
+    lines += [f"note: {note}" for note in result.notes]
     if names := result.virtual_tokens:
         shown = "".join(names)
         if len(names) > _VIRTUAL_TOKENS_SHOWN:
@@ -379,6 +380,8 @@ def export_text(result: ExportedModel) -> str:
             f"a prefix language model ({PREFIX_LM_KEY} in config.json): plain transformers does not read its prompts in both "
             "directions"
         )
+    if result.is_gguf:
+        return "\n".join([*lines, f"next: llama-cli -m {shlex.quote(str(result.folder))}"])
     verb = "generate" if result.task.generates else "eval"
     return "\n".join([*lines, next_line(verb, result.folder)])
 

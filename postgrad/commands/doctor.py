@@ -36,6 +36,7 @@ _NEEDS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "push, models of the Hub": (("huggingface_hub",), "train"),
     "data sources with hub:": (("datasets",), "hub"),
     "eval --harness": (("lm_eval",), "harness"),
+    "export NAME.gguf": (("gguf",), "gguf"),
     "tuning with quantization:": (("bitsandbytes",), "quantization"),
     "track: tensorboard": (("tensorboard",), "tensorboard"),
     "track: wandb": (("wandb",), "wandb"),

@@ -1,4 +1,4 @@
-"""Export a run, checkpoint or adapter as a plain Hugging Face folder, and verify its logits."""
+"""Export a run, checkpoint or adapter as a plain Hugging Face folder or a GGUF file, and verify its logits."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from postgrad.commands.results import Result
 from postgrad.commands.weighted_models import parse_weighted_model
 from postgrad.errors import ModelError, StageError
 from postgrad.lineage.record import RECORD, read_record
+from postgrad.models.gguf_file import GGUF_SUFFIX, read_gguf, require_gguf, write_gguf
 from postgrad.models.layers import get_embedding_weight
 from postgrad.models.location import TUNING_FILE, ModelLocation, locate_model
 from postgrad.models.model import wrap_model
@@ -27,9 +28,10 @@ from postgrad.tuning.open_model import LoadedModel, open_model, start_fingerprin
 
 @dataclass(frozen=True)
 class ExportedModel(Result):
-    """A plain Hugging Face folder whose logits equal those of its source."""
+    """A plain Hugging Face folder, or a GGUF file, whose logits equal those of its source."""
 
     folder: Path
+    """The folder, or the file."""
     dtype: str
     bytes: int
     """Size of all files."""
@@ -44,6 +46,13 @@ class ExportedModel(Result):
     """A classifier with a task head that only `postgrad.load_classifier` reads."""
     has_card: bool
     """A model card was written, `README.md`: the model is that of a finished run."""
+    notes: tuple[str, ...] = ()
+    """Of a GGUF file: texts for which llama.cpp gives other ids than the tokenizer."""
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether it is a file for llama.cpp."""
+        return self.folder.suffix == GGUF_SUFFIX
 
 
 def export_model(
@@ -57,7 +66,7 @@ def export_model(
     density: float | None = None,
     license_name: str | None = None,
 ) -> ExportedModel:
-    """Publish a plain Hugging Face folder and compare its logits, read back, with the source's.
+    """Publish a plain Hugging Face folder, or a file NAME.gguf, and compare its logits, read back, with the source's.
 
     Adapters are merged into the weights; a soft prompt becomes rows of the vocabulary, which every head gives a probability.
     `merge_with` (`RUN` or `RUN=WEIGHT`):
@@ -65,9 +74,11 @@ def export_model(
     The published model of a run gets a model card, in which `license_name` is the license; the start model's is not copied.
 
     Raises `StageError` when `folder` exists, `TuningError` for a tuning that cannot be merged, `ModelError` when the logits
-    differ (the folder is kept).
+    differ (the folder is kept) or llama.cpp does not have the architecture or the tokenizer, `MissingExtra` without `gguf`.
     """
     folder = Path(folder)
+    if folder.suffix == GGUF_SUFFIX:
+        require_gguf()
     if folder.exists():
         raise StageError(f"{folder} already exists", where="export", hint="name a folder that does not exist")
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
@@ -88,19 +99,25 @@ def export_model(
     for parameter in pretrained.parameters():  # not the buffers: rotary angles stay in full precision
         parameter.data = parameter.data.to(target_dtype)
     expected = _logits(pretrained, opened.task, ids)
-    publish_pretrained(folder, pretrained, tokenizer, dtype=target_dtype, before=before)
-    reloaded = load_pretrained(ModelLocation(str(folder), folder.resolve()), opened.task, dtype=target_dtype).model
+    notes: list[str] = []
+    if folder.suffix == GGUF_SUFFIX:
+        notes += write_gguf(folder, pretrained, tokenizer, opened.task, target_dtype)
+        reloaded = read_gguf(folder, pretrained, target_dtype)
+    else:
+        publish_pretrained(folder, pretrained, tokenizer, dtype=target_dtype, before=before)
+        reloaded = load_pretrained(ModelLocation(str(folder), folder.resolve()), opened.task, dtype=target_dtype).model
     _refuse_difference(_logits(reloaded, opened.task, ids), expected, folder)
     return ExportedModel(
         folder,
         str(target_dtype).removeprefix("torch."),
-        sum(p.stat().st_size for p in folder.iterdir()),
+        sum(p.stat().st_size for p in (folder.iterdir() if folder.is_dir() else [folder])),
         opened.task,
         tuple(tokenizer.convert_ids_to_tokens(list(soft_prompt_ids))),
         merged.softmax(-1)[..., size:].sum(-1).max().item(),
         is_prefix_lm(pretrained.config),
         load_task_head_config(folder) is not None,
-        not merge_with and _write_card(start, folder, license_name),
+        folder.is_dir() and not merge_with and _write_card(start, folder, license_name),
+        tuple(notes),
     )
 
 

@@ -448,6 +448,18 @@ def test_export_gives_a_plain_folder_with_equal_logits(shelf: Workspace, name: s
         assert tokenizer.convert_ids_to_tokens(virtual) == [f"<|prompt-{i}|>" for i in range(3)]
 
 
+@pytest.mark.parametrize("name", ["lora", "prompt"])
+def test_export_writes_one_file_for_llama_cpp(shelf: Workspace, name: str, tmp_path: Path) -> None:
+    home = home_of(shelf, name)
+    opened = open_model(locate_model(str(home), shelf.folder))
+    found = export_model(str(home), tmp_path / "plain.gguf", "auto")
+    assert found.folder.is_file() and found.bytes == found.folder.stat().st_size and not found.has_card
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="plain.gguf")
+    expected = logits(opened.model, opened.frame.prefix_ids)
+    torch.testing.assert_close(logits(plain, opened.frame.prefix_ids)[..., : expected.shape[-1]], expected)
+    assert found.virtual_tokens == tuple(f"<|prompt-{i}|>" for i in range(len(opened.frame.prefix_ids)))
+
+
 @pytest.mark.parametrize("name", ["prefix", "p-tuning-v2", "adapter", "houlsby", "parallel"])
 def test_export_refuses_what_cannot_become_weights(shelf: Workspace, name: str, tmp_path: Path) -> None:
     with pytest.raises(TuningError, match=r"no weight|weights") as met:
