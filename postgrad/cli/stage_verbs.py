@@ -45,7 +45,13 @@ def init(
     name: Annotated[str, typer.Argument(help="The stage's name; NAME.yaml is written.")],
     data: Annotated[
         list[str] | None,
-        typer.Option(help="The new text, or rows: a file, folder or glob. The template `mixed` takes one of each."),
+        typer.Option(help="The new text, or rows for a template: a file, folder or glob."),
+    ] = None,
+    chat: Annotated[
+        str | None,
+        typer.Option(
+            help="Rows with answers (chats, instructions, prompts and completions), in one stage with --data."
+        ),
     ] = None,
     model: Annotated[str | None, typer.Option(help="The model to continue: a folder, a run or a Hub name.")] = None,
     replay: Annotated[str | None, typer.Option(help="Old text to replay.")] = None,
@@ -68,29 +74,37 @@ def init(
     from postgrad.cli import render
 
     path = _yaml_path(name)
-    if data and len(data) > (1 if template is None else 2):
-        raise StageError(f"{len(data)} texts", where="--data", expected="one; a folder or a pattern for several files")
-    first, second = (*(data or ()), None, None)[:2]
-    if template is not None:
-        from postgrad.commands.init_templates import TemplateRequest, write_template
+    if template is not None or chat is not None or len(data or ()) > 1:
+        from postgrad.commands.init_templates import TemplateRequest, sort_texts, write_template
 
-        request = TemplateRequest(name, first, model, replay, test, second)
+        _require_texts(template, data or [chat or ""], model)
+        first, rows = sort_texts(data or (), chat)
+        template = template or ("mixed" if first is not None else "instruct")
+        if first is None and template != "mixed":
+            first, rows = rows, None
+        request = TemplateRequest(name, first, model, replay, test, rows)
         written = write_template(path, template, request, force=force, notify=lambda line: print(line, file=sys.stderr))
         print_result(written, as_json, render.template_text(written))
         return
-    if first is None or model is None:
-        raise StageError(
-            "a stage needs a text and a model",
-            where="init",
-            expected="--data and --model",
-            hint="or choose a --template, which has built-in ones",
-        )
+    _require_texts(template, data, model)
     if test is not None:
         raise StageError("--test requires --template", where="--test", expected="a --template")
     from postgrad.commands.init import write_stage
 
-    stage = write_stage(path, data=first, model=model, replay=replay, force=force)
+    assert data and model
+    stage = write_stage(path, data=data[0], model=model, replay=replay, force=force)
     print_result(stage, as_json, render.stage_text(stage))
+
+
+def _require_texts(template: str | None, data: list[str] | None, model: str | None) -> None:
+    """Raise `StageError` without a text and a model, which a template has."""
+    if template is None and not (data and model):
+        raise StageError(
+            "a stage needs a text and a model",
+            where="init",
+            expected="--data (or --chat) and --model",
+            hint="or choose a --template, which has built-in ones",
+        )
 
 
 def check(

@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 
@@ -128,27 +129,25 @@ def write_stage(
             "    # - {name: replay, path: old-text/*.jsonl, share: 10%, role: replay}\n"
         )
     peak, floor, rate = _suggested_rates(start, model)
-    tokens = max(1000, round(store.tokens * 0.98 / share))
-    length = min(1024, positions)
-    sequences = max(1, min(32, tokens // (length * 50)))
+    budget = suggest_budget(store.tokens, share, positions)
     text = _TEMPLATE.format(
         head=f"{name}: continue {model} on {data}",
         name=_yaml_scalar(name),
         model=_yaml_scalar(model),
         data=_yaml_scalar(data),
         file=stage_path.name,
-        tokens=_format_tokens(tokens),
+        tokens=budget.tokens,
         why="about one pass over the new text",
-        length=length,
+        length=budget.length,
         positions=f"{positions:,}",
         new_cut=unit,
         replay=replay_lines,
         peak=peak,
         floor=floor,
         rate=rate,
-        sequences=sequences,
-        warmup=_suggested_warmup(tokens, sequences * length),
-        step_tokens=f"{sequences * length:,}",
+        sequences=budget.sequences,
+        warmup=budget.warmup,
+        step_tokens=f"{budget.sequences * budget.length:,}",
         retained="" if replay else "\n  # retained: [old-heldout.jsonl]   # old text, to measure forgetting",
     )
     write_stage_file(stage_path, text)
@@ -156,6 +155,32 @@ def write_stage(
     return WrittenStage(
         stage_path, data, len(store), store.tokens, store.bytes, store.kind, tuple(samples), tuple(notes)
     )
+
+
+class Budget(NamedTuple):
+    """The size of a stage, as its file states it."""
+
+    tokens: str
+    length: int
+    sequences: int
+    warmup: str
+
+
+def suggest_budget(text_tokens: int, share: float, positions: int) -> Budget:
+    """About one pass over new text that is a `share` of the trained tokens; at least 50 steps where there is text for them."""
+    tokens = max(1000, round(text_tokens * 0.98 / share))
+    length = min(1024, positions)
+    sequences = max(1, min(32, tokens // (length * 50)))
+    return Budget(_format_tokens(tokens), length, sequences, _suggested_warmup(tokens, sequences * length))
+
+
+def measure_budget(data: str, model: str, share: float, cache: Path) -> Budget:
+    """The budget for a text that is a `share` of the trained tokens, counted in the model's own tokens."""
+    start = locate_model(model, Path.cwd())
+    sizes = load_model_sizes(start)
+    encoder = make_encoder(load_tokenizer(start), sizes.vocab_size)
+    store = build_store(Files("text", data, root=Path.cwd(), where="--data"), encoder, cache)
+    return suggest_budget(store.tokens, share, sizes.positions or 1024)
 
 
 def _suggested_rates(start: ModelLocation, model: str) -> tuple[str, str, str]:
@@ -192,12 +217,14 @@ def row_kind_error(option: str, path: str, kind: str, accepted: Sequence[str], c
 
 def init_command(name: str, kind: str, data: str, model: str | None, replay: str | None) -> str:
     """The command that writes the stage of the strategy that trains on rows of a kind."""
-    return template_command(name, _STRATEGIES.get(kind, "instruct"), (data,), model, replay)
+    return template_command(name, _STRATEGIES.get(kind, "instruct"), data, model, replay)
 
 
-def template_command(name: str, template: str, data: Sequence[str], model: str | None, replay: str | None) -> str:
+def template_command(
+    name: str, template: str, data: str, model: str | None, replay: str | None, chat: str | None = None
+) -> str:
     """The command that writes the stage of a strategy."""
-    options = [*(("--data", path) for path in data), ("--model", model), ("--replay", replay)]
+    options = [("--data", data), ("--chat", chat), ("--model", model), ("--replay", replay)]
     given = [word for option, value in options if value is not None for word in (option, value)]
     return shlex.join(["postgrad", "init", name, "--template", template, *given])
 

@@ -20,7 +20,14 @@ from typing import NamedTuple
 from postgrad.analysis import domain_shift
 from postgrad.analysis.shift_advice import LARGE_RATE, make_proposals, shift_strength, usual_peak_rate
 from postgrad.commands.builtin_corpus import ROW_GENERATORS, write_rows, write_texts
-from postgrad.commands.init import check_name, init_command, row_kind_error, template_command
+from postgrad.commands.init import (
+    Budget,
+    check_name,
+    init_command,
+    measure_budget,
+    row_kind_error,
+    template_command,
+)
 from postgrad.commands.results import Result
 from postgrad.config.editor_schema import write_stage_file
 from postgrad.config.objectives import ANSWER_KINDS
@@ -34,9 +41,12 @@ from postgrad.models.auto_classes import load_config
 from postgrad.models.families import count_weights
 from postgrad.models.location import locate_model
 from postgrad.storage.atomic import write_atomically
+from postgrad.storage.cache_folder import cache_folder
 
 Notify = Callable[[str], None]
 
+_CHAT_SHARE, _REPLAY_SHARE = 0.2, 0.1
+"""Shares of the trained tokens in `mixed`."""
 _MAX_DOCUMENTS = 2000
 """Documents of each text from which the shift is measured."""
 
@@ -50,7 +60,7 @@ class TemplateRequest:
     model: str | None = None
     replay: str | None = None
     test: str | None = None
-    answers: str | None = None
+    chat: str | None = None
     """Of `mixed`: the rows with answers, beside the running text in `data`."""
 
 
@@ -205,12 +215,7 @@ def write_template(
     if existing and not force:
         raise StageError(f"{existing[0]} already exists", where="init", hint="choose another name, or add --force")
     _check_test(kind, request)
-    _check_answers(kind, request)
-    if (
-        request.answers is not None
-        and detect_kind(RawSource("rows", request.data, root=Path.cwd(), where="--data")) not in RUNNING_TEXT_KINDS
-    ):
-        request = replace(request, data=request.answers, answers=request.data)
+    _check_chat(kind, request)
     row_kind = _detect_rows(kind, request)
     written = _write_files(stage_path, kind, request, row_kind, notify)
     return WrittenTemplate(tuple(written.files), tuple(written.commands), tuple(written.notes))
@@ -249,19 +254,46 @@ def _extra_suffixes(kind: str, request: TemplateRequest) -> list[str]:
     return [*base, *(["-tasks"] if kind == "few-shot" else [])]
 
 
-def _check_answers(kind: str, request: TemplateRequest) -> None:
-    """Raise `StageError` for a second `--data` of another template than `mixed`, and for `mixed` with one alone."""
-    if request.answers is not None and kind != "mixed":
+def _check_chat(kind: str, request: TemplateRequest) -> None:
+    """Raise `StageError` for `--chat` of another template than `mixed`, and for `mixed` with one of its two texts alone."""
+    if request.chat is not None and kind != "mixed":
         raise StageError(
-            f"{kind} trains on one file of rows", where="--data", expected="a folder or a pattern for several files"
+            f"{kind} trains on one file of rows",
+            where="--chat",
+            expected="--data alone, or --template mixed",
         )
-    if kind == "mixed" and request.data is not None and request.answers is None:
+    if kind == "mixed" and (request.data is None) != (request.chat is None):
+        given, missing = ("--data", "--chat") if request.chat is None else ("--chat", "--data")
         raise StageError(
-            "mixed trains on text and on rows with answers, and one --data is given",
+            f"mixed trains on text and on rows with answers, and {given} is given alone",
+            where=given,
+            expected=f"{missing} too",
+            hint=template_command(
+                request.name, kind, request.data or "TEXT", request.model, request.replay, request.chat or "ROWS"
+            ),
+        )
+
+
+def sort_texts(data: Sequence[str], chat: str | None) -> tuple[str | None, str | None]:
+    """The text and the rows with answers of a stage: two of `--data` are told apart by the kinds of their rows."""
+    first, second = (*data, None, None)[:2]
+    if (second is not None and chat is not None) or len(data) > 2:
+        raise StageError(
+            f"{len(data) + (chat is not None)} texts",
             where="--data",
-            expected="both, each with an option of its own",
-            hint=template_command(request.name, kind, (request.data, "ROWS"), request.model, request.replay),
+            expected="one, and --chat; a folder or a pattern for several files",
         )
+    if second is None:
+        return first, chat
+    kinds = [detect_kind(RawSource("rows", path, root=Path.cwd(), where="--data")) for path in data]
+    is_text = [kind in RUNNING_TEXT_KINDS for kind in kinds]
+    if is_text[0] == is_text[1]:
+        raise StageError(
+            f"{first} has rows of `{kinds[0]}`, and {second} of `{kinds[1]}`",
+            where="--data",
+            expected="one text, and rows with answers as --chat",
+        )
+    return (first, second) if is_text[0] else (second, first)
 
 
 class _RowKind(NamedTuple):
@@ -280,10 +312,11 @@ def _detect_rows(kind: str, request: TemplateRequest) -> _RowKind | None:
     """The kind of the user's rows with answers or labels. Raises `StageError` for rows that the strategy cannot train on."""
     accepted = _ROW_KINDS[kind]
     found = None if request.data is None else _match_row_kind("--data", request.data, accepted, request)
-    if request.answers is not None:
-        found = _match_row_kind("--data", request.answers, ANSWER_KINDS, request)
-    if request.replay is not None and kind in ("mlm", "text2text", "few-shot"):
-        _match_row_kind("--replay", request.replay, RUNNING_TEXT_KINDS, request)
+    if request.chat is not None:
+        found = _match_row_kind("--chat", request.chat, ANSWER_KINDS, request)
+    if request.replay is not None:
+        causal = () if kind in ("mlm", "text2text", "few-shot") else ANSWER_KINDS
+        _match_row_kind("--replay", request.replay, (*RUNNING_TEXT_KINDS, *causal), request)
     if request.test is not None:
         _match_row_kind("--test", request.test, accepted, request)
     return found
@@ -299,8 +332,16 @@ def _match_row_kind(option: str, path: str, accepted: Sequence[str], request: Te
         with suppress(DataError):
             if detect_source_columns(replace(rows, kind=other)):
                 return _RowKind(other, is_detected=False)
-    command = init_command(request.name, detected, path, request.model, request.replay)
-    raise row_kind_error(option, path, detected, accepted, command if option == "--data" else "")
+    raise row_kind_error(option, path, detected, accepted, _fitting_command(option, path, detected, request))
+
+
+def _fitting_command(option: str, path: str, kind: str, request: TemplateRequest) -> str:
+    """The command for rows of another kind than a template trains on."""
+    if request.data and request.chat:
+        is_swapped = kind in (ANSWER_KINDS if option == "--data" else RUNNING_TEXT_KINDS) and option != "--replay"
+        swapped = template_command(request.name, "mixed", request.chat, request.model, request.replay, request.data)
+        return swapped if is_swapped else ""
+    return init_command(request.name, kind, path, request.model, request.replay) if option == "--data" else ""
 
 
 def _write_files(
@@ -458,7 +499,25 @@ def _no_values(request: TemplateRequest, folder: str, row_kind: _RowKind | None)
 
 
 def _mixed_values(request: TemplateRequest, folder: str, row_kind: _RowKind | None) -> dict[str, str]:
-    return {"instructions": _quote_path(request.answers or f"{folder}/instructions.train.jsonl")}
+    """The user's rows, and the size of a stage with their text for a model of this machine; without old text, room for it."""
+    budget, has_replay = Budget("300k", 256, 16, "1%"), request.model is None or request.replay is not None
+    if request.data and request.model and Path(request.model).exists():
+        share = 1 - _CHAT_SHARE - (_REPLAY_SHARE if has_replay else 0)
+        budget = measure_budget(request.data, request.model, share, cache_folder())
+    old = _quote_path(request.replay or f"{folder}/old.jsonl")
+    source = f"{{name: replay, path: {old}, share: {_REPLAY_SHARE:.0%}, role: replay}}"
+    return {
+        "instructions": _quote_path(request.chat or f"{folder}/instructions.train.jsonl"),
+        "replay_source": f"    - {source}     # old text, against forgetting"
+        if has_replay
+        else "    # Without old text the model forgets. Uncomment, and name text of the kind it was trained on:\n"
+        f"    # - {source.replace(old, 'old-text/*.jsonl')}",
+        "chat_share": f"{_CHAT_SHARE:.0%}",
+        "tokens": budget.tokens,
+        "length": str(budget.length),
+        "sequences": str(budget.sequences),
+        "warmup": budget.warmup,
+    }
 
 
 def _probe_values(request: TemplateRequest, folder: str, row_kind: _RowKind | None) -> dict[str, str]:

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
 
+from postgrad.cli.main import app
 from postgrad.cli.render import template_text
 from postgrad.commands import builtin_corpus
 from postgrad.commands.init import write_stage
@@ -18,11 +20,12 @@ from postgrad.commands.init_templates import TEMPLATE_KINDS, TemplateRequest, Wr
 from postgrad.config.stage_file import load_stage
 from postgrad.data.read.documents import detect_kind
 from postgrad.data.read.files import RawSource
-from postgrad.errors import DataError, StageError
+from postgrad.errors import DataError, PostgradError, StageError
 from postgrad.lineage.record import read_record
 from postgrad.plan.plan import make_plan
 from postgrad.run.events import RunFinished
 from postgrad.run.run import run_stage
+from tests.conftest import make_llama, old_text
 from tests.test_docs import parse
 from tests.tiny_stages import write_rows
 
@@ -250,19 +253,74 @@ def test_rows_with_answers_are_refused_without_a_template(here: Path, base: Path
     parse(caught.value.hint.removeprefix("postgrad"))
 
 
-def test_mixed_takes_text_and_rows_in_any_order(here: Path) -> None:
+def initialise(*words: str) -> None:
+    """Run `postgrad init` as the command line does."""
+    typer.main.get_command(app).main(["init", *words], standalone_mode=False)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--data text.jsonl --chat chat.jsonl",
+        "--data text.jsonl --data chat.jsonl",
+        "--data chat.jsonl --data text.jsonl",
+        "--template mixed --chat chat.jsonl --data text.jsonl",
+    ],
+)
+def test_text_chats_and_old_text_make_one_stage(words: str, here: Path) -> None:
     for name in ("text", "chat"):
         write_rows(here / f"{name}.jsonl", ROWS[name])
-    files = ["text.jsonl", "chat.jsonl"]
-    for data, answers in (files, reversed(files)):
-        request = TemplateRequest("try", data, "gpt", "text.jsonl", answers=answers)
-        write_template(Path("try.yaml"), "mixed", request, force=True)
-        assert [source.path for source in load_stage(here / "try.yaml").data.sources] == [*files, "text.jsonl"]
-        assert not (here / "try-data").exists()
-    with pytest.raises(StageError, match="one --data is given"):
-        write_template(Path("b.yaml"), "mixed", TemplateRequest("b", "text.jsonl"))
-    with pytest.raises(StageError, match="continue trains on one file"):
-        write_template(Path("b.yaml"), "continue", TemplateRequest("b", "text.jsonl", answers="chat.jsonl"))
+    write_rows(here / "old.jsonl", ROWS["text"])
+    initialise("try", *words.split(), "--replay", "old.jsonl", "--model", "gpt")
+    stage = load_stage(here / "try.yaml")
+    assert [source.path for source in stage.data.sources] == ["text.jsonl", "chat.jsonl", "old.jsonl"]
+    assert stage.resolve_shares() == (0.7, 0.2, 0.1) and not (here / "try-data").exists()
+    initialise("new", *words.split(), "--model", "gpt")  # without old text
+    assert load_stage(here / "new.yaml").resolve_shares() == (0.8, 0.2) and not (here / "new-data").exists()
+    assert "Without old text the model forgets" in (here / "new.yaml").read_text()
+
+
+def test_the_size_of_a_mixed_stage_follows_text_and_model(base: Path, here: Path, cache: Path) -> None:
+    write_rows(here / "chat.jsonl", [{"prompt": f"say {n}", "completion": text} for n, text in enumerate(old_text(60))])
+    new, old, model = (str(base / name) for name in ("new.jsonl", "old.jsonl", "base"))
+    initialise("try", "--data", new, "--chat", "chat.jsonl", "--replay", old, "--model", model)
+    initialise("alone", "--data", new, "--replay", old, "--model", model)
+    stage, alone = (load_stage(here / name) for name in ("try.yaml", "alone.yaml"))
+    assert stage.schedule.peak == alone.schedule.peak == 1e-3  # type: ignore[union-attr] # a very small model
+    assert stage.data.sequence_length == alone.data.sequence_length == make_llama().config.max_position_embeddings
+    assert stage.tokens == pytest.approx(alone.tokens * 0.9 / 0.7, rel=0.06)  # type: ignore[operator]
+    plan = make_plan(stage, here, cache)
+    assert [source.name for source in plan.data.sources] == ["text", "instructions", "replay"]
+
+
+@pytest.mark.parametrize(
+    ("words", "where", "hint"),
+    [
+        ("--data text.jsonl --chat text.jsonl", "--chat: text.jsonl has rows of `text`", ""),
+        ("--data chat.jsonl --chat chat.jsonl", "--data: chat.jsonl has rows of `chat`", ""),
+        ("--data chat.jsonl --chat text.jsonl", "--data: chat.jsonl has", "--data text.jsonl --chat chat.jsonl"),
+        ("--data text.jsonl --data text.jsonl", "--data: text.jsonl has rows of `text`, and text.jsonl of `text`", ""),
+        ("--template mlm --data text.jsonl --replay chat.jsonl", "--replay: chat.jsonl has", ""),
+        ("--data text.jsonl --data text.jsonl --chat chat.jsonl", "--data: 3 texts", ""),
+        ("--template continue --data text.jsonl --chat chat.jsonl", "--chat: continue trains on one file", ""),
+        ("--template mixed --data text.jsonl", "--data is given alone", "--chat ROWS"),
+        ("--template mixed --chat chat.jsonl", "--chat is given alone", "--data TEXT"),
+        ("--data text.jsonl --chat none.jsonl", "none.jsonl", ""),
+    ],
+)
+def test_rows_of_the_wrong_kind_are_named_with_their_option(words: str, where: str, hint: str, here: Path) -> None:
+    for name in ("text", "chat"):
+        write_rows(here / f"{name}.jsonl", ROWS[name])
+    with pytest.raises(PostgradError) as caught:
+        initialise("try", *words.split(), "--model", "gpt")
+    assert where in str(caught.value) and hint in caught.value.hint
+    assert not (here / "try.yaml").exists()
+
+
+def test_chats_alone_are_instructions(here: Path) -> None:
+    write_rows(here / "chat.jsonl", ROWS["chat"])
+    initialise("try", "--chat", "chat.jsonl", "--model", "gpt")
+    assert load_stage(here / "try.yaml").data.sources[0].path == "chat.jsonl"
 
 
 @pytest.mark.parametrize("template", ["continue", "instruct", "mixed", "mlm"])
@@ -272,7 +330,7 @@ def test_the_share_of_replay_can_be_overridden(template: str, here: Path) -> Non
     data, answers = {"instruct": ("chat.jsonl", None), "mixed": ("text.jsonl", "chat.jsonl")}.get(
         template, ("text.jsonl", None)
     )
-    request = TemplateRequest("try", data, "gpt", "text.jsonl", answers=answers)
+    request = TemplateRequest("try", data, "gpt", "text.jsonl", chat=answers)
     write_template(Path("try.yaml"), template, request)
     stage = load_stage(here / "try.yaml", ["data.sources.replay.share=5%"])
     assert stage.resolve_shares()[-1] == 0.05 and sum(stage.resolve_shares()) == pytest.approx(1)
