@@ -623,8 +623,13 @@ def test_the_doctor_speaks_json_and_words(postgrad: Command) -> None:
 
 def test_written_stages_name_a_schema_that_accepts_them(postgrad: Command, base: Path, tmp_path: Path) -> None:
     assert postgrad("init", "mine", "--data", base / "new.jsonl", "--model", base / "base").code == 0
-    first, _, text = (tmp_path / "mine.yaml").read_text().partition("\n")
-    uri = first.removeprefix("# yaml-language-server: $schema=")
-    schema = json.loads(Path(uri.removeprefix("file://")).read_text())
+    moved = tmp_path / "another"  # as on another machine
+    moved.mkdir()
+    for name in ("mine.yaml", ".postgrad"):
+        (tmp_path / name).rename(moved / name)
+    first, _, text = (moved / "mine.yaml").read_text().partition("\n")
+    named = first.removeprefix("# yaml-language-server: $schema=")
+    assert not Path(named).is_absolute() and ":" not in named
+    schema = json.loads((moved / named).read_text())
     jsonschema.validate(yaml.safe_load(text), schema)
     assert "track" in schema["properties"]

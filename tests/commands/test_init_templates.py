@@ -95,7 +95,7 @@ def test_a_template_runs_as_it_is_written(kind: str, made: Path, here: Path, cac
 def test_every_line_has_room_and_comments_say_the_commands(kind: str, made: Path, here: Path) -> None:
     written(kind, made, here)
     schema, _, text = (here / "try.yaml").read_text().partition("\n")
-    assert schema.startswith("# yaml-language-server: $schema=file://")
+    assert schema.startswith("# yaml-language-server: $schema=.postgrad/")
     assert "postgrad train try.yaml" in text and "$" not in text
     assert len(text.splitlines()) <= 40
     assert all(len(line) <= 160 for line in text.splitlines())
