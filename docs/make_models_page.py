@@ -32,7 +32,8 @@ page is generated: `python -m docs.make_models_table OUTCOMES`, then `python -m 
 - **LoRA**: a step of a LoRA adapter trains. **reload**: plain transformers reads the published model, and finds every weight.
 - What was not tried is left empty. A model with an encoder's default is built as a decoder under a causal head (`is_decoder: true`).
 - The packed way of recurrent layers, whose kernels take the borders of documents (`seq_idx`, `cu_seq_lens`), needs CUDA. It is
-  tested with layers that take them, and **not measured**: on CUDA a probe decides, and `check` says which way it took.
+  tested with layers that take them, and on tensors without values, since no step may read a device for it. It is **not measured
+  on a GPU**: there a probe decides, and `check` says which way it took.
 
 {counts}
 """
