@@ -148,7 +148,7 @@ def select_execution(
     attention = _choose_attention(request, model, device, reasons)
     model.pretrained.set_attn_implementation(attention)
     packed = _choose_packing(request, model, reasons)
-    if not packed:
+    if not packed or (isinstance(model, CausalModel) and model.passes_documents):
         request = replace(request, is_fixed_length=False)
     inputs = make_inputs(micro) if packed else drop_positions(make_inputs(micro))
     steps = (rank_rows // micro) * request.steps
@@ -277,7 +277,9 @@ def _choose_compile(request: ExecutionRequest, seconds: float, device: torch.dev
     if not can_compile:
         reasons["compile"] = "no C++ compiler or no Python headers"
     elif not request.is_fixed_length:
-        reasons["compile"] = "the rows differ in length, and each length would be compiled again"
+        reasons["compile"] = (
+            "the rows differ in length or in their number of documents, and each shape would be compiled again"
+        )
     else:
         reasons["compile"] = (
             f"training takes about {seconds:,.0f} s without; compiling pays from about {threshold:.0f} s"

@@ -375,7 +375,7 @@ def _group_weights(entries: Sequence[Weight], weight_decay: float, decay_tables:
 def load_full_state(weights: Weights, state: Mapping[str, Tensor]) -> None:
     """Copy an unsharded fp32 state dict into the masters; each rank takes its rows.
 
-    A tied weight has any of its names in the state.
+    A tied weight has any of its names in the state. Buffers that are in it are copied, too.
     """
     names: dict[int, list[str]] = {}
     for name, parameter in weights.model.named_parameters(remove_duplicate=False):
@@ -388,4 +388,7 @@ def load_full_state(weights: Weights, state: Mapping[str, Tensor]) -> None:
                     "the checkpoint lacks this weight", where=w.name, expected="every weight of the model"
                 )
             local_shard(w.master.detach()).copy_(local_shard_like(stored, w.master))
+        for name, buffer in weights.model.named_buffers():  # such as ranges of activations, which training moves
+            if name in state:
+                buffer.copy_(state[name])
     weights.write_back()

@@ -63,6 +63,8 @@ class Batch:
     """Cached teacher predictions, by name of the objective."""
     padding: int | None = None
     """Of unpacked rows: positions that fill them to a common length."""
+    document_lengths: tuple[int, ...] | None = None
+    """Of packed rows: the positions of each document, on the host, so that a model does not wait for a device to read them."""
     contexts: tuple[tuple[RowContext, ...], ...] = ()
     """Of each row, what only a teacher reads; empty where no row has any."""
 
@@ -70,6 +72,12 @@ class Batch:
     def label_count(self) -> int:
         """Trained tokens of this micro-batch."""
         return int(self.label_count_B.sum())
+
+    @property
+    def model_inputs(self) -> dict[str, Any]:
+        """The arguments of a model."""
+        lengths = {} if self.document_lengths is None else {"document_lengths": self.document_lengths}
+        return {**self.inputs, **lengths}
 
     def to(self, device: torch.device) -> Batch:
         """The micro-batch with its tensors on `device`."""
@@ -114,17 +122,23 @@ def collate(
     Labels are padded with `IGNORED`, ids with `pad_token_id` (some models locate the end of a text by it), others with 0.
     """
     padding = {"input_ids": pad_token_id}
+    inputs = {
+        name: _stack_padded([row.inputs[name] for row in rows], padding.get(name, 0), length) for name in rows[0].inputs
+    }
     return Batch(
-        {
-            name: torch.from_numpy(_stack_padded([row.inputs[name] for row in rows], padding.get(name, 0), length))
-            for name in rows[0].inputs
-        },
+        {name: torch.from_numpy(array) for name, array in inputs.items()},
         torch.from_numpy(_stack_padded([row.labels for row in rows], IGNORED, length)),
         np.asarray(sources, np.int64),
         np.array([row.label_count for row in rows], np.int64),
         objectives,
         contexts=tuple(row.contexts for row in rows) if any(row.contexts for row in rows) else (),
+        document_lengths=_document_lengths(inputs["position_ids"]) if "position_ids" in inputs else None,
     )
+
+
+def _document_lengths(position_BT: np.ndarray) -> tuple[int, ...]:
+    """The positions of each document, which begins where position ids restart."""
+    return tuple(np.diff(np.flatnonzero(position_BT == 0), append=position_BT.size).tolist())
 
 
 def _stack_padded(arrays: Sequence[np.ndarray], padding: int, length: int | None) -> np.ndarray:
