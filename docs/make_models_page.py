@@ -32,7 +32,8 @@ page is generated: `python -m docs.make_models_table OUTCOMES`, then `python -m 
 - **LoRA**: a step of a LoRA adapter trains. **reload**: plain transformers reads the published model, and finds every weight.
 - What was not tried is left empty. A model with an encoder's default is built as a decoder under a causal head (`is_decoder: true`).
 - The packed way of recurrent layers, whose kernels take the borders of documents (`seq_idx`, `cu_seq_lens`), needs CUDA. It is
-  tested with layers that take them, and **not measured**: on CUDA a probe decides, and `check` says which way it took.
+  tested with layers that take them, and on tensors without values, since no step may read a device for it. It is **not measured
+  on a GPU**: there a probe decides, and `check` says which way it took.
 
 {counts}
 """
@@ -51,6 +52,9 @@ What was expected of each causal family was written down before it ran. What cam
 | `deepseek_v3` with fewer key heads than heads | works | built, and its forward pass fails in attention; refused with that reason | tried |
 | `dbrx` | packed | cannot be built from its own configuration: `attn_config` has no `rope_theta` | `models/dbrx` |
 | `mixtral`, `granitemoe`, ... | resume | `save_pretrained` gives back the published names and one tensor for each expert; a resume read others | `core_model_loading.py` |
+| `marian` | resume | its sinusoidal positions are parameters that no folder holds, and loading makes them trainable | `models/marian/modeling_marian.py` |
+| `t5gemma` | publish | its output embedding is tied to the decoder's input embedding, and `get_input_embeddings` is the encoder's | `models/t5gemma/modeling_t5gemma.py` |
+| `ibert` | resume | buffers hold ranges of activations that each step moves | `models/ibert/quant_modules.py` |
 | `camembert` (masked) | resume | the saved name of the tied output embedding is not the first name of the parameter | tried |
 | `qwen3_5`, `llama4` with images | kept whole | `AutoModelForCausalLM` reads the language part of such a folder alone, and saves that alone | `models/auto/modeling_auto.py` |
 | `t5gemma` | plain head | caps its logits at 30 by default | `models/t5gemma/modeling_t5gemma.py` |

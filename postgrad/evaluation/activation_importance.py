@@ -47,7 +47,7 @@ def estimate_activation_importance(
     try:
         for batch in batches:
             batch = batch.to(device)
-            model(**batch.inputs)
+            model(**batch.model_inputs)
             counts[index % 2] += batch.label_count
             index += 1
             seen = sum(counts)

@@ -119,7 +119,7 @@ def compute_drift(before: Model, after: Model, sets: tuple[HeldOutSet, HeldOutSe
                 for side, model in enumerate((before, after))
             ]
             load_before.mask_N, load_after.mask_N = (_label_mask(batch) for batch in batches)
-            outputs = [model(**batch.inputs) for model, batch in zip((before, after), batches, strict=True)]
+            outputs = [model(**batch.model_inputs) for model, batch in zip((before, after), batches, strict=True)]
             layers.add(batches)
             measures, row_P = _compare_outputs(outputs, batches)
             for number, values_P in enumerate((torch.ones_like(measures[0]), *measures)):

@@ -142,7 +142,7 @@ def estimate_importance(
     with _AllTrainable(weights):
         for index, batch in enumerate(batches):
             batch = batch.to(weights[0].device)
-            measure.objective(model(**batch.inputs), batch).backward()
+            measure.objective(model(**batch.model_inputs), batch).backward()
             _accumulate(halves[index % 2], weights, squared=measure.squared)
             counts[index % 2] += batch.label_count
             seen = sum(counts)

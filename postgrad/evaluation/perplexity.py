@@ -176,7 +176,7 @@ def score_held_out(
         for index in range(rank, len(batches), ranks):
             rows = [pieces[i].row for i in batches[index]]
             batch = collate(rows, [0] * len(rows), pad_token_id=held_out.pad).to(device)
-            parts.append((index, _score_output(model(**batch.inputs), batch, held_out)))
+            parts.append((index, _score_output(model(**batch.model_inputs), batch, held_out)))
     model.train(was_training)
     nats_W = np.zeros(len(pieces))
     items: dict[int, tuple[np.ndarray, np.ndarray]] = {}

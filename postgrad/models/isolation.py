@@ -10,11 +10,12 @@ of a stage are tested at their own length.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -71,16 +72,19 @@ def find_leak(pretrained: PreTrainedModel, forward: ForwardFunction, row_length:
         pretrained.train(was_training)
 
 
-def document_arguments(position_BT: Tensor) -> dict[str, Tensor | int]:
-    """Where documents begin in rows that are joined to one, as kernels of recurrent layers and of attention take it.
+def document_arguments(lengths: Sequence[int], device: torch.device) -> dict[str, Tensor | int]:
+    """Where documents of these lengths begin in one row, as kernels of recurrent layers and of attention take it.
 
-    `seq_idx`: the number of the document of each token; `cu_seq_lens_*`: the ends of all documents; `max_length_*`.
+    `seq_idx`: the number of the document of each token; `cu_seq_lens_*`: the ends of all documents; `max_length_*`. Nothing is
+    read from a device.
     """
-    is_start_T = (position_BT == 0).flatten()
-    ends_N = torch.nn.functional.pad(is_start_T.nonzero().flatten(), (0, 1), value=len(is_start_T)).to(torch.int32)
-    longest = int(ends_N.diff().max())
+    length_N = np.array(lengths, np.int32)
+    numbers_T = np.repeat(np.arange(len(length_N), dtype=np.int32), length_N)
+    ends_N = torch.from_numpy(np.cumsum(length_N, dtype=np.int32)).to(device, non_blocking=True)
+    ends_N = nn.functional.pad(ends_N, (1, 0))
+    longest = int(length_N.max())
     return {
-        "seq_idx": (is_start_T.cumsum(0) - 1)[None].to(torch.int32),
+        "seq_idx": torch.from_numpy(numbers_T)[None].to(device, non_blocking=True),
         "cu_seq_lens_q": ends_N,
         "cu_seq_lens_k": ends_N,
         "max_length_q": longest,

@@ -7,7 +7,9 @@ Whether hidden states and head give the logits of an architecture is verified, n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -97,17 +99,20 @@ class CausalModel(LanguageModel):
         self.passes_documents = False
         """Whether the borders of packed documents are arguments of the model; see `find_model_leak`."""
 
-    def forward(self, *, prefix: Tensor | None = None, **inputs: Tensor) -> Output:
+    def forward(
+        self, *, prefix: Tensor | None = None, document_lengths: Sequence[int] | None = None, **inputs: Tensor
+    ) -> Output:
         """Hidden states of packed rows, whose documents are separated by position ids that restart.
 
         Without a cache and an attention mask, transformers keeps such documents apart; with either it does not. Attention among
-        the tokens of a `prefix` (B, T) is bidirectional, which needs position ids.
+        the tokens of a `prefix` (B, T) is bidirectional, which needs position ids. `document_lengths` of
+        packed rows; without them a model that takes borders of documents reads position ids from the device.
         """
         shape_BT = inputs["input_ids"].shape
         if prefix is not None:
             inputs["attention_mask"] = model_prefix_mask(self.pretrained, prefix, inputs["position_ids"])
         elif self.passes_documents and "position_ids" in inputs:
-            inputs = _join_rows(**inputs)
+            inputs = _join_rows(document_lengths, **inputs)
         options = {"output_router_logits": True} if self.records_routers else {}
         run = self.run(**inputs, use_cache=False, **options)
         hidden_BTD = run.hidden if run.hidden.shape[:-1] == shape_BT else run.hidden.reshape(*shape_BT, -1)
@@ -118,10 +123,13 @@ class CausalModel(LanguageModel):
         return self(**inputs).hidden
 
 
-def _join_rows(input_ids: Tensor, position_ids: Tensor) -> dict[str, Any]:
+def _join_rows(lengths: Sequence[int] | None, input_ids: Tensor, position_ids: Tensor) -> dict[str, Any]:
     """Packed rows joined to one: kernels take the borders of documents of a single row."""
+    if lengths is None:
+        starts = (position_ids == 0).flatten().nonzero().flatten().tolist()
+        lengths = [end - begin for begin, end in pairwise([*starts, position_ids.numel()])]
     joined = {"input_ids": input_ids.reshape(1, -1), "position_ids": position_ids.reshape(1, -1)}
-    return {**joined, **document_arguments(position_ids)}
+    return {**joined, **document_arguments(lengths, position_ids.device)}
 
 
 class HeadedModel(LanguageModel):

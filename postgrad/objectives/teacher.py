@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -68,9 +68,10 @@ class OnlineTeacher:
         index_BT: Tensor | None = None
         if self.reads_contexts and batch.contexts:
             batch, index_BT = insert_contexts(batch)
-        inputs, positions_BT = (
-            (batch.inputs, None) if self.vocabulary_size is None else drop_virtual_tokens(batch, self.vocabulary_size)
-        )
+        inputs: Mapping[str, Any] = batch.model_inputs
+        positions_BT: Tensor | None = None
+        if self.vocabulary_size is not None:
+            inputs, positions_BT = drop_virtual_tokens(batch, self.vocabulary_size)
         with eval_mode(self.model), self.teacher_context():
             is_split = not self.packed and "position_ids" in inputs
             output = self._read_documents(inputs) if is_split else self.model(**inputs)
@@ -119,7 +120,8 @@ def insert_contexts(batch: Batch) -> tuple[Batch, Tensor]:
     inputs["input_ids"] += added_BS
     if "position_ids" in inputs:
         inputs["position_ids"] += shift_BS
-    return replace(batch, inputs=inputs, labels=torch.full_like(source_BS, IGNORED)), index_BT
+    unlabelled = torch.full_like(source_BS, IGNORED)
+    return replace(batch, inputs=inputs, labels=unlabelled, document_lengths=None), index_BT
 
 
 def _insert_into_row(contexts: Sequence[RowContext], length: int, size: int) -> tuple[np.ndarray, ...]:

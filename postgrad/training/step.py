@@ -136,7 +136,7 @@ def compute_gradients(run: Run, micro_batches: Sequence[Batch], token_count: int
     for batch in micro_batches:
         batch = batch.to(run.world.device)
         with run.optimizer.update_mask.observe(batch):
-            output = run.model(**batch.inputs)
+            output = run.model(**batch.model_inputs)
         combined = combine_losses([run.objectives[i] for i in batch.objectives], output, batch)
         term = run.balancing(output, batch) if run.balancing else torch.zeros_like(combined.loss)
         loss_and_term = combined.loss + term

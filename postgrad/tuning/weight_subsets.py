@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from postgrad.errors import TuningError, suggest_nearest
+from postgrad.models.tied_weights import unsaved_names
 from postgrad.tuning.parameter_location import (
     SavedRequiresGrad,
     block_distances,
@@ -55,7 +56,7 @@ class WeightSubset(Tuning):
         self.options = options
         self.rate_factors = _decay_factors(model, layer_decay)
         self._requires_grad = SavedRequiresGrad(model)
-        selected = {*parameter_names, *unfreeze(model, also_train)}
+        selected = {*parameter_names, *unfreeze(model, also_train)} - unsaved_names(model)
         freeze(model)
         for name, parameter in model.named_parameters():
             if name in selected:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from transformers import BioGptConfig, BioGptForCausalLM
 
+from postgrad.data.layouts.rows import Row
+from postgrad.data.loading.batch import collate
 from postgrad.errors import ModelError
 from postgrad.models import isolation
 from postgrad.models.cpu_attention import is_supported
@@ -110,6 +115,37 @@ def test_recurrent_layers_that_keep_to_borders_are_packed(argument: str) -> None
     with torch.no_grad():
         leaking_TD = model(input_ids=ids_BT, position_ids=positions_BT).hidden.flatten(0, 1)
     assert not torch.allclose(leaking_TD, torch.cat(alone), atol=1e-3), "the mutant: borders that are not passed"
+
+
+def _fake(module: nn.Module, mode: FakeTensorMode) -> None:
+    """Replace a module's tensors by ones without values."""
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    fake = mode.from_tensor(tensor.detach())
+                    tensors[name] = nn.Parameter(fake) if isinstance(tensor, nn.Parameter) else fake
+
+
+def test_borders_of_documents_are_known_without_reading_a_device() -> None:
+    """A step of packed rows on tensors that have no values: a read of one, which a device waits for, is an error."""
+    position_T = np.concatenate([np.arange(5), np.arange(9)])
+    rows = [Row({"input_ids": np.arange(14), "position_ids": position_T}, np.arange(14), 14)] * 2
+    batch = collate(rows, [0, 0])
+    assert batch.document_lengths == (5, 9, 5, 9)
+    llama = make_llama()
+    for i, argument in enumerate(["seq_idx", "cu_seq_lens_q"]):
+        llama.model.layers[i] = _CarryingLayer(llama.model.layers[i], argument)  # type: ignore[assignment]
+    model = CausalModel(llama)
+    model.passes_documents = True
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    _fake(model, mode)
+    with mode:
+        fake = replace(batch, inputs={name: mode.from_tensor(t) for name, t in batch.inputs.items()})
+        model(**fake.model_inputs).logits().sum().backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())
+        with pytest.raises(DynamicOutputShapeException):  # the mutant: borders from the position ids of the device
+            model(**fake.inputs)
 
 
 @pytest.mark.parametrize("argument", ["ignored", "refused"])

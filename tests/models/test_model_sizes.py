@@ -21,11 +21,13 @@ from postgrad.models.grow_embeddings import grow_embeddings
 from postgrad.models.location import ModelLocation
 from postgrad.models.model import CausalModel, verify_model
 from postgrad.models.model_sizes import get_model_sizes
-from postgrad.models.pretrained import load_model, save_pretrained
+from postgrad.models.pretrained import load_model, load_pretrained, save_pretrained
 from postgrad.models.task import Task
+from postgrad.models.tied_weights import output_is_tied
 from postgrad.plan.model_inputs import make_encoder, make_model_inputs
 from postgrad.tuning.open_model import open_model
 from tests.conftest import VOCABULARY, make_llama, make_tokenizer
+from tests.model_families import make_tiny_model, tiny_config
 
 ENCODER = {
     "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -162,6 +164,19 @@ def test_tied_models_stay_tied(tmp_path: Path) -> None:
     assert model.config.tie_word_embeddings
     grow_embeddings(model, {VOCABULARY: [1, 2]})
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_an_output_tied_to_the_decoder_stays_tied(tmp_path: Path) -> None:
+    """Its input embedding is the encoder's, which is another one. The mutant: records of a comparison with that."""
+    model = make_tiny_model(tiny_config("t5gemma"), Task.TEXT_TO_TEXT)
+    save_pretrained(model, make_tokenizer(), tmp_path / "m", dtype=torch.float32)
+    loaded = load_pretrained(ModelLocation("m", tmp_path / "m"), Task.TEXT_TO_TEXT).model
+    assert not output_is_tied(loaded) and loaded.all_tied_weights_keys and loaded.config.tie_word_embeddings
+    save_pretrained(loaded, make_tokenizer(), tmp_path / "again", dtype=torch.float32)
+    assert (
+        load_file(tmp_path / "again" / "model.safetensors").keys()
+        == load_file(tmp_path / "m" / "model.safetensors").keys()
+    )
 
 
 # --- special ids --------------------------------------------------------------------------------------------------

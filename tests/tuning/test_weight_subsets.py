@@ -22,6 +22,8 @@ from transformers import (
 )
 
 from postgrad.errors import TuningError
+from postgrad.models.task import Task as ModelTask
+from postgrad.tuning import weight_subsets
 from postgrad.tuning.parameter_location import parameter_distances
 from postgrad.tuning.tuning import freeze, unfreeze
 from postgrad.tuning.weight_subsets import (
@@ -32,6 +34,7 @@ from postgrad.tuning.weight_subsets import (
     NormFinetuning,
     WeightSubset,
 )
+from tests.model_families import make_tiny_model, tiny_config
 from tests.tuning import checks
 from tests.tuning.families import ALL_FAMILIES, VOCABULARY, Task, batch, build_model, logits, loss
 
@@ -638,3 +641,15 @@ def test_the_second_name_of_a_tied_weight_is_not_enough() -> None:
     freeze(model)
     assert unfreeze(model, ["transformer.wte"]) == ["transformer.wte.weight"]
     assert len(unfreeze(model, ["*"])) == len(list(model.parameters()))
+
+
+def test_what_no_folder_holds_is_not_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sinusoidal positions, which transformers computes as it loads a Marian model."""
+    model = make_tiny_model(tiny_config("marian"), ModelTask.TEXT_TO_TEXT).requires_grad_()
+    positions = named(model, "*.embed_positions.weight")
+    assert positions and moving(model) >= positions
+    FullFinetuning(model)
+    assert moving(model) == named(model, "*") - positions
+    monkeypatch.setattr(weight_subsets, "unsaved_names", lambda model: set())
+    FullFinetuning(model)
+    assert moving(model) >= positions, "the mutant: every parameter"

@@ -63,6 +63,10 @@ class Batch:
     """Cached teacher predictions, by name of the objective."""
     padding: int | None = None
     """Of unpacked rows: positions that fill them to a common length."""
+    document_lengths: tuple[int, ...] | None = None
+    """Of packed rows: the positions of each document, on the host, so that a model does not wait for a device to read them."""
+    label_positions: Tensor | None = None
+    """Positions with a label, counted through the rows: found on the host, where looking for them waits for no device."""
     contexts: tuple[tuple[RowContext, ...], ...] = ()
     """Of each row, what only a teacher reads; empty where no row has any."""
 
@@ -71,12 +75,25 @@ class Batch:
         """Trained tokens of this micro-batch."""
         return int(self.label_count_B.sum())
 
+    @property
+    def model_inputs(self) -> dict[str, Any]:
+        """The arguments of a model."""
+        lengths = {} if self.document_lengths is None else {"document_lengths": self.document_lengths}
+        return {**self.inputs, **lengths}
+
+    def find_label_positions(self) -> Batch:
+        """The micro-batch with `label_positions`."""
+        return replace(self, label_positions=(self.labels != IGNORED).flatten().nonzero().flatten())
+
     def to(self, device: torch.device) -> Batch:
         """The micro-batch with its tensors on `device`."""
         if self.labels.device == device:
             return self
+        positions = self.find_label_positions().label_positions
+        assert positions is not None
         return replace(
             self,
+            label_positions=positions.to(device, non_blocking=True),
             inputs={name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()},
             labels=self.labels.to(device, non_blocking=True),
             teacher_targets={name: targets.to(device) for name, targets in self.teacher_targets.items()},
@@ -114,17 +131,23 @@ def collate(
     Labels are padded with `IGNORED`, ids with `pad_token_id` (some models locate the end of a text by it), others with 0.
     """
     padding = {"input_ids": pad_token_id}
+    inputs = {
+        name: _stack_padded([row.inputs[name] for row in rows], padding.get(name, 0), length) for name in rows[0].inputs
+    }
     return Batch(
-        {
-            name: torch.from_numpy(_stack_padded([row.inputs[name] for row in rows], padding.get(name, 0), length))
-            for name in rows[0].inputs
-        },
+        {name: torch.from_numpy(array) for name, array in inputs.items()},
         torch.from_numpy(_stack_padded([row.labels for row in rows], IGNORED, length)),
         np.asarray(sources, np.int64),
         np.array([row.label_count for row in rows], np.int64),
         objectives,
         contexts=tuple(row.contexts for row in rows) if any(row.contexts for row in rows) else (),
+        document_lengths=_document_lengths(inputs["position_ids"]) if "position_ids" in inputs else None,
     )
+
+
+def _document_lengths(position_BT: np.ndarray) -> tuple[int, ...]:
+    """The positions of each document, which begins where position ids restart."""
+    return tuple(np.diff(np.flatnonzero(position_BT == 0), append=position_BT.size).tolist())
 
 
 def _stack_padded(arrays: Sequence[np.ndarray], padding: int, length: int | None) -> np.ndarray:
