@@ -21,7 +21,14 @@ SOURCE = Path(__file__).parents[1] / "examples"
 EXAMPLES = sorted(path.stem for path in SOURCE.glob("*.yaml"))
 FULL = {"infinite", "anneal"}
 """The second starts from a step of the first."""
-SMALL = ["evaluation.eval_tokens=400", "evaluation.max_tokens=400", "evaluation.samples=0", "evaluation.drift_tokens=0"]
+SMALL = [
+    "compute.compile=false",
+    "compute.threads=1",
+    "evaluation.eval_tokens=400",
+    "evaluation.max_tokens=400",
+    "evaluation.samples=0",
+    "evaluation.drift_tokens=0",
+]
 
 
 def load_script(folder: Path) -> ModuleType:
