@@ -36,7 +36,8 @@ How values are written:
 | rate | a learning rate above zero, such as `2.0e-5` |
 
 This page is generated from the types in `postgrad/config/` by `docs/make_stage_reference.py`. The same as a JSON Schema is
-`postgrad/config/stage.schema.json`; `init` puts a copy beside a stage (`.postgrad/`) and names it in the first line, for editors with a YAML language server.
+`postgrad/config/stage.schema.json`; `init` puts a copy beside a stage (`.postgrad/`) and names it in the first line,
+for editors with a YAML language server.
 """
 
 NOTES = {
