@@ -101,6 +101,11 @@ def earlier_lora_adapters(start: ModelLocation) -> list[TuningExport]:
     return [export for export in exports.values() if export.options["kind"] == "lora"]
 
 
+def longest_row(plan: Plan) -> Row:
+    """The longest row of a sample of all sources."""
+    return max((row for rows in plan.data.rows for row in _sample_rows(rows)), key=_row_length)
+
+
 def state_dtypes(plan: Plan) -> StateDtypes:
     """How the stage's optimizer holds its state."""
     spec = plan.stage.optimizer
@@ -110,7 +115,7 @@ def state_dtypes(plan: Plan) -> StateDtypes:
 def choose_execution(plan: Plan, tuned_model: TunedModel, world: World) -> Execution:
     """Choose how this machine computes the stage."""
     compute, batch = plan.stage.compute, plan.stage.batch
-    longest = max((row for rows in plan.data.rows for row in _sample_rows(rows)), key=_row_length)
+    longest = longest_row(plan)
 
     def make_inputs(rows: int) -> dict[str, Tensor]:
         return collate([longest] * rows, [0] * rows, pad_token_id=plan.model.inputs.pad_id).inputs
