@@ -137,7 +137,7 @@ def test_every_method_resumes_to_the_same_bits_on_unpacked_rows_or_is_refused(
 
     def stage(name: str) -> dict[str, Any]:
         changes = {"model": family, "tokens": 3 * 4 * LENGTH, "evaluation": evaluation, "save": {"every": "1 step"}}
-        return shelf.stage(f"{family}-{method}-{name}", **changes, **METHODS[method])
+        return shelf.stage(f"{family}-{method.replace(' ', '-')}-{name}", **changes, **METHODS[method])
 
     if said := REFUSED.get((family, method)):
         with pytest.raises(TuningError, match=said) as caught:
