@@ -44,6 +44,8 @@ SIZES: dict[str, dict[str, int]] = {
     "5M": {"hidden": 256, "layers": 6, "heads": 8, "intermediate": 688, "vocabulary": 8192},
     # 10.6 M and 6.3 M
     "15M": {"hidden": 384, "layers": 6, "heads": 6, "intermediate": 1024, "vocabulary": 16384},
+    # 85 M and 25 M
+    "124M": {"hidden": 768, "layers": 12, "heads": 12, "intermediate": 2048, "vocabulary": 32768},
 }
 TIME, RATE = 512, 1e-3
 MICRO_BATCHES = 2

@@ -22,7 +22,7 @@ from postgrad.models.task import Task
 from postgrad.optim import lr_schedules
 from postgrad.plan.plan import Plan
 from postgrad.reports.html.notation import format_duration
-from postgrad.run.build import choose_execution, make_loader
+from postgrad.run.build import choose_execution, make_loader, state_dtypes
 from postgrad.run.memory_hints import training_hint
 from postgrad.run.relearning import relearning_notes
 from postgrad.run.task_scores import sharding_notes
@@ -119,6 +119,7 @@ def _estimate_memory(plan: Plan, subject: TunedModel, execution: Execution, teac
         bf16=execution.dtype == "bfloat16",
         checkpointing=execution.activation_checkpointing,
         sdpa=execution.attention != "eager",
+        state=state_dtypes(plan),
     )
     return replace(memory, teachers=teachers)
 

@@ -199,6 +199,12 @@ class OptimizerConfig(ConfigModel):
     max_skipped_steps: Annotated[int, Field(ge=0), BeforeValidator(reject_bool)] = 10
     """How many steps, at most half of all, may be skipped because their loss or gradient is not finite; one more ends the run.
     A skipped step changes no weight and counts no trained token. May be changed on resume."""
+    moment_dtype: Annotated[Literal["bfloat16", "float8"] | None, omit_unset] = None
+    """How AdamW's moments are held between updates, rounded stochastically: in 4 bytes for each trained weight, or in 2 (float8
+    with a scale for each block). Default: 8 bytes, fp32."""
+    master_dtype: Annotated[Literal["bfloat16"] | None, omit_unset] = None
+    """bfloat16: the weights of the blocks and their gradients are held in the dtype of the computation alone, and updates are
+    rounded stochastically. Default: fp32 masters."""
     moments: Literal["reset", "keep", "keep-second"] = "reset"
     """Initial moments: zero, or those of the start checkpoint (both, or only the second)."""
     sparse_update: AnyUpdate | None = None
@@ -214,6 +220,12 @@ class OptimizerConfig(ConfigModel):
             raise ValueError("`momentum` is Muon's; AdamW has `betas`")
         if self.kind == "muon" and self.moments == "keep-second":
             raise ValueError("Muon has no second moment: `moments` is reset or keep")
+        if self.kind == "muon" and (self.moment_dtype or self.master_dtype):
+            raise ValueError("`moment_dtype` and `master_dtype` are AdamW's")
+        if self.moment_dtype and isinstance(self.sparse_update, MomentumUpdate):
+            raise ValueError("`sparse_update: mofo` selects by fp32 moments; it combines with no `moment_dtype`")
+        if self.master_dtype and (self.sparse_update or self.sharpness_aware):
+            raise ValueError("`master_dtype: bfloat16` combines with neither `sparse_update` nor `sharpness_aware`")
         if self.kind == "muon" and isinstance(self.sparse_update, MomentumUpdate):
             raise ValueError("`sparse_update: mofo` selects by AdamW's momentum; Muon combines with migu and ssu")
         return self
@@ -333,8 +345,8 @@ class ComputeConfig(ConfigModel):
     """Compile each block with torch.compile."""
     attention: Literal["auto", "eager", "sdpa", "causal_blocks"] = "auto"
     """Attention implementation; `causal_blocks` is this package's own, for CPUs. Prefix tunings use their own."""
-    activation_checkpointing: bool = False
-    """Recompute activations in the backward pass instead of storing them."""
+    activation_checkpointing: Literal["auto"] | bool = False
+    """Recompute activations in the backward pass instead of storing them; auto: when a single row would not fit otherwise."""
     threads: Positive | None = None
     """CPU threads. Default: OMP_NUM_THREADS, or the cores that this process may use."""
     collective_timeout_seconds: Positive = 600
@@ -477,6 +489,15 @@ class Stage(ConfigModel):
             total = sum(shift.shares.values())
             if abs(total - 1) > 1e-6:
                 raise ValueError(f"data.curriculum: the shares of a change add up to {total:.4g}, not to 1")
+        if self.optimizer.master_dtype:
+            if self.compute.dtype != "bfloat16":
+                raise ValueError("optimizer.master_dtype: bfloat16 needs `compute: {dtype: bfloat16}`")
+            if self.penalties:
+                raise ValueError(
+                    "penalties: distances from a reference are lost in bfloat16; leave out optimizer.master_dtype"
+                )
+            if not isinstance(self.tuning, FullTuning):
+                raise ValueError("optimizer.master_dtype is for `tuning: {kind: full}`; other kinds train few weights")
         if self.new_tokens is not None and all(s.role == "replay" for s in self.data.sources):
             raise ValueError("`new_tokens` needs a source with role: new")
         return self

@@ -131,6 +131,8 @@ def _gather(tensor: Tensor, owner: int, world: World) -> Tensor | None:
         return tensor if owner == world.rank else None
     axis = shard_axis(tensor)
     group, rows = tensor.device_mesh.get_group(axis), tensor.to_local()
+    if tensor.element_size() == 1:
+        rows = rows.view(torch.uint8)  # gloo has no float8
     ranks = dist.get_process_group_ranks(group)
     if owner not in ranks:
         return None
@@ -138,7 +140,7 @@ def _gather(tensor: Tensor, owner: int, world: World) -> Tensor | None:
     padded = rows if len(rows) == size else torch.cat([rows, rows.new_zeros(size - len(rows), *rows.shape[1:])])
     whole = padded.new_empty(size * len(ranks), *rows.shape[1:]) if owner == world.rank else None
     dist.gather(padded.contiguous(), None if whole is None else list(whole.chunk(len(ranks))), dst=owner, group=group)
-    return None if whole is None else whole[: tensor.shape[0]]
+    return None if whole is None else whole[: tensor.shape[0]].view(tensor.dtype)
 
 
 def publish_on_ranks(target: Path, write: Callable[[Path], Collection[str]], world: World) -> None:

@@ -30,6 +30,15 @@ def local_shard_like(tensor: Tensor, like: Tensor) -> Tensor:
     return shard
 
 
+def first_row(tensor: Tensor) -> int:
+    """The number of this rank's first row in the whole tensor."""
+    if not isinstance(tensor, DTensor):
+        return 0
+    axis = shard_axis(tensor)
+    rows_per_rank = -(-tensor.shape[0] // tensor.device_mesh.size(axis))
+    return min(tensor.shape[0], tensor.device_mesh.get_local_rank(axis) * rows_per_rank)
+
+
 def to_dtensor(shard: Tensor, like: Tensor) -> Tensor:
     """A local shard as a DTensor of the shape and placement of `like`."""
     if not isinstance(like, DTensor):

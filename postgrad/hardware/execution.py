@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 from postgrad.data.loading.unpacked_rows import drop_positions
 from postgrad.errors import StageError
 from postgrad.hardware import machine
-from postgrad.hardware.memory import ModelDimensions, estimate_memory
+from postgrad.hardware.memory import ModelDimensions, StateDtypes, estimate_memory
 from postgrad.models.architecture_errors import SHORTER, as_model_error
 from postgrad.models.cpu_attention import CAUSAL_BLOCKS, is_supported
 from postgrad.models.layers import get_embedding_weight, get_layers
@@ -42,7 +42,7 @@ class ExecutionRequest:
     dtype: str
     compile: str | bool
     attention: str
-    activation_checkpointing: bool
+    activation_checkpointing: str | bool
     threads: int | None
     micro: int | None
     sequences: int
@@ -54,6 +54,7 @@ class ExecutionRequest:
     """Whether tokens attend to earlier ones only; false for a prefix language model."""
     packing: bool | None = None
     """Whether documents share a row. Default: where they do not see each other."""
+    state: StateDtypes = field(default_factory=StateDtypes)
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,8 @@ def get_model_dimensions(model: Model) -> ModelDimensions:
     config = model.pretrained.config.get_text_config()
     width = _read_size(config, "hidden_size", "n_embd") or 1
     inner = _read_size(config, "intermediate_size", "n_inner") or 4 * width
+    head = model.head()
+    heads = [head.weight_VD] if head else []
     return ModelDimensions(
         parameters=sum(p.numel() for p in model.parameters()),
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -95,6 +98,7 @@ def get_model_dimensions(model: Model) -> ModelDimensions:
         inner=inner,
         heads=_read_size(config, "num_attention_heads", "n_head") or 1,
         vocabulary=get_embedding_weight(model.pretrained).shape[0],
+        tables=sum({id(table): table.numel() for table in (get_embedding_weight(model.pretrained), *heads)}.values()),
     )
 
 
@@ -134,7 +138,10 @@ def select_execution(
     threads, reasons["threads"] = choose_threads(request.threads, product, device, ranks)
     torch.set_num_threads(threads)
     dtype = _choose_dtype(request, product, device, reasons)
-    micro = request.micro or _choose_micro_batch(request, shape, rank_rows, device, bf16=dtype == "bfloat16")
+    bf16 = dtype == "bfloat16"
+    checkpointing = _choose_checkpointing(request, shape, reasons, bf16=bf16)
+    request = replace(request, activation_checkpointing=checkpointing)
+    micro = request.micro or _choose_micro_batch(request, shape, rank_rows, device, bf16=bf16)
     if request.micro is None:
         tokens = _MICRO_BATCH_TOKENS[_device_kind(device)]
         reasons["micro"] = f"as many rows as fit in memory, about {tokens:,} tokens"
@@ -153,7 +160,7 @@ def select_execution(
         attention=attention,
         threads=threads,
         micro=micro,
-        activation_checkpointing=request.activation_checkpointing,
+        activation_checkpointing=checkpointing,
         seconds=round(seconds, 4),
         reasons=reasons,
     )
@@ -288,21 +295,37 @@ def _choose_micro_batch(
     request: ExecutionRequest, shape: ModelDimensions, rank_rows: int, device: torch.device, *, bf16: bool
 ) -> int:
     """The largest micro-batch that divides the rank's rows and fits into 60 % of the free memory."""
-    free = machine.available_memory()
     max_rows = max(1, _MICRO_BATCH_TOKENS[_device_kind(device)] // request.length)
-    micro = 1
-    for rows in (m for m in range(1, min(max_rows, rank_rows) + 1) if rank_rows % m == 0):
-        memory = estimate_memory(
-            shape,
-            rows=rows,
-            length=request.length,
-            bf16=bf16,
-            checkpointing=request.activation_checkpointing,
-            sdpa=request.attention != "eager",
-        )
-        if not free or memory.total < 0.6 * free:
-            micro = rows
-    return micro
+    divisors = [m for m in range(1, min(max_rows, rank_rows) + 1) if rank_rows % m == 0]
+    return max((rows for rows in divisors if _fits(request, shape, rows, bf16=bf16)), default=1)
+
+
+def _choose_checkpointing(
+    request: ExecutionRequest, shape: ModelDimensions, reasons: dict[str, str], *, bf16: bool
+) -> bool:
+    """Whether activations are recomputed: when the stage says so, or where its rows do not fit otherwise."""
+    if isinstance(request.activation_checkpointing, bool):
+        return request.activation_checkpointing
+    rows = request.micro or 1
+    if _fits(replace(request, activation_checkpointing=False), shape, rows, bf16=bf16):
+        return False
+    reasons["activation_checkpointing"] = f"the activations of {rows:,} row{'s' * (rows > 1)} do not fit otherwise"
+    return True
+
+
+def _fits(request: ExecutionRequest, shape: ModelDimensions, rows: int, *, bf16: bool) -> bool:
+    """Whether a step on so many rows takes less than 60 % of the free memory."""
+    free = machine.available_memory()
+    memory = estimate_memory(
+        shape,
+        rows=rows,
+        length=request.length,
+        bf16=bf16,
+        checkpointing=bool(request.activation_checkpointing),
+        sdpa=request.attention != "eager",
+        state=request.state,
+    )
+    return not free or memory.total < 0.6 * free
 
 
 _TIMINGS: dict[tuple[object, ...], float] = {}

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 from postgrad.errors import OutOfMemoryError
 
@@ -27,6 +28,21 @@ class ModelDimensions:
     inner: int
     heads: int
     vocabulary: int
+    tables: int = 0
+    """Weights of the input embedding and the output head."""
+
+
+@dataclass(frozen=True)
+class StateDtypes:
+    """How the optimizer holds moments and trained weights; None: in fp32."""
+
+    moments: Literal["bfloat16", "float8"] | None = None
+    masters: Literal["bfloat16"] | None = None
+
+
+_FP32_STATE = StateDtypes()
+_MOMENT_BYTES = {None: 8.0, "bfloat16": 4.0, "float8": 2 + 2 * 4 / 128}
+"""Of both moments of a weight; float8 has an fp32 scale for at most 256 of them."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +65,15 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    shape: ModelDimensions, *, rows: int, length: int, bf16: bool, checkpointing: bool, sdpa: bool, ranks: int = 1
+    shape: ModelDimensions,
+    *,
+    rows: int,
+    length: int,
+    bf16: bool,
+    checkpointing: bool,
+    sdpa: bool,
+    ranks: int = 1,
+    state: StateDtypes = _FP32_STATE,
 ) -> MemoryEstimate:
     """Bytes on one device during a step, with state sharded over `ranks`.
 
@@ -66,10 +90,13 @@ def estimate_memory(
     activations = (
         rows * length * shape.width * item * shape.layers + per_layer if checkpointing else per_layer * shape.layers
     )
+    # Input embedding and head are trained in fp32.
+    in_bf16 = trainable - min(trainable, shape.tables // ranks) if state.masters else 0
+    trained = (4 + (2 if bf16 else 0)) * (trainable - in_bf16) + 2 * in_bf16
     return MemoryEstimate(
-        weights=(4 + (2 if bf16 else 0)) * trainable + item * frozen,
-        gradients=(4 + (2 if bf16 else 0)) * trainable,
-        moments=8 * trainable,
+        weights=trained + item * frozen,
+        gradients=trained,
+        moments=round(_MOMENT_BYTES[state.moments] * trainable),
         activations=activations + (1 << 25) * 6,  # a chunk of logits in the loss
     )
 

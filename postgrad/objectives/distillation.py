@@ -39,11 +39,11 @@ class DistillationLoss(HeadObjective):
     name: str = "distill"
     exclude_labels: bool = False
 
-    def logit_loss(self, batch: Batch, positions_N: Tensor | None) -> Divergence:
+    def logit_loss(self, batch: Batch, positions_N: Tensor) -> Divergence:
         """The divergence from the teacher's output; 0 for a label without a teacher position."""
         prediction = self.teacher(batch)
         head = prediction.output.head
-        assert head is not None and positions_N is not None, "a language model has a head"
+        assert head is not None, "a language model has a head"
         hidden_ND, mask_N = _teacher_hidden(prediction, positions_N, batch)
         excluded_N = batch.labels.flatten()[positions_N] if self.exclude_labels else None
         return Divergence(hidden_ND, head, self.direction, self.temperature, mask_N, excluded_N)
@@ -76,7 +76,7 @@ class CachedDistillationLoss(HeadObjective):
     temperature: float = 1.0
     name: str = "distill"
 
-    def logit_loss(self, batch: Batch, positions_N: Tensor | None) -> SparseDivergence:
+    def logit_loss(self, batch: Batch, positions_N: Tensor) -> SparseDivergence:
         """The divergence from the cached predictions."""
         return SparseDivergence(batch.teacher_targets[self.name], self.temperature)
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from postgrad.data.layouts.rows import IGNORED
 from postgrad.data.loading.batch import Batch
 from postgrad.objectives.chunked_head_loss import log_sum_exp_R
 from postgrad.objectives.objective import HeadObjective
@@ -26,14 +25,10 @@ class TokenLoss(HeadObjective):
     name: str = "next-token"
     weight: float = 1.0
     token_weights: TokenWeights | None = None
-    needs_positions = False
 
-    def logit_loss(self, batch: Batch, positions_N: Tensor | None) -> CrossEntropy:
+    def logit_loss(self, batch: Batch, positions_N: Tensor) -> CrossEntropy:
         """Cross-entropy with the labels."""
-        labels = batch.labels.flatten()
-        if positions_N is None:
-            return CrossEntropy(labels, has_ignored=True, token_weights=self.token_weights)
-        return CrossEntropy(labels[positions_N], token_weights=self.token_weights)
+        return CrossEntropy(batch.labels.flatten()[positions_N], token_weights=self.token_weights)
 
     def loss_weight(self, step: int) -> float:
         """The same at every step."""
@@ -43,11 +38,8 @@ class TokenLoss(HeadObjective):
 class CrossEntropy:
     """`log sum exp(logits) - logit of the label`, times the token's weight; the gradient is the weight x (softmax - onehot)."""
 
-    def __init__(
-        self, labels_N: Tensor, *, has_ignored: bool = False, token_weights: TokenWeights | None = None
-    ) -> None:
-        """`has_ignored`: some labels may be -100; the rule then zeroes gradient rows, so it must be the only one."""
-        self.labels_N, self.has_ignored, self.token_weights = labels_N, has_ignored, token_weights
+    def __init__(self, labels_N: Tensor, token_weights: TokenWeights | None = None) -> None:
+        self.labels_N, self.token_weights = labels_N, token_weights
         # Without token weights, the softmax enters the gradient as it is.
         self.coefficient = 1.0 if token_weights is None else 0.0
 
@@ -57,10 +49,8 @@ class CrossEntropy:
     def compute_block(
         self, logits_RV: Tensor, probs_RV: Tensor, tokens: slice, gradient_RV: Tensor | None, weight: float
     ) -> Tensor:
-        labels_R = self.labels_N[tokens]
-        is_label_R = labels_R != IGNORED
-        label_R1 = labels_R.where(is_label_R, 0)[:, None]
-        losses_R = (log_sum_exp_R(logits_RV, probs_RV) - logits_RV.gather(1, label_R1)[:, 0]).where(is_label_R, 0.0)
+        label_R1 = self.labels_N[tokens][:, None]
+        losses_R = log_sum_exp_R(logits_RV, probs_RV) - logits_RV.gather(1, label_R1)[:, 0]
         onehot_R1 = torch.full_like(label_R1, -weight, dtype=logits_RV.dtype)
         if self.token_weights is not None:
             weights_R = self.token_weights(logits_RV, losses_R)
@@ -71,6 +61,4 @@ class CrossEntropy:
         if gradient_RV is not None:
             # The buffer already has the softmax: subtract the one-hot label.
             gradient_RV.scatter_add_(1, label_R1, onehot_R1)
-            if self.has_ignored:
-                gradient_RV.masked_fill_(~is_label_R[:, None], 0.0)
         return losses_R

@@ -16,7 +16,6 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from postgrad.data.layouts.rows import IGNORED
 from postgrad.data.loading.batch import Batch
 from postgrad.models.model import Output
 from postgrad.objectives.chunked_head_loss import LogitLoss, WeightedLoss, linear_loss
@@ -37,15 +36,12 @@ class HeadObjective(ABC):
     """An objective on the logits at labels, given as a `LogitLoss`."""
 
     @abstractmethod
-    def logit_loss(self, batch: Batch, positions_N: Tensor | None) -> LogitLoss:
-        """The loss at these positions of the flattened rows; None: at every position, labelled or not."""
+    def logit_loss(self, batch: Batch, positions_N: Tensor) -> LogitLoss:
+        """The loss at these positions of the flattened rows."""
 
     @abstractmethod
     def loss_weight(self, step: int) -> float:
         """The factor of the loss at a step (from 1)."""
-
-    needs_positions: bool = True
-    """Whether `logit_loss` needs the labels' positions."""
 
     def __call__(self, output: Output, batch: Batch) -> tuple[Tensor, Tensor]:
         """The summed loss and each row's part of it."""
@@ -86,15 +82,13 @@ def _compute_head_losses(
     """The weighted loss, each objective's sum, and each row's part of each (without weights), of shape (J, B)."""
     assert output.head is not None, "token losses need a language model's head"
     hidden_ND, shape = output.hidden.flatten(0, 1), batch.labels.shape
-    positions_N = None
-    # Tokens without a label need no logits. But `nonzero` synchronises a GPU with the host, so it is skipped there if no
-    # objective needs positions.
-    if hidden_ND.device.type == "cpu" or any(o.needs_positions for o in objectives):
-        positions_N = (batch.labels != IGNORED).flatten().nonzero().flatten()
-        hidden_ND = hidden_ND if len(positions_N) == len(hidden_ND) else hidden_ND.index_select(0, positions_N)
+    # Tokens without a label need no logits.
+    batch = batch if batch.label_positions is not None else batch.find_label_positions()
+    positions_N = batch.label_positions
+    assert positions_N is not None
+    hidden_ND = hidden_ND if len(positions_N) == len(hidden_ND) else hidden_ND.index_select(0, positions_N)
     rules = [WeightedLoss(o.logit_loss(batch, positions_N), o.loss_weight(batch.step)) for o in objectives]
     loss, losses_JN = linear_loss(hidden_ND, output.head, rules)
     weights_J = losses_JN.new_tensor([weight for _, weight in rules])
-    row_N = torch.arange(len(hidden_ND), device=hidden_ND.device) if positions_N is None else positions_N
-    rows_JB = losses_JN.new_zeros(len(rules), shape[0]).index_add(1, row_N // shape[1], losses_JN)
+    rows_JB = losses_JN.new_zeros(len(rules), shape[0]).index_add(1, positions_N // shape[1], losses_JN)
     return loss, losses_JN.sum(1) * weights_J, rows_JB

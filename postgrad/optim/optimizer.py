@@ -1,9 +1,9 @@
-"""fp32 master weights, their gradients, and the optimizers: AdamW, and Muon with AdamW for what is no matrix.
+"""Master weights, their gradients, and the optimizers: AdamW, and Muon with AdamW for what is no matrix.
 
 In fp32, and under FSDP2 (whose shards are fp32), the masters are the model's own parameters. For bf16 computation in one
 process the model holds bf16 copies: gradients are added to the masters' fp32 `.grad` after every micro-batch, and the masters
 are copied back after every update. bf16 weights would lose small updates: a step of 1e-5 is below half a unit in the last
-place of most of them.
+place of most of them, unless it is rounded stochastically (`optim.low_precision_adamw`): then the copies can be the masters.
 
 The input embedding and the output head stay fp32 and are their own masters: their gradients are sums over all positions of a
 token, and in bf16 sums the frequent tokens stop moving. Frozen weights have no master and are held in the compute dtype.
@@ -24,6 +24,8 @@ from postgrad.distributed.shards import full_tensor, local_shard, local_shard_li
 from postgrad.errors import CheckpointError, ResumeError
 from postgrad.models.layers import get_embedding_weight
 from postgrad.models.model import Model
+from postgrad.optim.low_precision_adamw import LowPrecisionAdamW
+from postgrad.optim.moment_formats import MomentDtype, choose_format, restore_moment
 from postgrad.optim.sparse_update import FullMask, UpdateMask
 from postgrad.penalties.penalty import DecoupledPenalty
 from postgrad.tuning.parameter_location import task_layer_parameters
@@ -54,11 +56,22 @@ class Weight:
 class Weights:
     """The trainable weights of a model, in a fixed order."""
 
-    def __init__(self, model: Model, tuning: Tuning, compute_dtype: torch.dtype, *, master_copies: bool) -> None:
-        """`master_copies`: compute in copies of `compute_dtype`; otherwise the parameters themselves are the masters."""
+    def __init__(
+        self,
+        model: Model,
+        tuning: Tuning,
+        compute_dtype: torch.dtype,
+        *,
+        master_copies: bool,
+        master_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """`master_copies`: compute in copies of `compute_dtype`; otherwise the parameters themselves are the masters.
+
+        `master_dtype`: if that of the computation, there are no copies: the optimizer updates what the model computes with.
+        """
         self.model, self.tuning = model.pretrained, tuning
         self.master_copies = master_copies and compute_dtype != torch.float32
-        self.compute_dtype = compute_dtype
+        self.compute_dtype, self.master_dtype = compute_dtype, master_dtype
         self.entries: list[Weight] = []
         head = model.head()
         embedding_ids = {id(get_embedding_weight(self.model)), id(head.weight_VD) if head else 0}
@@ -72,7 +85,8 @@ class Weights:
             master: Tensor = parameter
             is_embedding = id(parameter) in embedding_ids
             if self.master_copies and not is_embedding:
-                master = parameter.detach().clone().requires_grad_()
+                if master_dtype != compute_dtype:
+                    master = parameter.detach().clone().requires_grad_()
                 parameter.data = parameter.data.to(compute_dtype)
             self.entries.append(Weight(name, parameter, master, tuning.rate_factor(name), is_embedding))
         self._pairs = [(w.parameter, w.master) for w in self.entries if w.has_master_copy]
@@ -108,7 +122,13 @@ class Weights:
 
     def gradient_norm(self) -> Tensor:
         """The 2-norm of the whole gradient, over all shards; a scalar on the device."""
-        return full_tensor(torch.nn.utils.get_total_norm([_grad(m) for m in self.masters if m.grad is not None]))
+        # The norm of a bf16 tensor would itself be rounded to 3 digits.
+        grads = [_grad(m) for m in self.masters if m.grad is not None]
+        if self.master_dtype != torch.float32:
+            return torch.linalg.vector_norm(
+                torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads])
+            )
+        return full_tensor(torch.nn.utils.get_total_norm(grads))
 
     def scale_gradients(self, factor: float) -> None:
         """Multiply all gradients (for clipping)."""
@@ -134,8 +154,8 @@ class Weights:
 
     @contextmanager
     def full_precision(self) -> Iterator[None]:
-        """Inside, the model computes in fp32, except with frozen weights, which exist in the compute dtype only."""
-        if self.has_frozen:
+        """Inside, the model computes in fp32, except with weights that exist in the compute dtype only."""
+        if self.has_frozen or self.master_dtype != torch.float32:
             yield
             return
         master_copies, self.master_copies = self.master_copies, False
@@ -247,39 +267,38 @@ class Optimizer:
             if w.name not in update_counts:
                 continue
             optimizer = self._owners[id(w.master)]
+            names = MOMENT_NAMES[type(optimizer)]
+            dtype = optimizer.moment_dtype if isinstance(optimizer, LowPrecisionAdamW) else "float32"
+            format = choose_format(dtype, w.master)
             state: dict[str, Tensor] = {}
-            if isinstance(optimizer, torch.optim.AdamW):
+            if not isinstance(optimizer, torch.optim.Muon):
                 state["step"] = torch.tensor(float(update_counts[w.name]))
                 if w.master.is_cuda:  # the fused kernel needs its counter on the same device
                     state["step"] = state["step"].to(w.master.device)
-            for key in MOMENT_NAMES[type(optimizer)]:
-                value = torch.zeros_like(w.master)
-                if keep is None or key in keep:
-                    _copy_moment(moments, f"{w.name}.{key}", value)
-                state[key] = value.detach()
+            for name in names:
+                state |= format.empty(name, w.master)
+                if keep is not None and name not in keep:
+                    continue
+                if not restore_moment(moments, f"{w.name}.", name, state, format):
+                    raise ResumeError(
+                        f"the checkpoint has no {w.name}.{name}: another optimizer wrote it",
+                        where="optimizer.moments",
+                        expected="moments of the same optimizer",
+                        hint="set optimizer.moments: reset",
+                    )
             optimizer.state[w.master] = state
 
 
 MOMENT_NAMES: Mapping[type[torch.optim.Optimizer], tuple[str, ...]] = {
     torch.optim.AdamW: ("exp_avg", "exp_avg_sq"),
+    LowPrecisionAdamW: ("exp_avg", "exp_avg_sq"),
     torch.optim.Muon: ("momentum_buffer",),
 }
-"""The moments of each of torch's optimizers."""
-
-
-def _copy_moment(moments: Moments, name: str, out: Tensor) -> None:
-    if name not in moments:
-        raise ResumeError(
-            f"the checkpoint has no {name}: another optimizer wrote it",
-            where="optimizer.moments",
-            expected="moments of the same optimizer",
-            hint="set optimizer.moments: reset",
-        )
-    local_shard(out).copy_(local_shard_like(moments[name], out))
+"""The moments of each optimizer."""
 
 
 class AdamW(Optimizer):
-    """Torch's fused AdamW over all masters."""
+    """Torch's fused AdamW over all masters; with moments or weights of fewer bits, `LowPrecisionAdamW`."""
 
     def __init__(
         self,
@@ -291,9 +310,16 @@ class AdamW(Optimizer):
         decay_tables: bool = False,
         decoupled_penalties: Sequence[DecoupledPenalty] = (),
         update_mask: UpdateMask | None = None,
+        moment_dtype: MomentDtype = "float32",
+        seed: int = 0,
     ) -> None:
+        """`seed`: of stochastic rounding."""
         groups = _group_weights(weights.entries, weight_decay, decay_tables)
-        inner = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
+        inner: torch.optim.Optimizer
+        if moment_dtype == "float32" and weights.master_dtype == torch.float32:
+            inner = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
+        else:
+            inner = LowPrecisionAdamW(groups, betas=betas, eps=eps, moment_dtype=moment_dtype, seed=seed)
         super().__init__(weights, [inner], decoupled_penalties=decoupled_penalties, update_mask=update_mask)
 
 

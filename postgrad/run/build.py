@@ -26,6 +26,7 @@ from postgrad.errors import ResumeError, StageError
 from postgrad.evaluation.continuations import decode_ids
 from postgrad.evaluation.generation_metrics import exact_match, token_f1
 from postgrad.hardware.execution import Execution, ExecutionRequest, select_execution
+from postgrad.hardware.memory import StateDtypes
 from postgrad.lineage.tree import read_lineage
 from postgrad.models.location import TUNING_FILE, ModelLocation
 from postgrad.models.model import CausalModel
@@ -101,6 +102,12 @@ def earlier_lora_adapters(start: ModelLocation) -> list[TuningExport]:
     return [export for export in exports.values() if export.options["kind"] == "lora"]
 
 
+def state_dtypes(plan: Plan) -> StateDtypes:
+    """How the stage's optimizer holds its state."""
+    spec = plan.stage.optimizer
+    return StateDtypes(spec.moment_dtype, spec.master_dtype)
+
+
 def choose_execution(plan: Plan, tuned_model: TunedModel, world: World) -> Execution:
     """Choose how this machine computes the stage."""
     compute, batch = plan.stage.compute, plan.stage.batch
@@ -122,6 +129,7 @@ def choose_execution(plan: Plan, tuned_model: TunedModel, world: World) -> Execu
         is_fixed_length=all(rows.layout in PACKED_LAYOUTS for rows in plan.data.rows),
         is_causal=not plan.prefix_length,
         packing=plan.stage.data.packing,
+        state=state_dtypes(plan),
     )
     return select_execution(
         request,
@@ -163,8 +171,21 @@ def build_run(plan: Plan, tuned_model: TunedModel, execution: Execution, world: 
             where="optimizer.kind",
             expected="adamw, or one process, without torchrun",
         )
+    if world.is_distributed and stage.optimizer.master_dtype:
+        raise StageError(
+            "several processes hold their parts of the weights in fp32",
+            where="optimizer.master_dtype",
+            expected="one process, without torchrun",
+            hint="leave it out: the parts of several processes are smaller",
+        )
     fsdp.reshard(model)  # masters are the shards
-    weights = Weights(model, tuned_model.tuning, execution.compute, master_copies=not world.is_distributed)
+    weights = Weights(
+        model,
+        tuned_model.tuning,
+        execution.compute,
+        master_copies=not world.is_distributed,
+        master_dtype=torch.bfloat16 if stage.optimizer.master_dtype else torch.float32,
+    )
     update_mask = make_update_mask(plan, tuned_model, weights)
     if execution.compile:
         fsdp.compile_layers(model)
@@ -222,7 +243,11 @@ def make_optimizer(
 ) -> Optimizer:
     """The stage's optimizer, without moments."""
     spec = plan.stage.optimizer
-    make = AdamW if spec.kind == "adamw" else partial(Muon, momentum=spec.momentum)
+    make = (
+        partial(AdamW, moment_dtype=spec.moment_dtype or "float32", seed=plan.stage.seed)
+        if spec.kind == "adamw"
+        else partial(Muon, momentum=spec.momentum)
+    )
     return make(
         weights,
         betas=spec.betas,

@@ -8,15 +8,16 @@ from postgrad.plan.plan import Plan
 
 def training_hint(plan: Plan, execution: Execution | None = None) -> str:
     """The keys that make a step smaller; `execution` None: before it is chosen."""
-    compute = plan.stage.compute
+    compute, optimizer = plan.stage.compute, plan.stage.optimizer
     micro = execution.micro if execution else plan.stage.batch.micro_batch_size or plan.stage.batch.global_batch_size
     resumed = [
         *_smaller_micro_batch(micro),
-        *([] if compute.activation_checkpointing else ["compute.activation_checkpointing: true"]),
+        *([] if compute.activation_checkpointing is True else ["compute.activation_checkpointing: true"]),
     ]
     anew = [
         _shorter_rows(plan),
         *([] if (execution or compute).dtype == "bfloat16" else ["compute.dtype: bfloat16"]),
+        *([] if optimizer.moment_dtype or optimizer.kind == "muon" else ["optimizer.moment_dtype: float8"]),
         *(["tuning: {kind: lora}, which trains fewer weights"] if plan.stage.tuning.kind == "full" else []),
     ]
     return _join([*resumed, "several processes (torchrun), which shard the state"], anew)

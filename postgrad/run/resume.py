@@ -117,10 +117,11 @@ def _resolve_execution(plan: Plan, tuned_model: TunedModel, saved_plan: SavedPla
     # With another number of ranks a rank has other rows. The micro-batch size does not change the result.
     rows_per_rank = plan.data.mixture.block_size // world.size
     largest = min(plan.stage.batch.micro_batch_size or execution.micro, rows_per_rank)
+    asked = plan.stage.compute.activation_checkpointing
     return dataclasses.replace(
         execution,
         micro=max(m for m in range(1, largest + 1) if rows_per_rank % m == 0),
-        activation_checkpointing=plan.stage.compute.activation_checkpointing,
+        activation_checkpointing=execution.activation_checkpointing if asked == "auto" else bool(asked),
     )
 
 

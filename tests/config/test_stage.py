@@ -580,7 +580,7 @@ OTHER: dict[str, Any] = {
     "schedule.warmup": "2%", "schedule.start": 1e-7, "schedule.kind": "linear", "optimizer.betas": [0.9, 0.99],
     "optimizer.eps": 1e-6, "optimizer.weight_decay": 0, "optimizer.max_grad_norm": 2, "optimizer.moments": "keep",
     "optimizer.sparse_update": {"kind": "mofo"}, "optimizer.loss_adaptive": {"initial_share": 0.3},
-    "optimizer.sharpness_aware": {"radius": 0.1},
+    "optimizer.sharpness_aware": {"radius": 0.1}, "optimizer.moment_dtype": "float8",
     "optimizer.decay_embeddings": True, "penalties": [{"kind": "anchor", "strength": 1}], "tuning": {"kind": "norm"},
     "objectives": [{"kind": "next-token", "weight": 2}], "evaluation.retained": [], "evaluation.learned": ["x"],
     "evaluation.test": ["x"], "save.choose": {"set": "x"},
@@ -612,13 +612,15 @@ def test_a_fingerprint_is_of_everything_but_where_and_how_often() -> None:
     ]
     muon = [{"optimizer.kind": "muon"}, {"optimizer.kind": "muon", "optimizer.momentum": 0.9}]
     prints += [parse_stage(changed(each), "t").fingerprint() for each in muon]
+    low_precision = {"compute.dtype": "bfloat16", "optimizer.master_dtype": "bfloat16"}
+    prints += [parse_stage(changed(low_precision), "t").fingerprint()]
     assert len(set(prints)) == len(prints)
     # Every top-level key and every key of a plain part is in one of the lists above.
     listed = {key.split(".0.")[0] if ".0." not in key else key for key in (*OTHER, *SAME)}
     for part in ("data", "batch", "optimizer", "evaluation", "save", "compute"):
         model = type(getattr(stage(), part))
         missing = {f"{part}.{f}" for f in model.model_fields} - listed - {"data.sources", "data.mixing"}
-        assert missing - {key for each in muon for key in each} == set()
+        assert missing - {key for each in (*muon, low_precision) for key in each} == set()
 
 
 def test_the_way_a_number_is_written_is_no_other_stage() -> None:

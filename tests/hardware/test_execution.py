@@ -309,13 +309,13 @@ def test_shapes_are_read_whatever_the_keys_are_called() -> None:
     gpt = CausalModel(GPT2LMHeadModel(GPT2Config(n_embd=48, n_layer=3, n_head=4, vocab_size=77)))
     n = sum(p.numel() for p in gpt.parameters())
     assert get_model_dimensions(gpt) == ModelDimensions(
-        parameters=n, trainable=n, layers=3, width=48, inner=192, heads=4, vocabulary=77
+        parameters=n, trainable=n, layers=3, width=48, inner=192, heads=4, vocabulary=77, tables=77 * 48
     )
     llama = CausalModel(make_llama())
     llama.body.requires_grad_(False)
     n = sum(p.numel() for p in llama.parameters())
     assert get_model_dimensions(llama) == ModelDimensions(
-        parameters=n, trainable=0, layers=2, width=32, inner=64, heads=4, vocabulary=320
+        parameters=n, trainable=0, layers=2, width=32, inner=64, heads=4, vocabulary=320, tables=10240
     )
 
 

@@ -46,13 +46,9 @@ def by_token(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     chunk: int | None = None,
-    masked: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The chunked loss and each token's part of it; ignored tokens are dropped before the head (as on a CPU) or masked."""
+    """The chunked loss and each token's part of it; ignored tokens are dropped before the head."""
     head = OutputHead(weight, bias_V, logit_scale, softcap)
-    if masked:
-        loss, losses_1N = linear_loss(hidden, head, [WeightedLoss(CrossEntropy(labels, has_ignored=True))], chunk)
-        return loss, losses_1N[0]
     trained = (labels != -100).nonzero().flatten()
     rule = CrossEntropy(labels[trained])
     loss, losses_1N = linear_loss(hidden.index_select(0, trained), head, [WeightedLoss(rule)], chunk)
@@ -61,10 +57,6 @@ def by_token(
 
 def linear_cross_entropy(*args: Any, **options: Any) -> Tensor:
     return by_token(*args, **options)[0]
-
-
-def masked_cross_entropy(*args: Any, **options: Any) -> Tensor:
-    return by_token(*args, masked=True, **options)[0]
 
 
 def plain(
@@ -112,9 +104,8 @@ def compare(
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("chunk", [1, 5, 16, 37, 1000, None])
 def test_equals_cross_entropy_of_all_logits(form: dict[str, Any], chunk: int | None) -> None:
-    for loss in (linear_cross_entropy, masked_cross_entropy):
-        compare(loss, chunk=chunk, form=form)
-        compare(loss, chunk=chunk, form=form, dtype=torch.float64, rounding=1e-13)
+    compare(linear_cross_entropy, chunk=chunk, form=form)
+    compare(linear_cross_entropy, chunk=chunk, form=form, dtype=torch.float64, rounding=1e-13)
 
 
 def mean_of_chunk_means(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> Tensor:

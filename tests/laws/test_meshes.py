@@ -221,6 +221,17 @@ def test_tunings_on_meshes_make_the_steps_of_one_process(
     assert_resumes(tmp_path / "2x2", "2x2", "2", raw, cache)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_moments_in_float8_are_rounded_alike_on_meshes(small: dict[str, Any], cache: Path, tmp_path: Path) -> None:
+    """A rank rounds its rows as one process does; sums in another order move a few entries to the other neighbour."""
+    raw = {**small, "optimizer": {"moment_dtype": "float8"}, "penalties": []}
+    train_mesh("1", raw, tmp_path / "1", cache)
+    train_mesh("2x2", raw, tmp_path / "2x2", cache)
+    assert losses(tmp_path / "2x2") == pytest.approx(losses(tmp_path / "1"), rel=1e-5)
+    assert_resumes(tmp_path / "2x2", "2x2", "2", raw, cache)
+
+
 @pytest.mark.parametrize(
     ("size", "parallel"), [(2, {"replicate": 4}), (2, {"replicate": 2, "shard": 2}), (1, {"replicate": 2})]
 )

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from postgrad.data.layouts.rows import IGNORED
 from postgrad.models.model import OutputHead
 from postgrad.objectives.chunked_head_loss import WeightedLoss, linear_loss
 from postgrad.objectives.next_token import CrossEntropy
@@ -46,24 +45,19 @@ def make_case() -> tuple[Tensor, OutputHead, Tensor]:
     return hidden, OutputHead(weight, bias, 0.7, 3.0), torch.randint(V, (N,), generator=draw)
 
 
-@pytest.mark.parametrize("has_ignored", [False, True])
 @pytest.mark.parametrize(
     ("kind", "mutant"),
     [(kind, None) for kind in CASES]
     + [(kind, m) for kind in CASES if kind != "exponent 0" for m in ("gradient through the weights", "weights of 1")],
 )
-def test_the_weighted_loss_and_its_gradient_are_those_of_the_definition(
-    kind: str, mutant: str | None, has_ignored: bool
-) -> None:
+def test_the_weighted_loss_and_its_gradient_are_those_of_the_definition(kind: str, mutant: str | None) -> None:
     (weights, definition), (hidden, head, labels_N) = CASES[kind], make_case()
-    if has_ignored:
-        labels_N[::3] = IGNORED
-    rule = CrossEntropy(labels_N, has_ignored=has_ignored, token_weights=None if mutant == "weights of 1" else weights)
+    rule = CrossEntropy(labels_N, None if mutant == "weights of 1" else weights)
     loss, losses_1N = linear_loss(hidden, head, [WeightedLoss(rule, 1.3)], chunk=4)
     log_probs_NV = head.logits(hidden).log_softmax(-1)
     w_N = definition(log_probs_NV, labels_N)
     w_N = w_N if mutant == "gradient through the weights" else w_N.detach()
-    exact_N = w_N * torch.nn.functional.nll_loss(log_probs_NV, labels_N, reduction="none", ignore_index=IGNORED)
+    exact_N = w_N * torch.nn.functional.nll_loss(log_probs_NV, labels_N, reduction="none")
     inputs = [hidden, head.weight_VD, head.bias_V]
     ours, theirs = torch.autograd.grad(loss, inputs), torch.autograd.grad(1.3 * exact_N.sum(), inputs)
     is_equal = torch.allclose(losses_1N[0], exact_N.detach(), rtol=1e-9, atol=1e-12) and all(

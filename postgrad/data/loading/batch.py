@@ -65,6 +65,8 @@ class Batch:
     """Of unpacked rows: positions that fill them to a common length."""
     document_lengths: tuple[int, ...] | None = None
     """Of packed rows: the positions of each document, on the host, so that a model does not wait for a device to read them."""
+    label_positions: Tensor | None = None
+    """Positions with a label, counted through the rows: found on the host, where looking for them waits for no device."""
     contexts: tuple[tuple[RowContext, ...], ...] = ()
     """Of each row, what only a teacher reads; empty where no row has any."""
 
@@ -79,12 +81,19 @@ class Batch:
         lengths = {} if self.document_lengths is None else {"document_lengths": self.document_lengths}
         return {**self.inputs, **lengths}
 
+    def find_label_positions(self) -> Batch:
+        """The micro-batch with `label_positions`."""
+        return replace(self, label_positions=(self.labels != IGNORED).flatten().nonzero().flatten())
+
     def to(self, device: torch.device) -> Batch:
         """The micro-batch with its tensors on `device`."""
         if self.labels.device == device:
             return self
+        positions = self.find_label_positions().label_positions
+        assert positions is not None
         return replace(
             self,
+            label_positions=positions.to(device, non_blocking=True),
             inputs={name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()},
             labels=self.labels.to(device, non_blocking=True),
             teacher_targets={name: targets.to(device) for name, targets in self.teacher_targets.items()},
