@@ -30,6 +30,7 @@ from postgrad.hardware.memory import StateDtypes
 from postgrad.lineage.tree import read_lineage
 from postgrad.models.location import TUNING_FILE, ModelLocation
 from postgrad.models.model import CausalModel
+from postgrad.models.sampling import count_token_ids
 from postgrad.optim.loss_adaptive_lr import ConstantLRScale, LossAdaptiveLRScale
 from postgrad.optim.optimizer import AdamW, Muon, Optimizer, Weights
 from postgrad.optim.sparse_update import UpdateMask
@@ -294,7 +295,8 @@ def make_step(plan: Plan, run: Run) -> StepFunction:
 
 def make_sampler(plan: Plan, model: CausalModel, spec: GeneratingObjective) -> OnPolicySampler:
     """The sampler of an objective on text of the model's own, with the filter of on-policy replay."""
-    sampler = OnPolicySampler(model, spec.temperature, plan.model.inputs.encoder.eos, plan.stage.seed)
+    eos, token_ids = plan.model.inputs.encoder.eos, count_token_ids(plan.model.tokenizer)
+    sampler = OnPolicySampler(model, spec.temperature, eos, plan.stage.seed, token_ids)
     if isinstance(spec, OnPolicyObjective):
         return sampler
     score = {"f1": token_f1, "exact": exact_match}.get(spec.score)
