@@ -23,6 +23,7 @@ from postgrad.models.finite import sampling_errors
 from postgrad.models.location import ModelLocation, locate_model
 from postgrad.models.model_sizes import get_model_sizes
 from postgrad.models.prefix_lm_attention import is_prefix_lm, prefill_prompt
+from postgrad.models.sampling import suppressed_ids
 from postgrad.plan.model_inputs import ModelInputs
 from postgrad.tuning.open_model import open_model
 
@@ -196,6 +197,7 @@ def _generate_text(text_model: TextModel, prompt_ids: Sequence[int], options: Sa
             max_new_tokens=int(min(options.max_new_tokens, room)),
             pad_token_id=pad,
             eos_token_id=tokenizer.eos_token_id if stop_ids is None else stop_ids,
+            suppress_tokens=suppressed_ids(model, tokenizer),
             **sampling,
             **prefill,
         )

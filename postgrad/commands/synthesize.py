@@ -40,6 +40,7 @@ from postgrad.models.location import locate_model
 from postgrad.models.model import CausalModel, wrap_model
 from postgrad.models.model_sizes import load_model_sizes
 from postgrad.models.pretrained import load_tokenizer
+from postgrad.models.sampling import count_token_ids
 from postgrad.models.task import Task
 from postgrad.plan.model_inputs import make_encoder
 from postgrad.storage.atomic import disk_errors, write_all, write_atomically
@@ -223,6 +224,7 @@ def _generate_documents(
         stop_ids=generator.stop_tokens,
         temperature=request.temperature,
         top_p=request.top_p,
+        token_ids=count_token_ids(generator.tokenizer),
     )
     for (ids, origin), new in zip(batch_prompts, documents, strict=True):
         prompt = ids[len(generator.encoder.prefix_ids) :] if request.prompt_tokens else ids[:0]

@@ -44,6 +44,7 @@ from postgrad.errors import DataError, ModelError, StageError
 from postgrad.evaluation.continuations import decode_ids
 from postgrad.evaluation.generate_documents import GeneratedDocument, generate_documents
 from postgrad.hardware import machine
+from postgrad.models.sampling import count_token_ids
 from postgrad.storage.fingerprint import fingerprint
 
 DEFAULT_SHOTS = 3
@@ -377,6 +378,7 @@ def _generate(
         temperature=request.temperature,
         top_p=request.top_p,
         stream=stream,
+        token_ids=count_token_ids(template.generator.tokenizer),
     )
 
 

@@ -47,6 +47,7 @@ from postgrad.evaluation.continuations import decode_ids
 from postgrad.evaluation.generate_documents import GeneratedDocument, generate_documents
 from postgrad.evaluation.generation_metrics import normalize_answer
 from postgrad.hardware import machine
+from postgrad.models.sampling import count_token_ids
 from postgrad.storage.atomic import disk_errors, write_atomically
 from postgrad.storage.fingerprint import fingerprint
 from postgrad.storage.read_json import MAX_BYTES, read_file
@@ -260,6 +261,7 @@ def _rewrite(
         stop_ids=generator.stop_tokens,
         temperature=request.temperature,
         top_p=request.top_p,
+        token_ids=count_token_ids(generator.tokenizer),
     )
     out: list[_Written] = []
     for (part, form), new in zip(chosen, documents, strict=True):

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from postgrad.data.render.frame import TextPrefix
 from postgrad.evaluation.held_out import HeldOutSet, HeldOutText
 from postgrad.models.prefix_lm_attention import is_prefix_lm, prefill_prompt
+from postgrad.models.sampling import suppressed_ids
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 48
 
@@ -47,6 +48,7 @@ def generate_continuations(
     out = []
     was_training = model.training
     model.eval()
+    suppressed = suppressed_ids(model, tokenizer)
     with torch.compiler.set_stance("force_eager"):
         for prompt in prompts:
             inputs = torch.from_numpy(prefix.insert(prompt.ids))
@@ -57,6 +59,7 @@ def generate_continuations(
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=NEW_TOKENS,
                 do_sample=False,
+                suppress_tokens=suppressed,
                 pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
                 **cache,
             )

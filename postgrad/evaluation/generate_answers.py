@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 from postgrad.models.decoding import takes_left_padding
 from postgrad.models.model import CausalModel
 from postgrad.models.prefix_lm_attention import is_prefix_lm, prefill_prompt
+from postgrad.models.sampling import suppressed_ids
 
 _TOKENS_AT_ONCE = 16_384
 _PROMPTS_AT_ONCE = 64
@@ -77,6 +78,7 @@ def generate_answers(
     encoder_decoder, prefix_lm = bool(model.config.is_encoder_decoder), is_prefix_lm(model.config)
     own = getattr(model.generation_config, "eos_token_id", None)
     stops = sorted({*eos_ids, *([own] if isinstance(own, int) else own or [])})
+    suppressed = suppressed_ids(model, tokenizer)
     was_training = model.training
     model.eval()
     lengths = [len(prompt) for prompt in prompts]
@@ -100,6 +102,7 @@ def generate_answers(
                 num_beams=1,
                 repetition_penalty=1.0,  # a generation config may set one, which fails on virtual tokens
                 no_repeat_ngram_size=0,
+                suppress_tokens=suppressed,
                 eos_token_id=stops,
                 pad_token_id=pad,
                 stopping_criteria=StoppingCriteriaList(criteria),

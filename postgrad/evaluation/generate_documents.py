@@ -9,7 +9,7 @@ go together. A document that has ended leaves the batch.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from postgrad.data.random_streams import RandomStreams
 from postgrad.models.decoding import Decoder, find_decoding_way, takes_left_padding
-from postgrad.models.model import CausalModel, OutputHead
+from postgrad.models.model import CausalModel
 
 
 class GeneratedDocument(NamedTuple):
@@ -40,11 +40,13 @@ def generate_documents(
     temperature: float = 1.0,
     top_p: float = 1.0,
     stream: int = 0,
+    token_ids: int | None = None,
 ) -> list[GeneratedDocument]:
     """Continue each prompt until a token of `stop_ids`, or for `max_new_tokens`.
 
     `document_numbers` select the random streams, `stream` one of several for a document. `temperature` divides the logits;
-    `top_p` below one is nucleus sampling (Holtzman et al. 2020, arXiv 1904.09751), which never samples the tail.
+    `top_p` below one is nucleus sampling (Holtzman et al. 2020, arXiv 1904.09751), which never samples the tail. Only ids
+    below `token_ids` are sampled.
     """
     numbers = list(document_numbers)
     draws, device = RandomStreams(seed), next(model.parameters()).device
@@ -58,7 +60,13 @@ def generate_documents(
         for group in _group_prompts(model, prompts):
             decoder = Decoder(model, find_decoding_way(model, padded=len({len(prompts[i]) for i in group}) > 1))
             generated = _generate_group(
-                model.head(), decoder, [prompts[i] for i in group], uniforms_BT[group], stop_ids, temperature, top_p
+                lambda hidden_BD: model.head().logits(hidden_BD)[:, :token_ids].float(),
+                decoder,
+                [prompts[i] for i in group],
+                uniforms_BT[group],
+                stop_ids,
+                temperature,
+                top_p,
             )
             out.update(zip(group, generated, strict=True))
     model.train(was_training)
@@ -76,7 +84,7 @@ def _group_prompts(model: CausalModel, prompts: Sequence[np.ndarray] | np.ndarra
 
 
 def _generate_group(
-    head: OutputHead,
+    compute_logits: Callable[[Tensor], Tensor],
     decoder: Decoder,
     prompts: Sequence[np.ndarray],
     uniforms_BT: Tensor,
@@ -93,7 +101,7 @@ def _generate_group(
     ragged = not bool(mask_BK.all())
     for step in range(max_new_tokens):
         # Without padding no mask is passed: most attention kernels are faster so.
-        logits_BV = head.logits(decoder(ids, mask_BK if ragged else None)).float()
+        logits_BV = compute_logits(decoder(ids, mask_BK if ragged else None))
         chosen_B = sample_tokens(logits_BV, uniforms_BT[:, step], temperature, top_p)
         tokens_B = chosen_B.cpu().numpy()
         over = np.isin(tokens_B, list(stop_ids))

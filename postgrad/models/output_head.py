@@ -114,7 +114,8 @@ def find_head_function(pretrained: PreTrainedModel) -> HeadFunction:
     Raises `ModelError` for a model whose forward pass fails, or whose logits are another function of the products.
     """
     layer = get_output_layer(pretrained)
-    products = torch.tensor(_PRODUCTS, device=layer.weight.device)
+    # Of a model without values only the function behind the products is needed, and it is computed on the CPU.
+    products = torch.tensor(_PRODUCTS, device="cpu" if layer.weight.is_meta else layer.weight.device)
     ids = ((5 + torch.arange(len(products), device=layer.weight.device)) % layer.out_features)[None]  # no padding
     calls: list[Tensor] = []
 

@@ -283,6 +283,14 @@ def make_random_model(config: PreTrainedConfig, task: Task) -> PreTrainedModel:
         ) from error
 
 
+def make_placeholder_model(start: ModelLocation, task: Task) -> PreTrainedModel:
+    """The model of a folder's or Hub name's configuration, in eval mode, without memory for its weights, which are not read."""
+    config = load_config(start.name_or_path)
+    forget_quantization(config)
+    with torch.device("meta"):
+        return make_random_model(config, task)
+
+
 def _auto_class(config: PreTrainedConfig, task: Task) -> Any:
     """The Auto class of a task; that with images for composite decoders that have no other (Mistral 3), or are saved with them.
 

@@ -14,11 +14,24 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from postgrad.models.cpu_attention import CAUSAL_BLOCKS
 from postgrad.models.decoding import Decoder, find_decoding_way
 from postgrad.models.model import CausalModel
 from postgrad.models.sublayers import eval_mode
+
+
+def count_token_ids(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The ids up to the tokenizer's last one; the embeddings behind them only fill a table to a round size."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def suppressed_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
+    """What `generate` must not emit: the ids that the generation config names, and those that are no tokens."""
+    output = model.get_output_embeddings()
+    named = getattr(model.generation_config, "suppress_tokens", None) or []
+    return [*named, *range(count_token_ids(tokenizer), 0 if output is None else len(output.weight))] or None
 
 
 @torch.no_grad()
@@ -30,11 +43,12 @@ def sample_continuations(
     temperature: float,
     eos: int,
     mask_BP: Tensor | None = None,
+    token_ids: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Continuations (B, N) of prompts of one length, and the number of tokens of each, including its EOS.
 
     The i-th token is where the i-th uniform number falls in the cumulated softmax(logits / temperature). `mask_BP`: 0 where
-    shorter prompts are padded on the left, for a model that supports it.
+    shorter prompts are padded on the left, for a model that supports it. `token_ids`: only ids below it are sampled.
     """
     rows = len(prompt_BP)
     sampled_BN = torch.full(uniform_BN.shape, eos, dtype=torch.int64, device=prompt_BP.device)
@@ -45,7 +59,7 @@ def sample_continuations(
     with eval_mode(model), _cache_capable_attention(model), torch.compiler.set_stance("force_eager"):
         decoder = Decoder(model, find_decoding_way(model, padded=mask_BP is not None))
         for i in range(uniform_BN.shape[1]):
-            logits_BV = model.head().logits(decoder(ids, mask_BP)).double() / temperature
+            logits_BV = model.head().logits(decoder(ids, mask_BP))[:, :token_ids].double() / temperature
             sums_BV = logits_BV.softmax(-1).cumsum(-1)
             at_B1 = uniform[:, i : i + 1] * sums_BV[:, -1:]
             token_B = torch.searchsorted(sums_BV, at_B1, right=True)[:, 0].clamp(max=sums_BV.shape[1] - 1)

@@ -30,6 +30,7 @@ from postgrad.hardware.memory import StateDtypes
 from postgrad.lineage.tree import read_lineage
 from postgrad.models.location import TUNING_FILE, ModelLocation
 from postgrad.models.model import CausalModel
+from postgrad.models.sampling import count_token_ids
 from postgrad.optim.loss_adaptive_lr import ConstantLRScale, LossAdaptiveLRScale
 from postgrad.optim.optimizer import AdamW, Muon, Optimizer, Weights
 from postgrad.optim.sparse_update import UpdateMask
@@ -101,6 +102,11 @@ def earlier_lora_adapters(start: ModelLocation) -> list[TuningExport]:
     return [export for export in exports.values() if export.options["kind"] == "lora"]
 
 
+def longest_row(plan: Plan) -> Row:
+    """The longest row of a sample of all sources."""
+    return max((row for rows in plan.data.rows for row in _sample_rows(rows)), key=_row_length)
+
+
 def state_dtypes(plan: Plan) -> StateDtypes:
     """How the stage's optimizer holds its state."""
     spec = plan.stage.optimizer
@@ -110,7 +116,7 @@ def state_dtypes(plan: Plan) -> StateDtypes:
 def choose_execution(plan: Plan, tuned_model: TunedModel, world: World) -> Execution:
     """Choose how this machine computes the stage."""
     compute, batch = plan.stage.compute, plan.stage.batch
-    longest = max((row for rows in plan.data.rows for row in _sample_rows(rows)), key=_row_length)
+    longest = longest_row(plan)
 
     def make_inputs(rows: int) -> dict[str, Tensor]:
         return collate([longest] * rows, [0] * rows, pad_token_id=plan.model.inputs.pad_id).inputs
@@ -289,7 +295,8 @@ def make_step(plan: Plan, run: Run) -> StepFunction:
 
 def make_sampler(plan: Plan, model: CausalModel, spec: GeneratingObjective) -> OnPolicySampler:
     """The sampler of an objective on text of the model's own, with the filter of on-policy replay."""
-    sampler = OnPolicySampler(model, spec.temperature, plan.model.inputs.encoder.eos, plan.stage.seed)
+    eos, token_ids = plan.model.inputs.encoder.eos, count_token_ids(plan.model.tokenizer)
+    sampler = OnPolicySampler(model, spec.temperature, eos, plan.stage.seed, token_ids)
     if isinstance(spec, OnPolicyObjective):
         return sampler
     score = {"f1": token_f1, "exact": exact_match}.get(spec.score)

@@ -100,7 +100,7 @@ def make_tuned_model(plan: Plan, world: World, *, attention: str | None = None) 
     if world.mesh:
         note = "each process reads the whole model before it is divided: its tuning or its files need that"
         loaded = replace(loaded, notes=(*loaded.notes, note))
-    return _tune(plan, loaded, world)
+    return tune(plan, loaded, world)
 
 
 def _make_unread_model(plan: Plan, world: World, attention: str | None) -> TunedModel | None:
@@ -111,9 +111,8 @@ def _make_unread_model(plan: Plan, world: World, attention: str | None) -> Tuned
         return None
     pretrained, new_weights, _ = unread.loaded
     try:
-        tuned_model = _tune(
-            plan, LoadedModel(pretrained, model.task, model.task_layer, new_weights), world, unread.weights
-        )
+        loaded = LoadedModel(pretrained, model.task, model.task_layer, new_weights)
+        tuned_model = replace(tune(plan, loaded, world, has_values=False), unread=unread.weights)
     except (PostgradError, RuntimeError, ValueError):
         return None  # the same with the whole model says what is wrong
     options = tuned_model.options
@@ -121,8 +120,8 @@ def _make_unread_model(plan: Plan, world: World, attention: str | None) -> Tuned
     return None if reads_weights or unread.weights.find_computed(pretrained) else tuned_model
 
 
-def _tune(plan: Plan, loaded: LoadedModel, world: World, unread: UnreadWeights | None = None) -> TunedModel:
-    """Attach the stage's tuning to its start model."""
+def tune(plan: Plan, loaded: LoadedModel, world: World, *, has_values: bool = True) -> TunedModel:
+    """Attach the stage's tuning to its start model; `has_values`: False for one of placeholders, which stays where it is."""
     loaded = replace(loaded, notes=(*loaded.notes, *plan.model.inputs.notes()))
     routers = router_names(plan.stage.experts, loaded.model)
     options = tuning_options(plan, loaded, routers)
@@ -143,10 +142,10 @@ def _tune(plan: Plan, loaded: LoadedModel, world: World, unread: UnreadWeights |
             hint=f"train the new model with `full` first; `{plan.stage.tuning.kind}` can continue from that run",
         )
     model = wrap_model(loaded.model, loaded.task)
-    model = model if unread else model.to(world.device)
+    model = model.to(world.device) if has_values else model
     balancing, notes = choose_balancing(plan.stage.experts, model)
     loaded = replace(loaded, notes=(*loaded.notes, *notes))
-    return TunedModel(model, loaded, tuning, {**options, "seed": plan.stage.seed}, base_names, balancing, unread)
+    return TunedModel(model, loaded, tuning, {**options, "seed": plan.stage.seed}, base_names, balancing)
 
 
 def _check_plain_base(plan: Plan, loaded_model: LoadedModel) -> None:

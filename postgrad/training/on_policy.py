@@ -53,6 +53,8 @@ class OnPolicySampler:
     temperature: float
     eos: int
     seed: int
+    token_ids: int | None = None
+    """Only ids below it are sampled."""
     filter: AnswerFilter | None = None
 
     def __call__(self, batch: Batch) -> Batch:
@@ -118,6 +120,7 @@ class OnPolicySampler:
             temperature=self.temperature,
             eos=self.eos,
             mask_BP=None if bool(mask_BP.all()) else mask_BP.to(device),
+            token_ids=self.token_ids,
         )
 
     def _choose(self, answers: Sequence[Tensor], labels_T: Tensor) -> int | None:

@@ -20,7 +20,7 @@ from postgrad.models.sublayers import eval_mode
 from postgrad.tuning.prefix_attention import AttentionCall, make_inputs, record_attention, sample_token_ids
 
 ROLES = ("encoder", "decoder", "cross")
-ALTERNATIVES_HINT = "prompt tuning, LoRA and adapters work on this model"
+ALTERNATIVES_HINT = "prompt tuning and LoRA work on this model"
 _SOURCE_LENGTH, _TARGET_LENGTH = 7, 5
 """Lengths in the probe pass; their difference identifies cross-attention."""
 

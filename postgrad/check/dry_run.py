@@ -1,0 +1,349 @@
+"""A step of a stage on devices that are not here, walked at its real size with tensors that have shapes and no values.
+
+The code is that of a real step: meta model, tuning, sharding, forward and backward pass, loss, optimizer. torch's fake process
+group answers every collective call at once, and fake tensors take no memory, so a laptop walks 70 billion weights on 64 ranks.
+What is alive is counted by kind, every collective call by its bytes, and operations by torch's counter.
+
+Two steps are walked: the second one has the moments of the first. Scores, teachers and penalties are not part of it.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from postgrad.config.objectives import DistillObjective, GeneratingObjective
+from postgrad.data.loading.batch import Batch, collate
+from postgrad.data.loading.unpacked_rows import PACKED_LAYOUTS
+from postgrad.distributed import fsdp
+from postgrad.distributed.world import MeshShape, World
+from postgrad.errors import StageError
+from postgrad.hardware.accelerators import ACCELERATORS, DEVICES_PER_NODE, Accelerator
+from postgrad.hardware.memory import format_bytes
+from postgrad.models.pretrained import make_placeholder_model
+from postgrad.optim.optimizer import Weights
+from postgrad.optim.sparse_update import FullMask
+from postgrad.plan.plan import Plan
+from postgrad.run.build import longest_row, make_optimizer
+from postgrad.run.losses import make_objectives
+from postgrad.run.tuned_model import TunedModel, tune
+from postgrad.training.step import Run, compute_gradients
+from postgrad.tuning.open_model import LoadedModel
+
+_ROW_TOKENS = 32_768
+"""Tokens of a micro-batch, as a run takes on a GPU."""
+_UTILISATION = (0.3, 0.5)
+"""Share of a device's matrix products that training reaches: 8 B on 8 H100 reached .33 with plain FSDP2, and .49 compiled and in
+float8, in torchtitan's published figures."""
+_KINDS = {
+    "weights": ("SHARDED_PARAM", "PARAM", "BUFFER"),
+    "gathered weights": ("UNSHARDED_PARAM", "ALL_GATHER"),
+    "gradients": ("SHARDED_GRAD", "UNSHARDED_GRAD", "GRAD", "REDUCE_SCATTER"),
+    "optimizer states": ("OPT", "OPTSTATE"),
+    "activations and buffers": ("ACT", "TEMP", "INP"),
+}
+_COLLECTIVES = {
+    "_allgather_base_": "all-gather",
+    "allgather_into_tensor_coalesced_": "all-gather",
+    "_reduce_scatter_base_": "reduce-scatter",
+    "allreduce_": "all-reduce",
+}
+
+
+@dataclass(frozen=True)
+class Collective:
+    """Calls of one kind in a step, and the bytes of their larger side."""
+
+    calls: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """A step on one of several equal devices."""
+
+    device: str
+    ranks: int
+    rows: int
+    """Rows of a micro-batch."""
+    micro_batches: int
+    """Micro-batches of a rank in a step."""
+    memory: Mapping[str, int]
+    """Bytes by kind at the peak, which is inside the step."""
+    collectives: Mapping[str, Collective]
+    """Of one micro-batch with its update."""
+    flops: int
+    """Operations of one micro-batch on one rank, recomputed ones included."""
+    tokens_per_second: tuple[float, float]
+    """Of one device, at the lower and the higher utilisation."""
+    notes: tuple[str, ...]
+
+    @property
+    def peak(self) -> int:
+        """Bytes of all kinds."""
+        return sum(self.memory.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak leaves a tenth of the device for the allocator and CUDA."""
+        return self.peak < 0.9 * ACCELERATORS[self.device].memory
+
+    def as_json(self) -> dict[str, Any]:
+        """As plain data."""
+        return {**asdict(self), "peak": self.peak, "fits": self.fits}
+
+    def lines(self) -> list[str]:
+        """In words."""
+        room = ACCELERATORS[self.device].memory
+        low, high = self.tokens_per_second
+        return [
+            f"on {self.ranks:,} x {self.device}: micro-batches of {self.rows:,} rows, {self.micro_batches:,} for each rank in a step",
+            f"  memory of a device: {format_bytes(self.peak)} of {format_bytes(room)} at the peak of a step: "
+            + ", ".join(f"{kind} {format_bytes(size)}" for kind, size in self.memory.items() if size),
+            *(
+                f"  {kind}: {each.calls:,} calls, {format_bytes(each.bytes)} in a micro-batch with its update"
+                for kind, each in self.collectives.items()
+            ),
+            f"  operations: {self.flops:.3g} in a micro-batch on a device",
+            f"  expected: {low:,.0f} to {high:,.0f} tokens/s on a device, {low * self.ranks:,.0f} to {high * self.ranks:,.0f} in all "
+            f"(at {_UTILISATION[0]:.0%} to {_UTILISATION[1]:.0%} of its matrix products, or as fast as its links)",
+            *(f"  note: {note}" for note in self.notes),
+        ]
+
+
+def walk_step(plan: Plan, ranks: int, device: str) -> DryRun:
+    """Walk two steps of the stage on one of `ranks` devices; of one rank without sharding.
+
+    Raises `StageError` for an unknown device, for rows that do not divide, and for a tuning that computes from weights.
+    """
+    accelerator = ACCELERATORS.get(device)
+    if accelerator is None:
+        raise StageError(f"{device!r} is unknown", where="--device", expected=", ".join(ACCELERATORS))
+    if dist.is_initialized():
+        raise StageError("a dry run makes ranks of its own", where="--world", expected="one process, without torchrun")
+    rows, micro_batches = _micro_batches(plan, ranks)
+    shape = plan.stage.parallel
+    mesh_shape = MeshShape(shape.replicate, shape.shard) if shape else MeshShape()
+    with _quiet(), _fake_world(ranks, mesh_shape) as world:
+        tuned_model = _make_model(plan, world)
+        batch = _make_batch(plan, rows)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            run = _build(plan, tuned_model, world)
+            _step(run, batch)
+            tracker = _make_tracker(run, world)
+            counter, calls = FlopCounterMode(display=False), _CollectiveCounter()
+            with tracker, counter, calls:
+                _step(run, batch)
+        (kinds,) = tracker.get_tracker_snapshot("peak").values()
+    memory = _by_kind({getattr(kind, "name", str(kind)): size for kind, size in kinds.items()})
+    flops = counter.get_total_flops()
+    tokens = rows * plan.model.context_length
+    return DryRun(
+        device,
+        ranks,
+        rows,
+        micro_batches,
+        memory,
+        calls.summary(),
+        flops,
+        _expected_speed(accelerator, ranks, tokens, flops, calls.summary()),
+        _notes(plan, memory, accelerator),
+    )
+
+
+def _micro_batches(plan: Plan, ranks: int) -> tuple[int, int]:
+    """Rows of a micro-batch, and the micro-batches of a rank."""
+    batch = plan.stage.batch
+    if batch.global_batch_size % ranks:
+        raise StageError(
+            f"{batch.global_batch_size} rows cannot be split evenly over {ranks} ranks",
+            where="batch.global_batch_size",
+            expected=f"a multiple of {ranks}",
+        )
+    own = batch.global_batch_size // ranks
+    most = batch.micro_batch_size or max(1, _ROW_TOKENS // plan.model.context_length)
+    rows = max(m for m in range(1, min(own, most) + 1) if own % m == 0)
+    return rows, own // rows
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Inside, torch's trackers say nothing of their own experiments."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+@contextmanager
+def _fake_world(ranks: int, shape: MeshShape) -> Iterator[World]:
+    """The first of so many ranks, none of which exists; a single process for one."""
+    device = torch.device("cpu")
+    if ranks == 1:
+        shape.check(1)
+        yield World(device)
+        return
+    shape.check(ranks)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    try:
+        yield World(device, 0, ranks, None, shape.make(device, ranks))
+    finally:
+        dist.destroy_process_group()
+
+
+def _make_model(plan: Plan, world: World) -> TunedModel:
+    """The model with the stage's tuning, without memory for its weights."""
+    model = plan.model
+    if model.start.base is not None or model.start.scratch_recipe:
+        raise StageError(
+            "a dry run walks plain models",
+            where="model",
+            expected="a folder with a config.json, or a Hub name, that is no tuning's and no new model",
+        )
+    pretrained = make_placeholder_model(model.start, model.task)
+    try:
+        return tune(plan, LoadedModel(pretrained, model.task, model.task_layer, ()), world, has_values=False)
+    except (NotImplementedError, RuntimeError) as error:
+        raise StageError(
+            f"`{plan.stage.tuning.kind}` computes from the weights of its start model, and a dry run has no values",
+            where="tuning.kind",
+            expected="full, lora without `variant`, or another kind with weights of its own",
+        ) from error
+
+
+def _build(plan: Plan, tuned_model: TunedModel, world: World) -> Run:
+    """The run at step 0 on fake tensors; as `run.build.build_run` without what reads values."""
+    compute, spec, model = plan.stage.compute, plan.stage.optimizer, tuned_model.model
+    dtype = torch.float32 if compute.dtype == "float32" else torch.bfloat16
+    model.to_empty(device="cpu")
+    if compute.activation_checkpointing is True:
+        fsdp.checkpoint_activations(model)
+    if world.mesh:
+        fsdp.shard(model, world.mesh, dtype)
+        fsdp.reshard(model)
+    masters = torch.bfloat16 if spec.master_dtype else torch.float32
+    weights = Weights(model, tuned_model.tuning, dtype, master_copies=world.mesh is None, master_dtype=masters)
+    taught = (DistillObjective, GeneratingObjective)
+    specs = [o for o in plan.objectives if not isinstance(o, taught)] or plan.objectives[:1]
+    model.train()
+    return Run(
+        model=model,
+        weights=weights,
+        optimizer=make_optimizer(plan, weights, FullMask()),
+        objectives=make_objectives(specs, plan.model.problem, plan.model.task, steps=plan.steps, tokens=plan.tokens),
+        penalties=[],
+        schedule=plan.schedule,
+        world=world,
+        sources=plan.data.source_names,
+        max_grad_norm=spec.max_grad_norm,
+        seed=plan.stage.seed,
+    )
+
+
+def _make_batch(plan: Plan, rows: int) -> Batch:
+    """So many copies of the longest row."""
+    longest = longest_row(plan)
+    return collate([longest] * rows, [0] * rows, pad_token_id=plan.model.inputs.pad_id).find_label_positions()
+
+
+def _step(run: Run, batch: Batch) -> None:
+    compute_gradients(run, [batch], max(1, batch.label_count))
+    run.weights.gradient_norm()
+    run.optimizer.step(0.0)
+
+
+def _make_tracker(run: Run, world: World) -> Any:
+    optimizer = run.optimizer.inner[0]
+    if world.mesh:
+        return FSDPMemTracker(run.model, optimizer)
+    tracker = MemTracker()
+    tracker.track_external(run.model, optimizer, *run.weights.masters)
+    return tracker
+
+
+def _by_kind(sizes: Mapping[str, int]) -> dict[str, int]:
+    known = {part: kind for kind, parts in _KINDS.items() for part in parts}
+    total: dict[str, int] = dict.fromkeys(_KINDS, 0)
+    for name, size in sizes.items():
+        if name.upper() != "TOTAL":
+            total[known.get(name.upper(), "activations and buffers")] += size
+    return total
+
+
+class _CollectiveCounter(TorchDispatchMode):
+    """Counts torch's collective calls, and the bytes of the larger side of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sizes: dict[str, list[int]] = defaultdict(list)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.namespace == "c10d" and (kind := _COLLECTIVES.get(function._schema.name.split("::")[1])):
+            sides = [sum(t.nbytes for t in tree_leaves(arg) if isinstance(t, Tensor)) for arg in args[:2]]
+            self._sizes[kind].append(max(sides))
+        return function(*args, **(kwargs or {}))
+
+    def summary(self) -> dict[str, Collective]:
+        """By kind."""
+        return {kind: Collective(len(sizes), sum(sizes)) for kind, sizes in sorted(self._sizes.items())}
+
+
+def _expected_speed(
+    device: Accelerator, ranks: int, tokens: int, flops: int, collectives: Mapping[str, Collective]
+) -> tuple[float, float]:
+    """Tokens a second of a device: the slower of its products and its links, which work at the same time."""
+    rate = device.link if ranks <= DEVICES_PER_NODE else device.network
+    communication = sum(each.bytes for each in collectives.values()) * (ranks - 1) / ranks / rate
+    low, high = (tokens / max(flops / (share * device.flops), communication) for share in _UTILISATION)
+    return low, high
+
+
+def _notes(plan: Plan, memory: Mapping[str, int], device: Accelerator) -> tuple[str, ...]:
+    notes = []
+    if any(isinstance(o, (DistillObjective, GeneratingObjective)) for o in plan.objectives):
+        notes.append("the memory and time of teachers come on top")
+    if plan.stage.penalties:
+        notes.append("the memory and time of penalties come on top")
+    if sum(memory.values()) >= 0.9 * device.memory:
+        notes.append(f"it does not fit; what helps: {', '.join(_helpful_keys(plan, memory))}")
+    return tuple(notes)
+
+
+def _helpful_keys(plan: Plan, memory: Mapping[str, int]) -> list[str]:
+    """Keys that make the step smaller, those against its largest part first."""
+    compute, optimizer, batch = plan.stage.compute, plan.stage.optimizer, plan.stage.batch
+    against_activations = [
+        *([] if compute.activation_checkpointing is True else ["compute.activation_checkpointing: true"]),
+        *([] if batch.micro_batch_size == 1 else ["batch.micro_batch_size: 1"]),
+    ]
+    against_state = [
+        *([] if optimizer.moment_dtype or optimizer.kind == "muon" else ["optimizer.moment_dtype: float8"]),
+        *(["tuning: {kind: lora}"] if plan.stage.tuning.kind == "full" else []),
+        "more ranks",
+    ]
+    activations = memory["activations and buffers"]
+    return (
+        [*against_activations, *against_state]
+        if 2 * activations > sum(memory.values())
+        else [*against_state, *against_activations]
+    )
