@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from postgrad.commands.blend import blend as blend
     from postgrad.commands.check import StageCheck as StageCheck
     from postgrad.commands.check import check_stage as check_stage
+    from postgrad.commands.check import dry_run as dry_run
     from postgrad.commands.compare import ModelComparison as ModelComparison
     from postgrad.commands.compare import RunComparison as RunComparison
     from postgrad.commands.compare import TaskComparison as TaskComparison
@@ -102,7 +103,7 @@ if TYPE_CHECKING:
 _NAMES = {
     "commands.advise": ("Advice", "advise"),
     "commands.blend": ("AverageOptions", "Blend", "MergeOptions", "blend"),
-    "commands.check": ("StageCheck", "check_stage"),
+    "commands.check": ("StageCheck", "check_stage", "dry_run"),
     "commands.compare": (
         "ModelComparison", "RunComparison", "TaskComparison", "compare_models", "compare_runs", "compare_tasks",
     ),

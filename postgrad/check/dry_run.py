@@ -2,7 +2,7 @@
 
 The code is that of a real step: meta model, tuning, sharding, forward and backward pass, loss, optimizer. torch's fake process
 group answers every collective call at once, and fake tensors take no memory, so a laptop walks 70 billion weights on 64 ranks.
-What is alive is counted by kind, every collective call by its bytes, and operations by torch's counter.
+The bytes that are alive are counted, every collective call by its bytes, and operations by torch's formulas.
 
 Two steps are walked: the second one has the moments of the first. Scores, teachers and penalties are not part of it.
 """
@@ -14,24 +14,24 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
-from torch.distributed._tools.mem_tracker import MemTracker
+from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 
 from postgrad.config.objectives import DistillObjective, GeneratingObjective
 from postgrad.data.loading.batch import Batch, collate
-from postgrad.data.loading.unpacked_rows import PACKED_LAYOUTS
 from postgrad.distributed import fsdp
+from postgrad.distributed.shards import local_shard
 from postgrad.distributed.world import MeshShape, World
 from postgrad.errors import StageError
 from postgrad.hardware.accelerators import ACCELERATORS, DEVICES_PER_NODE, Accelerator
@@ -49,15 +49,17 @@ from postgrad.tuning.open_model import LoadedModel
 _ROW_TOKENS = 32_768
 """Tokens of a micro-batch, as a run takes on a GPU."""
 _UTILISATION = (0.3, 0.5)
-"""Share of a device's matrix products that training reaches: 8 B on 8 H100 reached .33 with plain FSDP2, and .49 compiled and in
-float8, in torchtitan's published figures."""
-_KINDS = {
-    "weights": ("SHARDED_PARAM", "PARAM", "BUFFER"),
-    "gathered weights": ("UNSHARDED_PARAM", "ALL_GATHER"),
-    "gradients": ("SHARDED_GRAD", "UNSHARDED_GRAD", "GRAD", "REDUCE_SCATTER"),
-    "optimizer states": ("OPT", "OPTSTATE"),
-    "activations and buffers": ("ACT", "TEMP", "INP"),
+"""Share of a device's matrix products that training reaches: torchtitan published figures of 8 B on 8 H100 that are .33 with
+plain FSDP2, and .49 compiled and in float8."""
+_REST = "gathered weights, gradients, activations and buffers"
+_SCANNED_SHARE = 1 / 256
+"""New bytes, as a share of the state, after which those that are alive are counted."""
+_FLOPS: Mapping[Any, Any] = {
+    **flop_registry,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
 }
+"""Operations of a call, of torch's counter, with attention as the CPU calls it."""
 _COLLECTIVES = {
     "_allgather_base_": "all-gather",
     "allgather_into_tensor_coalesced_": "all-gather",
@@ -113,7 +115,8 @@ class DryRun:
         room = ACCELERATORS[self.device].memory
         low, high = self.tokens_per_second
         return [
-            f"on {self.ranks:,} x {self.device}: micro-batches of {self.rows:,} rows, {self.micro_batches:,} for each rank in a step",
+            f"on {self.ranks:,} x {self.device}: micro-batches of {self.rows:,} rows, "
+            f"{self.micro_batches:,} for each rank in a step",
             f"  memory of a device: {format_bytes(self.peak)} of {format_bytes(room)} at the peak of a step: "
             + ", ".join(f"{kind} {format_bytes(size)}" for kind, size in self.memory.items() if size),
             *(
@@ -121,8 +124,8 @@ class DryRun:
                 for kind, each in self.collectives.items()
             ),
             f"  operations: {self.flops:.3g} in a micro-batch on a device",
-            f"  expected: {low:,.0f} to {high:,.0f} tokens/s on a device, {low * self.ranks:,.0f} to {high * self.ranks:,.0f} in all "
-            f"(at {_UTILISATION[0]:.0%} to {_UTILISATION[1]:.0%} of its matrix products, or as fast as its links)",
+            f"  expected: {low:,.0f} to {high:,.0f} tokens/s on a device, {low * self.ranks:,.0f} to {high * self.ranks:,.0f} "
+            f"in all (at {_UTILISATION[0]:.0%} to {_UTILISATION[1]:.0%} of its matrix products, or as fast as its links)",
             *(f"  note: {note}" for note in self.notes),
         ]
 
@@ -146,13 +149,15 @@ def walk_step(plan: Plan, ranks: int, device: str) -> DryRun:
         with FakeTensorMode(allow_non_fake_inputs=True):
             run = _build(plan, tuned_model, world)
             _step(run, batch)
-            tracker = _make_tracker(run, world)
-            counter, calls = FlopCounterMode(display=False), _CollectiveCounter()
-            with tracker, counter, calls:
+            state = _state_bytes(run)
+            counter = _StepCounter(round(sum(state.values()) * _SCANNED_SHARE))
+            for tensor in (*run.weights.masters, *run.model.parameters(), *run.optimizer.sharded_moments().values()):
+                counter.watch(local_shard(tensor))
+            with counter:
                 _step(run, batch)
-        (kinds,) = tracker.get_tracker_snapshot("peak").values()
-    memory = _by_kind({getattr(kind, "name", str(kind)): size for kind, size in kinds.items()})
-    flops = counter.get_total_flops()
+            counter.scan()
+    memory = {**state, _REST: counter.peak - sum(state.values())}
+    collectives = counter.summary()
     tokens = rows * plan.model.context_length
     return DryRun(
         device,
@@ -160,9 +165,9 @@ def walk_step(plan: Plan, ranks: int, device: str) -> DryRun:
         rows,
         micro_batches,
         memory,
-        calls.summary(),
-        flops,
-        _expected_speed(accelerator, ranks, tokens, flops, calls.summary()),
+        collectives,
+        counter.flops,
+        _expected_speed(accelerator, ranks, tokens, counter.flops, collectives),
         _notes(plan, memory, accelerator),
     )
 
@@ -236,6 +241,7 @@ def _build(plan: Plan, tuned_model: TunedModel, world: World) -> Run:
     compute, spec, model = plan.stage.compute, plan.stage.optimizer, tuned_model.model
     dtype = torch.float32 if compute.dtype == "float32" else torch.bfloat16
     model.to_empty(device="cpu")
+    model.pretrained.tie_weights()
     if compute.activation_checkpointing is True:
         fsdp.checkpoint_activations(model)
     if world.mesh:
@@ -272,40 +278,65 @@ def _step(run: Run, batch: Batch) -> None:
     run.optimizer.step(0.0)
 
 
-def _make_tracker(run: Run, world: World) -> Any:
-    optimizer = run.optimizer.inner[0]
-    if world.mesh:
-        return FSDPMemTracker(run.model, optimizer)
-    tracker = MemTracker()
-    tracker.track_external(run.model, optimizer, *run.weights.masters)
-    return tracker
+class _StepCounter(TorchDispatchMode):
+    """Counts what a step does and holds: operations, collective calls, and the bytes of all storages that are alive.
 
+    torch's own trackers of memory and operations keep recomputed activations alive by their hooks, which a step does not.
+    """
 
-def _by_kind(sizes: Mapping[str, int]) -> dict[str, int]:
-    known = {part: kind for kind, parts in _KINDS.items() for part in parts}
-    total: dict[str, int] = dict.fromkeys(_KINDS, 0)
-    for name, size in sizes.items():
-        if name.upper() != "TOTAL":
-            total[known.get(name.upper(), "activations and buffers")] += size
-    return total
-
-
-class _CollectiveCounter(TorchDispatchMode):
-    """Counts torch's collective calls, and the bytes of the larger side of each."""
-
-    def __init__(self) -> None:
+    def __init__(self, scanned_bytes: int) -> None:
+        """`scanned_bytes`: new bytes after which those that are alive are counted."""
         super().__init__()
+        self.flops, self.peak, self.scanned_bytes = 0, 0, scanned_bytes
         self._sizes: dict[str, list[int]] = defaultdict(list)
+        self._storages: dict[int, StorageWeakRef] = {}
+        self._bytes_since = 0
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function.namespace == "c10d" and (kind := _COLLECTIVES.get(function._schema.name.split("::")[1])):
-            sides = [sum(t.nbytes for t in tree_leaves(arg) if isinstance(t, Tensor)) for arg in args[:2]]
-            self._sizes[kind].append(max(sides))
-        return function(*args, **(kwargs or {}))
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if count := _FLOPS.get(func._overloadpacket):
+            self.flops += count(*args, **kwargs, out_val=out)
+        if func.namespace == "c10d" and (kind := _COLLECTIVES.get(func._schema.name.split("::")[1])):
+            self._sizes[kind].append(max(sum(t.nbytes for t in _tensors(side)) for side in args[:2]))
+        for tensor in _tensors(out):
+            self.watch(tensor)
+        if self._bytes_since >= self.scanned_bytes:
+            self.scan()
+        return out
+
+    def watch(self, tensor: Tensor) -> None:
+        """Count the storage of a tensor, as long as anything holds it."""
+        if isinstance(tensor, DTensor) or tensor.is_meta:
+            return
+        storage = tensor.untyped_storage()
+        known = self._storages.get(storage._cdata)
+        if known is None or known.expired():
+            self._storages[storage._cdata] = StorageWeakRef(storage)
+            self._bytes_since += storage.nbytes()
+
+    def scan(self) -> int:
+        """The bytes that are alive now."""
+        self._storages = {address: held for address, held in self._storages.items() if not held.expired()}
+        alive = sum(torch.UntypedStorage._new_with_weak_ptr(address).nbytes() for address in self._storages)
+        self.peak, self._bytes_since = max(self.peak, alive), 0
+        return alive
 
     def summary(self) -> dict[str, Collective]:
-        """By kind."""
+        """The collective calls by kind."""
         return {kind: Collective(len(sizes), sum(sizes)) for kind, sizes in sorted(self._sizes.items())}
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _state_bytes(run: Run) -> dict[str, int]:
+    """What a rank holds between steps."""
+    moments = {name: local_shard(tensor).nbytes for name, tensor in run.optimizer.sharded_moments().items()}
+    parameters = {id(p): local_shard(p).nbytes for p in run.model.parameters()}
+    copies = {id(w.master): local_shard(w.master).nbytes for w in run.weights.entries}
+    return {"weights": sum({**parameters, **copies}.values()), "optimizer states": sum(moments.values())}
 
 
 def _expected_speed(
@@ -341,9 +372,5 @@ def _helpful_keys(plan: Plan, memory: Mapping[str, int]) -> list[str]:
         *(["tuning: {kind: lora}"] if plan.stage.tuning.kind == "full" else []),
         "more ranks",
     ]
-    activations = memory["activations and buffers"]
-    return (
-        [*against_activations, *against_state]
-        if 2 * activations > sum(memory.values())
-        else [*against_state, *against_activations]
-    )
+    is_state = 2 * memory[_REST] < sum(memory.values())
+    return [*against_state, *against_activations] if is_state else [*against_activations, *against_state]

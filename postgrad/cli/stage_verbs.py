@@ -113,12 +113,21 @@ def check(
     show: Annotated[
         int, typer.Option(min=0, help="Print so many rows of each source as the model sees them.", show_default=False)
     ] = 0,
+    world: Annotated[
+        int | None,
+        typer.Option(min=1, help="Instead, memory and speed of a step on so many devices that are not here."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Of --world: a100, h100, h200 or b200.")] = "h100",
     as_json: Json = False,
 ) -> None:
     """Check a stage and print its plan: tokens by source, passes, the learning rate, memory and time."""
     plan = _load_plan(stage, overrides, as_json)
-    from postgrad.commands.check import check_stage
+    from postgrad.commands.check import check_stage, dry_run
 
+    if world is not None:
+        walked = dry_run(plan, world=world, device=device)
+        print_result(walked.as_json(), as_json, "\n".join(walked.lines()))
+        return
     result = check_stage(plan, show=show)
     following = f"next: {stage_command('train', stage, overrides)}"
     if as_json or not result.rows:

@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 
 from postgrad.check import check
+from postgrad.check.dry_run import DryRun, walk_step
 from postgrad.check.preview_rows import PreviewSource
 from postgrad.commands.results import Result
 from postgrad.commands.train import StageSource, plan_stage
@@ -42,6 +43,24 @@ class StageCheck(Result):
 
     def _repr_html_(self) -> str:
         return f"<pre>{escape(multiline_text(self.text))}</pre>"
+
+
+def dry_run(
+    stage: StageSource | Plan,
+    overrides: Sequence[str] = (),
+    *,
+    world: int,
+    device: str = "h100",
+    folder: Path | str | None = None,
+    cache: Path | None = None,
+) -> DryRun:
+    """Memory, communication and speed of a step on `world` devices that are not here, by walking it without values.
+
+    The start model needs no weights, only its configuration and tokenizer. `device`: a100, h100, h200 or b200. Raises the error
+    of what is wrong with the plan, `StageError` for a device, a mesh or a tuning that cannot be walked.
+    """
+    plan = stage if isinstance(stage, Plan) else plan_stage(stage, overrides, folder=folder, cache=cache)
+    return walk_step(plan, world, device)
 
 
 def check_stage(

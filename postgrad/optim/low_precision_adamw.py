@@ -40,11 +40,10 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
         self.moment_dtype, self.seed = moment_dtype, seed
         self._numbers = {id(p): n for n, p in enumerate(p for group in self.param_groups for p in group["params"])}
 
-    def empty_state(self, weight: Tensor) -> dict[str, Tensor]:
-        """The state of a weight before its first update."""
+    def empty_state(self, weight: Tensor) -> dict[str, Any]:
+        """The state of a weight before its first update; `step` is on the host, so that no update waits for a device."""
         moments = choose_format(self.moment_dtype, weight)
-        state = {"step": torch.zeros((), device=weight.device if weight.is_cuda else None)}
-        return state | {k: tensor for name in _MOMENTS for k, tensor in moments.empty(name, weight).items()}
+        return {"step": 0} | {k: tensor for name in _MOMENTS for k, tensor in moments.empty(name, weight).items()}
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -65,11 +64,9 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
             local_shard(weight.grad),
             choose_format(self.moment_dtype, weight),
         )
-        keys = self._rounding_keys(weight, int(state["step"]) + 1)
+        keys = self._rounding_keys(weight, state["step"] + 1)
         row_size = weight.numel() // weight.shape[0] if weight.ndim else 1
-        after = state["step"] + 1
         for begin, rows in _parts(shard, row_size):
-            step = state["step"].clone()  # torch's function counts it up
             first = (first_row(weight) + begin) * row_size
             value, first_moment, second_moment = shard[rows].float(), *(moments.read(state, n, rows) for n in _MOMENTS)
             adamw(
@@ -78,7 +75,7 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
                 [first_moment],
                 [second_moment],
                 [],
-                [step],
+                [torch.tensor(float(state["step"]), device=shard.device)],  # torch's function counts it up
                 fused=True,
                 amsgrad=False,
                 beta1=group["betas"][0],
@@ -92,7 +89,7 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
                 moments.write(state, name, rows, moment, key, first)
             if shard.dtype == torch.bfloat16:
                 shard[rows] = to_bfloat16(value, keys[-1], first)
-        state["step"] = after
+        state["step"] += 1
 
     def _rounding_keys(self, weight: Tensor, update: int) -> list[int]:
         """Keys of the random bits of the two moments and of the weight, of this update."""

@@ -270,8 +270,10 @@ class Optimizer:
             names = MOMENT_NAMES[type(optimizer)]
             dtype = optimizer.moment_dtype if isinstance(optimizer, LowPrecisionAdamW) else "float32"
             format = choose_format(dtype, w.master)
-            state: dict[str, Tensor] = {}
-            if not isinstance(optimizer, torch.optim.Muon):
+            state: dict[str, Any] = {}
+            if isinstance(optimizer, LowPrecisionAdamW):
+                state["step"] = update_counts[w.name]
+            elif isinstance(optimizer, torch.optim.AdamW):
                 state["step"] = torch.tensor(float(update_counts[w.name]))
                 if w.master.is_cuda:  # the fused kernel needs its counter on the same device
                     state["step"] = state["step"].to(w.master.device)

@@ -115,7 +115,7 @@ def test_vectors_and_short_rows_have_moments_in_fp32() -> None:
         optimizer = make_adamw([weight], "float8")
         weight.grad = torch.ones_like(weight)
         optimizer.step()
-        assert {t.dtype for t in optimizer.state[weight].values()} == {torch.float32}
+        assert {t.dtype for name, t in optimizer.state[weight].items() if name != "step"} == {torch.float32}
         assert bool((weight < 1).all())
 
 
