@@ -50,6 +50,8 @@ if TYPE_CHECKING:
     from postgrad.commands.grow import grow_vocabulary as grow_vocabulary
     from postgrad.commands.importance import MeasuredImportance as MeasuredImportance
     from postgrad.commands.importance import measure_importance as measure_importance
+    from postgrad.commands.keep import KeepChoice as KeepChoice
+    from postgrad.commands.keep import keep as keep
     from postgrad.commands.lineage import trace_lineage as trace_lineage
     from postgrad.commands.list_runs import RunList as RunList
     from postgrad.commands.list_runs import clean_runs as clean_runs
@@ -115,6 +117,7 @@ _NAMES = {
     "commands.generate": ("Generation", "generate"),
     "commands.grow": ("GrownModel", "grow_vocabulary"),
     "commands.importance": ("MeasuredImportance", "measure_importance"),
+    "commands.keep": ("KeepChoice", "keep"),
     "commands.lineage": ("trace_lineage",),
     "commands.list_runs": ("RunList", "clean_runs", "list_runs"),
     "commands.load_model": ("Classifier", "TrainedModel", "load_classifier", "load_model"),

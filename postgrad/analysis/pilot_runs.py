@@ -104,7 +104,7 @@ LOSS_PRIORS = (
 is added to the peak's of a pilot that explores."""
 _FULL_EFFECT_STEPS, _EFFECT_SLOPE = 200, 0.20
 """Steps from which on all of the replay is felt, and the part that is missing for each natural logarithm before."""
-_REMAINING_POWER = 0.6
+REMAINING_POWER = 0.6
 """Of the power by which the loss on new text fell among the pilots, what is left of it beyond them."""
 _NOISE, _NOISE_WEIGHT = {"rise": 0.08, "loss": 0.01}, 4.0
 """The spread of a pilot around the laws, and as how many pilots this counts against what the pilots show."""
@@ -229,7 +229,7 @@ def _rise_row(setting: Setting, steps: float, peak: float, *, explored: bool) ->
 
 def _loss_row(setting: Setting, steps: float, peak: float, *, longest: float, explored: bool) -> np.ndarray:
     length, high = math.log(steps / longest), math.log(setting.peak / peak)
-    so_far, to_come = (-length, 0.0) if length <= 0 else (-_REMAINING_POWER * length, -length)
+    so_far, to_come = (-length, 0.0) if length <= 0 else (-REMAINING_POWER * length, -length)
     return np.array([1.0, so_far, to_come, math.log(1 - setting.share), high, explored * high])
 
 

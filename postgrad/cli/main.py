@@ -40,6 +40,7 @@ for name, verb in (
     ("train", stage_verbs.train),
     ("restore", stage_verbs.restore),
     ("advise", stage_verbs.advise),
+    ("keep", stage_verbs.keep),
     ("eval", measure_verbs.evaluate),
     ("compare", measure_verbs.compare),
     ("shift", measure_verbs.shift),

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from postgrad.commands.importance import MeasuredImportance
     from postgrad.commands.init import WrittenStage
     from postgrad.commands.init_templates import WrittenTemplate
+    from postgrad.commands.keep import KeepChoice
     from postgrad.commands.list_runs import RunList
     from postgrad.commands.probe import LayerProbe, LayerView
     from postgrad.commands.push import PushedModel
@@ -103,6 +104,13 @@ def advice_text(result: Advice) -> str:
     from postgrad.commands.advise import advice_lines
 
     return "\n".join(["", *advice_lines(result), "", f"stage: {result.stage}", next_line("train", result.stage)])
+
+
+def choice_text(result: KeepChoice) -> str:
+    """The choice, and the stage file that has it."""
+    from postgrad.commands.keep import choice_lines
+
+    return "\n".join(["", *choice_lines(result), "", f"stage: {result.stage}", next_line("train", result.stage)])
 
 
 # --- scores ---------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Verbs that write, check and run stages: demo, init, check, train, restore, advise, study, report."""
+"""Verbs that write, check and run stages: demo, init, check, train, restore, advise, keep, study, report."""
 
 from __future__ import annotations
 
@@ -237,6 +237,39 @@ def advise(
     if isinstance(result, Advice):
         following = {"next": shlex.join(["postgrad", "train", str(result.stage)])}
         print_result({**result.as_dict(), **following}, as_json, advice_text(result))
+
+
+def keep(
+    stage: StageFile,
+    overrides: Overrides = None,
+    max_forgetting: Annotated[str, typer.Option(help="Largest relative rise of the loss on old text, e.g. 2%.")] = "1%",
+    cost: Annotated[str, typer.Option(help="Tokens of all pilot runs, as a share of the run's.")] = "25%",
+    equal: Annotated[
+        str,
+        typer.Option(help="What all combinations have alike: new-tokens (replay comes on top) or compute."),
+    ] = "new-tokens",
+    replay: Annotated[str | None, typer.Option(help="Old text to replay, if the stage has none.")] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(help="Old prompts that the model continues. Default: without old text it generates its own."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The stage file to write. Default: STAGE-kept.yaml.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Choose the methods against forgetting (replay, distillation, penalty ...) for a stage by short runs, and write it."""
+    require_training()
+    from postgrad.cli.render import choice_text
+    from postgrad.commands.keep import KeepChoice, KeepRequest, run_keep
+    from postgrad.config.quantities import parse_multiple, parse_share
+    from postgrad.storage.cache_folder import cache_folder
+
+    bound, pilot_cost = parse_share(max_forgetting, "--max-forgetting"), parse_multiple(cost, "--cost")
+    request = KeepRequest(stage, tuple(overrides or ()), bound, pilot_cost, equal, replay, prompts, out)
+    command = this_command()
+    result = _watch_run(run_keep(request, cache_folder(), command), command, as_json)
+    if isinstance(result, KeepChoice):
+        following = {"next": shlex.join(["postgrad", "train", str(result.stage)])}
+        print_result({**result.as_dict(), **following}, as_json, choice_text(result))
 
 
 def report(run: Annotated[Path, typer.Argument(help="A run folder.")], as_json: Json = False) -> None:

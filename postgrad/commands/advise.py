@@ -9,8 +9,6 @@ reuses the finished pilots. The laws are in `analysis/pilot_runs.py`.
 from __future__ import annotations
 
 import math
-import os
-import shutil
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,26 +32,34 @@ from postgrad.analysis.pilot_runs import (
     make_confirming_pilot,
     make_exploratory_pilots,
 )
+from postgrad.commands.pilot_stages import (
+    PilotRunner,
+    add_replay_source,
+    check_measured_sets,
+    check_output_file,
+    check_pilots_possible,
+    expected_losses,
+    find_peak_rate,
+    make_pilot_stage,
+    max_replay_tokens,
+    pilots_folder,
+    replay_share,
+    scale_schedule,
+    set_replay_share,
+    source_shares,
+)
 from postgrad.commands.results import Result
-from postgrad.config import schedules
 from postgrad.config import stage as s
-from postgrad.config.quantities import length_in_steps
-from postgrad.config.renamed_keys import with_fingerprint_names
 from postgrad.config.stage_file import parse_stage, read_stage
 from postgrad.errors import StageError
 from postgrad.lineage.record import Record, read_record
 from postgrad.plan.plan import Plan, make_plan
-from postgrad.run.events import CheckpointSaved, EvaluationCompleted, InfoMessage, RunEvent, RunFinished, RunStopped
-from postgrad.run.run import run_stage
-from postgrad.run.run_folder import MODEL, Interrupt
+from postgrad.run.events import InfoMessage, RunEvent, RunStopped
+from postgrad.run.run_folder import Interrupt
 from postgrad.stats.forgetting import MIN_LOSS
 from postgrad.storage.atomic import write_atomically
 from postgrad.storage.cache_folder import cache_folder
-from postgrad.storage.fingerprint import fingerprint
-from postgrad.storage.read_json import MAX_BYTES, read_file
 
-_MAX_SCORED_TOKENS = 100_000
-"""Tokens of each held-out set that a pilot is scored on, at most."""
 _MIN_RISE = 2e-4
 """Relative rise of a set's loss below which no pilot can tell it from zero."""
 _FILE_HEADER = "# Written by postgrad advise"
@@ -88,17 +94,11 @@ class AdvicePlan:
     max_share: float
     """The largest replay share that the replay text suffices for."""
     exploring_pilots: tuple[Pilot, ...]
-    cache: Path
 
     @property
     def stage(self) -> s.Stage:
         """The stage without advised settings."""
         return self.plan.stage
-
-    @property
-    def pilots_folder(self) -> Path:
-        """The folder of the pilots."""
-        return self.plan.output.parent / f"{self.plan.output.name}-pilots"
 
     @property
     def out(self) -> Path:
@@ -119,112 +119,30 @@ def plan_advice(request: AdviceRequest, cache: Path) -> AdvicePlan:
     root = request.stage.resolve().parent
     stage = parse_stage(raw, str(request.stage))
     if request.replay is not None:
-        raw = _add_replay_source(raw, stage, request.replay, root)
+        raw = add_replay_source(raw, stage, request.replay, root)
         stage = parse_stage(raw, str(request.stage))
     _check_stage(stage, request)
     plan = make_plan(stage, root, cache)
-    if not any(h.role == "retained" for h in plan.evaluation.sets):
-        raise StageError(
-            "no retained set is measured",
-            where="evaluation.retained",
-            expected="held-out old text, or a replay source large enough to hold some out",
-        )
-    if not any(h.role == "learned" for h in plan.evaluation.sets):
-        raise StageError(
-            "no learned set is measured",
-            where="evaluation.learned",
-            expected="held-out new text, or a new source large enough to hold some out",
-        )
-    peak = _peak_rate(plan)
+    check_measured_sets(plan)
+    peak, max_share = find_peak_rate(plan), min(MAX_SHARE, max_replay_tokens(plan) / plan.tokens)
     step = plan.tokens / plan.steps
     explored = make_exploratory_pilots(request.pilot_count, peak, plan.tokens, step)
-    return AdvicePlan(request, raw, plan, _source_shares(plan), peak, _max_replay_share(plan), tuple(explored), cache)
-
-
-def _add_replay_source(raw: dict[str, Any], stage: s.Stage, path: str, root: Path) -> dict[str, Any]:
-    """The stage with one more source, for which all other shares are scaled down."""
-    known, sources = stage.data.sources, raw["data"]["sources"]
-    names = {source.name for source in known}
-    name = next(n for n in ("replay", *(f"replay-{i}" for i in range(2, 99))) if n not in names)
-    if all(source.share is not None for source in known):
-        sources = [
-            {**raw_source, "share": 0.9 * (src.share or 0.0)} for raw_source, src in zip(sources, known, strict=True)
-        ]
-    added = {"name": name, "path": os.path.relpath(Path(path).resolve(), root), "role": "replay", "share": 0.1}
-    return {**raw, "data": {**raw["data"], "sources": [*sources, added]}}
+    return AdvicePlan(request, raw, plan, source_shares(plan), peak, max_share, tuple(explored))
 
 
 def _check_stage(stage: s.Stage, request: AdviceRequest) -> None:
     """Refuse a stage without replay, new text or an advisable share, and options that cannot be used."""
-    roles = {source.role for source in stage.data.sources}
-    if "replay" not in roles:
+    if "replay" not in {source.role for source in stage.data.sources}:
         raise StageError(
             "no source is replayed, so there is no replay share to vary",
             where="data.sources",
             expected="a source with role: replay",
             hint="name old text with --replay FILE, or generate some: postgrad synthesize",
         )
-    if "new" not in roles:
-        raise StageError("no source is new", where="data.sources", expected="a source with role: new")
-    if stage.data.curriculum:
-        raise StageError(
-            "the shares change within the stage, so there is no single share to vary",
-            where="data.curriculum",
-            hint="advise each phase as a stage of its own",
-        )
-    if isinstance(stage.model, s.FreshModel):
-        raise StageError(
-            "a randomly initialised model has nothing to forget", where="model", expected="a pretrained model"
-        )
-    if not request.bound > 0:
-        raise StageError(
-            f"a bound of {100 * request.bound:g}%", where="--max-forgetting", expected="a share above 0, such as 1%"
-        )
-    out = request.out or request.stage.with_name(f"{request.stage.stem}-advised.yaml")
-    if out.resolve().parent != request.stage.resolve().parent:
-        raise StageError(
-            f"{out} is in another folder than {request.stage}, and its paths are relative to that",
-            where="--out",
-            expected="a file in the folder of the stage",
-        )
-    if out.exists() and not read_file(out, MAX_BYTES, error=StageError).startswith(_FILE_HEADER.encode()):
-        raise StageError(
-            f"{out} already exists, and was not written by advise", where="--out", hint="name another file"
-        )
-
-
-def _peak_rate(plan: Plan) -> float:
-    """The highest learning rate in the stage."""
-    schedule = plan.stage.schedule.model_dump(mode="json")
-    rates = [part.get(key) for part in (schedule, *schedule.get("pieces", ())) for key in _RATE_KEYS]
-    return max([rate for rate in rates if rate is not None] or [plan.schedule(0)])
-
-
-def _source_shares(plan: Plan) -> dict[str, float]:
-    """The share of each source in the stage."""
-    if plan.stage.data.mixing is None:
-        return {
-            src.name: share for src, share in zip(plan.stage.data.sources, plan.stage.resolve_shares(), strict=True)
-        }
-    shares = dict.fromkeys((source.name for source in plan.stage.data.sources), 0.0)
-    for source, planned in zip(plan.data.sources, plan.as_record().sources, strict=True):
-        shares[source.spec.source] += planned.share
-    return shares
-
-
-def _max_replay_share(plan: Plan) -> float:
-    """The largest replay share for which every replay source has enough text."""
-    if plan.stage.data.on_exhausted == "repeat":
-        return MAX_SHARE
-    planned = plan.as_record().sources
-    replayed = [
-        (source.spec.max_passes * (entry.available_tokens or 0), entry.share)
-        for source, entry in zip(plan.data.sources, planned, strict=True)
-        if source.role == "replay"
-    ]
-    total = sum(share for _, share in replayed)
-    shares = [room / plan.tokens * total / share for room, share in replayed if share]
-    return min([MAX_SHARE, *(0.98 * share for share in shares)])
+    check_pilots_possible(stage, request.bound)
+    check_output_file(
+        request.out or request.stage.with_name(f"{request.stage.stem}-advised.yaml"), request.stage, _FILE_HEADER
+    )
 
 
 # --- a stage with other settings ------------------------------------------------------------------------
@@ -237,75 +155,23 @@ def apply_setting(
 
     Sources of one role keep their proportions, and every rate of the schedule is scaled with the peak.
     """
-    by_role: dict[str, list[str]] = {"new": [], "replay": []}
-    for source in advice_plan.stage.data.sources:
-        by_role[source.role].append(source.name)
-    shares = {}
-    for names, role_share in ((by_role["new"], 1 - setting.share), (by_role["replay"], setting.share)):
-        total = sum(advice_plan.shares[name] for name in names)
-        for name in names:
-            shares[name] = round(role_share * (advice_plan.shares[name] / total if total else 1 / len(names)), 12)
-    sources = [{**source, "share": shares[source["name"]]} for source in raw["data"]["sources"]]
-    data = {key: value for key, value in raw["data"].items() if key != "mixing"}
+    plan = advice_plan.plan
+    steps = None if tokens is None else tokens / plan.tokens * plan.steps
     out = {
         **raw,
-        "data": {**data, "sources": sources},
-        "schedule": scale_schedule(advice_plan.plan, setting.peak / advice_plan.peak, full_run=tokens is None),
+        "data": set_replay_share(raw["data"], plan.stage, advice_plan.shares, setting.share),
+        "schedule": scale_schedule(plan, setting.peak / advice_plan.peak, steps),
     }
     if tokens is not None:
         out = {**out, "tokens": tokens, "new_tokens": None}
     return out
 
 
-def scale_schedule(plan: Plan, factor: float, *, full_run: bool) -> dict[str, Any]:
-    """The stage's schedule with every rate times `factor`; for a pilot, lengths become fractions of the run."""
-    spec: s.AnySchedule = plan.stage.schedule
-    if isinstance(spec, schedules.AnnealSchedule) and spec.start is None:
-        spec = spec.model_copy(update={"start": plan.schedule(0)})
-    schedule = spec.model_dump(mode="json", exclude_unset=full_run) | {"kind": spec.kind}
-    if isinstance(spec, schedules.AnnealSchedule):
-        schedule["start"] = spec.start
-
-    def scale(item: dict[str, Any]) -> dict[str, Any]:
-        out = dict(item)
-        for key, value in item.items():
-            if key in _RATE_KEYS and value is not None:
-                out[key] = float(f"{value * factor:.3g}")
-            elif key in _LENGTH_KEYS and value is not None and not full_run:
-                out[key] = f"{100 * length_in_steps(value, plan.steps, plan.tokens) / plan.steps:.6g}%"
-            elif isinstance(value, list):
-                out[key] = [scale(piece) for piece in value]
-        return out
-
-    return scale(schedule)
-
-
-_RATE_KEYS = ("peak", "floor", "start", "constant", "end")
-_LENGTH_KEYS = ("warmup", "cooldown", "constant_until", "decay", "length")
-
-
 def pilot_stage(advice_plan: AdvicePlan, pilot: Pilot) -> s.Stage:
     """A pilot as a stage: evaluated only at its end, without samples and tasks."""
     full = advice_plan.stage.model_dump(mode="json", exclude={"track"})
-    evaluation = {
-        **full["evaluation"],
-        "every": "100%",
-        "eval_tokens": min(full["evaluation"]["eval_tokens"], 2000),
-        "max_tokens": min(full["evaluation"]["max_tokens"], _MAX_SCORED_TOKENS),
-        "pseudo_perplexity": 0,
-        "drift_tokens": 0,
-        "samples": 0,
-        "tasks": [],
-        "test": [],
-    }
-    raw = apply_setting(full, advice_plan, pilot.setting, pilot.tokens) | {
-        "evaluation": evaluation,
-        "max_forgetting": None,
-        "save": {"every": "100%", "keep": 1, "dtype": full["save"]["dtype"]},
-    }
-    key = fingerprint(with_fingerprint_names({**raw, "name": "", "output": ""}))[:8]
-    name = f"{advice_plan.stage.name}-{pilot.setting.share:.3g}-{pilot.setting.peak:.3g}-{key}"
-    return parse_stage({**raw, "name": name, "output": str(advice_plan.pilots_folder / name)}, "a pilot")
+    raw = apply_setting(full, advice_plan, pilot.setting, pilot.tokens)
+    return make_pilot_stage(advice_plan.plan, raw, f"{pilot.setting.share:.3g}-{pilot.setting.peak:.3g}")
 
 
 # --- the pilots -----------------------------------------------------------------------------------------
@@ -320,48 +186,29 @@ def run_pilots(advice_plan: AdvicePlan, command: str) -> Iterator[RunEvent]:
     count = len(advice_plan.exploring_pilots) + 1
     yield InfoMessage(
         f"{count} pilots take {total:,} tokens, {total / advice_plan.plan.tokens:.1%} of the run's "
-        f"{advice_plan.plan.tokens:,}; their folder is {advice_plan.pilots_folder}"
+        f"{advice_plan.plan.tokens:,}; their folder is {pilots_folder(advice_plan.plan)}"
     )
     with Interrupt() as interrupt:
+        runner = PilotRunner(advice_plan.plan, command, interrupt)
         for number, pilot in enumerate(advice_plan.exploring_pilots, 1):
-            if (yield from _run_pilot(advice_plan, pilot, f"pilot {number} of {count}", command, interrupt)):
+            if (yield from _run_pilot(runner, advice_plan, pilot, f"pilot {number} of {count}")):
                 return
         choice = _propose_setting(advice_plan)
-        if choice.is_within_bounds:
-            last = make_confirming_pilot(choice.setting, advice_plan.plan.tokens)
-            label = f"pilot {count} of {count}, which confirms the proposal"
-            yield from _run_pilot(advice_plan, last, label, command, interrupt)
+        last = make_confirming_pilot(choice.setting, advice_plan.plan.tokens)
+        purpose = "confirms the proposal" if choice.is_within_bounds else "tries the setting that retains most"
+        yield from _run_pilot(runner, advice_plan, last, f"pilot {count} of {count}, which {purpose}")
 
 
 def _run_pilot(
-    advice_plan: AdvicePlan, pilot: Pilot, label: str, command: str, interrupt: Interrupt
+    runner: PilotRunner, advice_plan: AdvicePlan, pilot: Pilot, label: str
 ) -> Generator[RunEvent, None, bool]:
-    """Run a pilot; True when the user requested a stop, which may come after its last step."""
-    plan = make_plan(pilot_stage(advice_plan, pilot), advice_plan.plan.root, advice_plan.cache)
     setting = pilot.setting
-    yield InfoMessage(f"{label}: {setting.share:.1%} replay, peak {setting.peak:.2e}, {plan.steps:,} steps")
-    event: RunEvent | None = None
-    for event in run_stage(plan, command=command, cache=advice_plan.cache):
-        if isinstance(event, RunFinished):
-            for name in (MODEL, "checkpoints"):  # a pilot is needed only for its record
-                shutil.rmtree(plan.output / name, ignore_errors=True)
-            yield InfoMessage(f"{label}: {_scores_text(event.record)}")
-        if not isinstance(event, CheckpointSaved | EvaluationCompleted):  # only the end of a pilot matters
-            yield event
-    if interrupt.requested and not isinstance(event, RunStopped):
-        yield RunStopped(plan.steps, plan.steps)
-    return interrupt.requested or isinstance(event, RunStopped)
-
-
-def _scores_text(record: Record) -> str:
-    parts = []
-    for name, change in record.changes.items():
-        parts.append(f"{name} {record.scores.after[name].nats:.4f} ({change.relative_difference:+.1%})")
-    return ", ".join(parts)
+    settings = f"{setting.share:.1%} replay, peak {setting.peak:.2e}"
+    return (yield from runner.run(pilot_stage(advice_plan, pilot), label, settings))
 
 
 def _read_pilot_record(advice_plan: AdvicePlan, pilot: Pilot) -> Record:
-    return read_record(advice_plan.pilots_folder / pilot_stage(advice_plan, pilot).name)
+    return read_record(pilots_folder(advice_plan.plan) / pilot_stage(advice_plan, pilot).name)
 
 
 def _pilot_result(advice_plan: AdvicePlan, pilot: Pilot) -> PilotResult:
@@ -472,8 +319,6 @@ class Advice(Result):
 def fit_advice(advice_plan: AdvicePlan) -> Advice:
     """The advice of the finished pilots. Raises `StageError` when no setting keeps within the bound."""
     choice = _propose_setting(advice_plan)
-    if not choice.is_within_bounds:
-        raise _unreachable_bound(advice_plan, advice_plan.exploring_pilots, choice)
     pilots = (*advice_plan.exploring_pilots, make_confirming_pilot(choice.setting, advice_plan.plan.tokens))
     first = choice.setting
     choice, laws, before = (
@@ -495,7 +340,7 @@ def fit_advice(advice_plan: AdvicePlan) -> Advice:
         tuple(_warnings(advice_plan, pilots, first, setting)),
         tuple(_pilot_result(advice_plan, pilot) for pilot in pilots),
         advice_plan.request.bound,
-        Setting(_current_replay_share(advice_plan), advice_plan.peak),
+        Setting(replay_share(advice_plan.stage, advice_plan.shares), advice_plan.peak),
         advice_plan.plan.tokens,
         round(advice_plan.run_tokens(setting)),
     )
@@ -507,13 +352,17 @@ def _unreachable_bound(advice_plan: AdvicePlan, pilots: Sequence[Pilot], choice:
     worst = max(rises, key=lambda name: rises[name].high / before[name])
     rise, loss = rises[worst], before[worst]
     sure = laws.rise(worst, setting, confidence=CONFIDENCE).high / loss
+    tried, step = pilots[-1], advice_plan.plan.tokens / advice_plan.plan.steps
+    measured = _pilot_result(advice_plan, tried).rises[worst] / loss
     return StageError(
         f"no replay share up to {advice_plan.max_share:.0%} and no peak down to {setting.peak:.2e} keeps the rise on {worst} "
-        f"within {100 * advice_plan.request.bound:g}%",
+        f"within {100 * advice_plan.request.bound:g}%, as far as the pilots show: the longest, {tried.tokens / step:.0f} steps "
+        f"with {tried.setting.share:.0%} replay and a peak of {tried.setting.peak:.2e}, rose by {measured:.2%}",
         where="--max-forgetting",
         expected=f"{math.ceil(1000 * sure) / 10:.1f}% or more: the best reachable is a rise of {rise.value / loss:.2%} "
         f"(95 % interval {rise.low / loss:.2%} to {rise.high / loss:.2%})",
-        hint="raise the bound, lower the peak in the stage, or add replay text; the pilots are reused",
+        hint="raise the bound, lower the peak in the stage, or add replay text; the pilots are reused; "
+        "`postgrad keep` also tries distillation and penalties",
     )
 
 
@@ -550,6 +399,10 @@ def write_advice(advice_plan: AdvicePlan, advice: Advice) -> None:
     raw = apply_setting(advice_plan.raw, advice_plan, advice.setting) | {
         "name": f"{advice_plan.stage.name}-advised",
         "max_forgetting": advice_plan.request.bound,
+        "evaluation": {
+            **advice_plan.raw.get("evaluation", {}),
+            "expected_losses": expected_losses({**advice.retained_losses, **advice.learned_losses}),
+        },
     }
     if advice_plan.stage.output is not None:
         raw["output"] = f"{advice_plan.stage.output}-advised"
@@ -609,8 +462,3 @@ def run_advice(advice_plan: AdvicePlan, command: str) -> Iterator[RunEvent | Adv
         advice = fit_advice(advice_plan)
         write_advice(advice_plan, advice)
         yield advice
-
-
-def _current_replay_share(advice_plan: AdvicePlan) -> float:
-    """The replay share of the stage."""
-    return sum(advice_plan.shares[source.name] for source in advice_plan.stage.data.sources if source.role == "replay")

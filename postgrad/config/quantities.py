@@ -160,7 +160,7 @@ class ConfigModel(BaseModel):
         return value
 
 
-omit_unset = Field(exclude_if=lambda value: value is None or value == [])
+omit_unset = Field(exclude_if=lambda value: value is None or value in ([], {}))
 """Annotates a key that came after fingerprints were recorded: unset, it is in no dump, so earlier fingerprints still hold."""
 
 
@@ -200,6 +200,11 @@ def parse_token_count(text: str, where: str) -> int:
 def parse_share(text: str, where: str) -> float:
     """A share of the command-line option `where`. Raises `StageError`."""
     return _parse_option(Share, text, where, "5%, or 0.05")
+
+
+def parse_multiple(text: str, where: str) -> float:
+    """A share of the command-line option `where` that may be larger than the whole. Raises `StageError`."""
+    return _parse_option(Annotated[float, Field(gt=0), BeforeValidator(_validate_share)], text, where, "25%, or 150%")
 
 
 def _parse_option(value_type: Any, text: str, where: str, expected: str) -> Any:

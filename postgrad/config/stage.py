@@ -256,6 +256,22 @@ def expand_held_out_file(value: Any) -> Any:
 AnyHeldOutFile = Annotated[HeldOutFile, BeforeValidator(expand_held_out_file, json_schema_input_type=str | HeldOutFile)]
 
 
+class ExpectedLoss(ConfigModel):
+    """A loss that short runs predict, with its 95 % interval, in nats per token."""
+
+    value: float
+    low: float
+    """Lower end of the interval."""
+    high: float
+    """Upper end of the interval."""
+
+    @model_validator(mode="after")
+    def _check_order(self) -> ExpectedLoss:
+        if not self.low <= self.value <= self.high:
+            raise ValueError(f"the interval {self.low:g} to {self.high:g} does not contain the value {self.value:g}")
+        return self
+
+
 class EvaluationConfig(ConfigModel):
     """What is evaluated: on the same documents before and after the training, and at some steps in between."""
 
@@ -285,6 +301,8 @@ class EvaluationConfig(ConfigModel):
     """Texts of each set to continue before and after, for the report."""
     tasks: list[TaskConfig] = []
     """Prompted tasks, before and after."""
+    expected_losses: Annotated[dict[str, ExpectedLoss], omit_unset] = {}
+    """Of held-out sets: the loss after the run as `keep` or `advise` predicts it, which the report compares with the measured."""
 
     @model_validator(mode="after")
     def _check_names(self) -> EvaluationConfig:
@@ -516,6 +534,7 @@ class Stage(ConfigModel):
             "compute": {"collective_timeout_seconds"},
             "parallel": True,
             "track": True,
+            "evaluation": {"expected_losses"},
         }
         decisive = self.model_dump(mode="json", exclude=harmless)
         return fingerprint(with_fingerprint_names(decisive))

@@ -479,6 +479,14 @@ class SetChange(Difference):
     """The change of that metric."""
 
 
+class ExpectedLossRecord(Interval):
+    """A loss that short runs predicted, with its 95 % interval, and what was measured; nats per token."""
+
+    measured: float
+    inside: bool
+    """The measured loss is in the interval."""
+
+
 class BeforeAfter(RecordPart):
     """Scores on the held-out sets and their changes."""
 
@@ -692,6 +700,8 @@ class Record(RecordPart):
     """Everything the model has consumed, by data fingerprint; replays included."""
     scores: ScoresRecord = ScoresRecord()
     changes: dict[str, SetChange] = {}
+    expected_losses: dict[str, ExpectedLossRecord] = {}
+    """By held-out set: what `keep` or `advise` predicted."""
     pseudo_perplexity: BeforeAfter | None = None
     retention_gate: RetentionGate | None = None
     drift: DriftRecord | None = None

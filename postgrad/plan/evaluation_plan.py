@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from postgrad.config import stage as s
 from postgrad.data.read.row_kinds import RUNNING_TEXT_KINDS
-from postgrad.errors import StageError
+from postgrad.errors import StageError, require_choice
 from postgrad.evaluation.held_out import HeldOutSet
 from postgrad.evaluation.pseudo_perplexity import MaskedHeldOutText
 from postgrad.models.task import Task
@@ -70,6 +70,9 @@ def plan_evaluation(
     """The evaluation plan of a stage; each set and task is read twice, with and without the stage's tuning."""
     inputs, inputs_before = model.inputs, model.inputs.without_tuning
     limit = stage.evaluation.max_tokens
+    for name in stage.evaluation.expected_losses:
+        known = [each.name for each in held_out_documents]
+        require_choice("held-out set", name, known, where="evaluation.expected_losses")
     # The start model leaves the positions of the tuning's vectors free, so both score the same windows.
     reserved = len(inputs.virtual_tokens) - len(inputs_before.virtual_tokens)
     sets = [make_held_out_set(h, inputs, limit, notes, problem=model.problem) for h in held_out_documents]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from postgrad.config.stage import ExpectedLoss
 from postgrad.evaluation import before_after
 from postgrad.evaluation.retention_gate import retention_gate
 from postgrad.lineage.metrics import read_run_metrics
-from postgrad.lineage.record import Record, ScoresRecord, read_record, write_record
+from postgrad.lineage.record import ExpectedLossRecord, Record, ScoresRecord, SetScore, read_record, write_record
 from postgrad.reports.pages import run_page
 from postgrad.reports.pages.model_card import write_model_card
 from postgrad.run import task_scores
@@ -48,6 +51,7 @@ def record_finished(
         published_checkpoint=outcome.selector.as_record(outcome.step) if outcome.selector else None,
         scores=losses.scores,
         changes=losses.changes,
+        expected_losses=_compare_expected(plan.stage.evaluation.expected_losses, losses.scores.after),
         pseudo_perplexity=pseudo_perplexity if measurements.pseudo_scores else None,
         retention_gate=gate,
         drift=measurements.drift,
@@ -62,6 +66,18 @@ def record_finished(
     _write(context, record)
     write_model_card(context.folder / MODEL, context.folder, record)
     yield RunFinished(read_record(context.folder), context.folder)
+
+
+def _compare_expected(
+    expected: Mapping[str, ExpectedLoss], measured: Mapping[str, SetScore]
+) -> dict[str, ExpectedLossRecord]:
+    """Each predicted loss with the measured one."""
+    return {
+        name: ExpectedLossRecord(
+            **each.model_dump(), measured=measured[name].nats, inside=each.low <= measured[name].nats <= each.high
+        )
+        for name, each in expected.items()
+    }
 
 
 def record_stopped(context: RunContext, baseline: Baseline, outcome: TrainingOutcome) -> None:

@@ -9,6 +9,7 @@ from postgrad.lineage.record import Record
 from postgrad.reports.sections.drift_section import changed_weights_sentence, drift_table
 from postgrad.reports.sections.held_out_tables import (
     class_tables,
+    expected_losses_table,
     metrics_table,
     pseudo_perplexity_table,
     score_table,
@@ -29,7 +30,7 @@ def _gate_remedies(record: Record, folder: Path, max_forgetting: float) -> str:
     bound = f"{100 * max_forgetting:.3g}%"
     blend = [str(folder), "--max-forgetting", bound, "--out", f"{folder}-blend"]
     remedies = [
-        f"more replay or a lower peak, both found by short runs: postgrad advise STAGE --max-forgetting {bound}",
+        f"replay, distillation or a penalty, found by short runs: postgrad keep STAGE --max-forgetting {bound}",
         f"a model between start and end: {shlex.join(['postgrad', 'blend', *blend])}",
     ]
     if record.model.task == "causal":
@@ -45,6 +46,7 @@ def summary_text(outcome: RunFinished) -> str:
     lines = ["this stage was already complete", ""] if outcome.already_complete else [""]
     lines.append(score_table(record, brief=True).text())
     for table in (
+        expected_losses_table(record),
         pseudo_perplexity_table(record, brief=True),
         metrics_table(record),
         *class_tables(record, _MAX_CLASSES),

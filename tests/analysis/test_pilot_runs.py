@@ -200,7 +200,7 @@ def test_a_loss_falls_the_slower_the_longer_the_pilots_were() -> None:
     # Of abstracts, 15 % replay: the loss after so many steps, and the power from one to the next.
     steps, losses = (39, 195, 3906), (3.2593, 2.6867, 1.9923)
     powers = [math.log(losses[i] / losses[i + 1]) / math.log(steps[i + 1] / steps[i]) for i in range(2)]
-    foretold = p._REMAINING_POWER * powers[0] + p.LOSS_PRIORS[2].mean + p.power_slowdown(steps[1])
+    foretold = p.REMAINING_POWER * powers[0] + p.LOSS_PRIORS[2].mean + p.power_slowdown(steps[1])
     assert foretold == pytest.approx(powers[1], abs=0.02)
     assert p.power_slowdown(40) == 0 and p.power_slowdown(400) < p.power_slowdown(100) < 0
 

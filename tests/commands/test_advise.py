@@ -24,8 +24,8 @@ from postgrad.commands.advise import (
     plan_advice,
     run_advice,
     run_pilots,
-    scale_schedule,
 )
+from postgrad.commands.pilot_stages import MAX_WARMUP_SHARE, pilots_folder, scale_schedule
 from postgrad.config.stage_file import load_stage
 from postgrad.errors import StageError
 from postgrad.plan.plan import make_plan
@@ -97,8 +97,8 @@ def test_a_stage_is_advised_and_the_same_command_goes_on(shelf: Workspace) -> No
     assert any("times as long as the longest pilot" in warning for warning in found.warnings)
     assert [item.pilot.tokens for item in found.pilots][-1] == max(item.pilot.tokens for item in found.pilots)
     # Nothing is left of the pilots but what they showed.
-    left = [p.name for p in asked.pilots_folder.rglob("*.safetensors")]
-    assert not left and len(list(asked.pilots_folder.glob("*/record.json"))) == 4
+    left = [p.name for p in pilots_folder(asked.plan).rglob("*.safetensors")]
+    assert not left and len(list(pilots_folder(asked.plan).glob("*/record.json"))) == 4
     # Another bound takes what is there, and at most one new pilot; the old file was ours and is written anew.
     again, runs = carried_out(plan_advice(wish(place, bound=3.0), shelf.cache))
     assert runs <= 1 and again.setting.share <= found.setting.share + 0.002
@@ -126,14 +126,24 @@ def test_a_pilot_is_the_stage_in_small(shelf: Workspace) -> None:
     plan = make_plan(stage, shelf.folder, shelf.cache)
     assert plan.tokens == pytest.approx(pilot.tokens, rel=0.1)
     assert plan.as_record().sources[1].share == pytest.approx(pilot.setting.share, abs=0.05)
-    # The warm-up is the same part of the pilot, and every rate is scaled.
+    # Every rate is scaled.
     spec = stage.schedule.model_dump()
-    assert number(spec["warmup"]) == pytest.approx(30 / asked.plan.steps, rel=1e-4)
     assert spec["peak"] == pilot.setting.peak == 0.4e-2 and spec["floor"] == pytest.approx(0.4e-3)
     assert stage.penalties == asked.stage.penalties and stage.seed == asked.stage.seed
     # What is measured is the whole sets, as before and after the run.
     assert {h.name for h in plan.evaluation.sets} == {h.name for h in asked.plan.evaluation.sets}
     assert asked.exploring_pilots[0] != pilot and pilot_stage(asked, asked.exploring_pilots[0]).name != stage.name
+
+
+def test_the_warm_up_of_a_pilot_is_one(shelf: Workspace) -> None:
+    """It has the steps of the stage's as far as they tame Adam, most of the pilot remains, and never fewer than its fraction."""
+    asked = plan_advice(wish(written(shelf, "warm")), shelf.cache)  # 30 steps of about 600
+    lengths = {steps: number(scale_schedule(asked.plan, 1.0, steps)["warmup"]) * steps for steps in (9, 20, 200, 590)}
+    assert lengths == pytest.approx({9: 9 * MAX_WARMUP_SHARE, 20: 5, 200: 20, 590: 30}, rel=0.02)
+    mutant = {steps: steps * 30 / asked.plan.steps for steps in lengths}  # as it was: no warm-up in a short pilot
+    assert mutant[9] < 1 < mutant[20] < 2
+    none = written(shelf, "warm", schedule={"kind": "constant", "peak": 1e-2, "warmup": 0})
+    assert number(scale_schedule(plan_advice(wish(none), shelf.cache).plan, 1.0, 20)["warmup"]) == 0
 
 
 def number(value: float | str, steps: int = 0) -> float:
@@ -161,16 +171,16 @@ def number(value: float | str, steps: int = 0) -> float:
 )
 def test_every_schedule_keeps_its_shape(shelf: Workspace, schedule: dict[str, Any], rates: dict[str, Any]) -> None:
     asked = plan_advice(wish(written(shelf, "shapes", schedule=schedule)), shelf.cache)
-    found = scale_schedule(asked.plan, 0.5, full_run=False)
+    found = scale_schedule(asked.plan, 0.5, asked.plan.steps)
     assert {key: number(found[key]) for key in rates} == pytest.approx(
         {key: number(value, asked.plan.steps) for key, value in rates.items()}, rel=1e-4
     )
     # In the stage that is written, lengths stay as they were, and what was left out stays out.
-    assert scale_schedule(asked.plan, 0.5, full_run=True).keys() == schedule.keys()
+    assert scale_schedule(asked.plan, 0.5).keys() == schedule.keys()
     pieces = {"kind": "piecewise", "pieces": [{"shape": "linear", "start": 0.0, "end": 1e-2, "length": "60 steps"}]}
     pieces["pieces"].append({"shape": "constant", "start": 1e-2})  # type: ignore[attr-defined]
     asked = plan_advice(wish(written(shelf, "shapes", schedule=pieces)), shelf.cache)
-    first, second = scale_schedule(asked.plan, 0.5, full_run=False)["pieces"]
+    first, second = scale_schedule(asked.plan, 0.5, asked.plan.steps)["pieces"]
     assert (first["end"], second["start"]) == (5e-3, 5e-3)
     assert number(first["length"]) == pytest.approx(number("60 steps", asked.plan.steps), rel=1e-4)
 
@@ -278,4 +288,8 @@ def test_on_the_command_line(shelf: Workspace, monkeypatch: pytest.MonkeyPatch) 
 def test_the_cost_is_told_before_anything_is_run(shelf: Workspace) -> None:
     asked = plan_advice(wish(written(shelf, "told")), shelf.cache)
     first = next(iter(run_pilots(asked, "test")))
-    assert isinstance(first, InfoMessage) and "9.5% of the run's" in first.message and not asked.pilots_folder.exists()
+    assert (
+        isinstance(first, InfoMessage)
+        and "9.5% of the run's" in first.message
+        and not pilots_folder(asked.plan).exists()
+    )

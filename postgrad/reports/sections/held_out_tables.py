@@ -17,6 +17,7 @@ from postgrad.reports.html.table import (
     change_cell,
     count_cell,
     difference_cell,
+    interval_cell,
     interval_parts,
     share_cell,
     text_cell,
@@ -139,6 +140,29 @@ def _score_row(results: Record | BeforeAfter, name: str) -> tuple[Cell, ...]:
 def set_cell(results: Record | BeforeAfter, name: str) -> Cell:
     """The name of a held-out set; test sets are marked."""
     return text_cell(f"{name} (test)" if _role(results, name) == "test" else name)
+
+
+def expected_losses_table(record: Record) -> Table | None:
+    """What short runs predicted of each set, beside what was measured; None where nothing was predicted."""
+    if not record.expected_losses:
+        return None
+    columns = (
+        Column("set", is_text=True), Column("expected (95 %)", fields=("expected", "low", "high")), Column("measured"),
+        Column("in the interval", is_text=True), Column("measured less expected"),
+    )  # fmt: skip
+    rows = tuple(
+        (
+            set_cell(record, name),
+            interval_cell(each),
+            value_cell(each.measured),
+            text_cell("yes" if each.inside else "no"),
+            change_cell(each.measured - each.value),
+        )
+        for name, each in record.expected_losses.items()
+    )
+    within = sum(each.inside for each in record.expected_losses.values())
+    notes = (f"{within} of {len(rows)} losses, in {loss_unit(record)}, came out as pilot runs had predicted.",)
+    return Table("Expected and measured loss after the run", columns, rows, notes)
 
 
 def pseudo_perplexity_table(record: Record, brief: bool = False) -> Table | None:

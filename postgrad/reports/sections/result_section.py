@@ -9,6 +9,7 @@ from postgrad.reports.html.notation import format_signed
 from postgrad.reports.sections.curves import change_estimates
 from postgrad.reports.sections.held_out_tables import (
     class_tables,
+    expected_losses_table,
     loss_unit,
     metrics_table,
     pseudo_perplexity_table,
@@ -30,8 +31,8 @@ def result_section(record: Record) -> str:
     if not set_names(record):
         return ""
     tables = (
-        score_table(record), pseudo_perplexity_table(record), metrics_table(record), *class_tables(record),
-        unknown_tokens_table(record),
+        score_table(record), expected_losses_table(record), pseudo_perplexity_table(record), metrics_table(record),
+        *class_tables(record),        unknown_tokens_table(record),
     )  # fmt: skip
     return (
         "".join(table.html() for table in tables if table)
