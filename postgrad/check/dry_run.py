@@ -36,7 +36,9 @@ from postgrad.distributed.world import MeshShape, World
 from postgrad.errors import StageError
 from postgrad.hardware.accelerators import ACCELERATORS, DEVICES_PER_NODE, Accelerator
 from postgrad.hardware.memory import format_bytes
+from postgrad.models.experts import find_experts
 from postgrad.models.pretrained import make_placeholder_model
+from postgrad.optim.low_precision_adamw import ROWS_BYTES, LowPrecisionAdamW
 from postgrad.optim.optimizer import Weights
 from postgrad.optim.sparse_update import FullMask
 from postgrad.plan.plan import Plan
@@ -226,6 +228,12 @@ def _make_model(plan: Plan, world: World) -> TunedModel:
             expected="a folder with a config.json, or a Hub name, that is no tuning's and no new model",
         )
     pretrained = make_placeholder_model(model.start, model.task)
+    if find_experts(pretrained):
+        raise StageError(
+            "a dry run does not walk mixtures of experts: which expert a token goes to depends on values",
+            where="model",
+            expected="a model without routers",
+        )
     try:
         return tune(plan, LoadedModel(pretrained, model.task, model.task_layer, ()), world, has_values=False)
     except (NotImplementedError, RuntimeError) as error:
@@ -252,10 +260,14 @@ def _build(plan: Plan, tuned_model: TunedModel, world: World) -> Run:
     taught = (DistillObjective, GeneratingObjective)
     specs = [o for o in plan.objectives if not isinstance(o, taught)] or plan.objectives[:1]
     model.train()
+    optimizer = make_optimizer(plan, weights, FullMask())
+    for inner in optimizer.inner:
+        if isinstance(inner, LowPrecisionAdamW):
+            inner.rows_bytes = ROWS_BYTES["cuda"]
     return Run(
         model=model,
         weights=weights,
-        optimizer=make_optimizer(plan, weights, FullMask()),
+        optimizer=optimizer,
         objectives=make_objectives(specs, plan.model.problem, plan.model.task, steps=plan.steps, tokens=plan.tokens),
         penalties=[],
         schedule=plan.schedule,
@@ -343,7 +355,8 @@ def _expected_speed(
     device: Accelerator, ranks: int, tokens: int, flops: int, collectives: Mapping[str, Collective]
 ) -> tuple[float, float]:
     """Tokens a second of a device: the slower of its products and its links, which work at the same time."""
-    rate = device.link if ranks <= DEVICES_PER_NODE else device.network
+    # Rings through all nodes use the adapters of all devices of a node at once.
+    rate = device.link if ranks <= DEVICES_PER_NODE else min(device.link, DEVICES_PER_NODE * device.network)
     communication = sum(each.bytes for each in collectives.values()) * (ranks - 1) / ranks / rate
     low, high = (tokens / max(flops / (share * device.flops), communication) for share in _UTILISATION)
     return low, high

@@ -260,6 +260,7 @@ class ExpectedLoss(ConfigModel):
     """A loss that short runs predict, with its 95 % interval, in nats per token."""
 
     value: float
+    """The predicted loss."""
     low: float
     """Lower end of the interval."""
     high: float
@@ -302,7 +303,7 @@ class EvaluationConfig(ConfigModel):
     tasks: list[TaskConfig] = []
     """Prompted tasks, before and after."""
     expected_losses: Annotated[dict[str, ExpectedLoss], omit_unset] = {}
-    """Of held-out sets: the loss after the run as `keep` or `advise` predicts it, which the report compares with the measured."""
+    """Of held-out sets: the loss after the run as `keep` or `advise` predicts it, compared with the measured one."""
 
     @model_validator(mode="after")
     def _check_names(self) -> EvaluationConfig:

@@ -18,7 +18,7 @@ from postgrad.distributed.shards import first_row, local_shard
 from postgrad.optim.moment_formats import MomentDtype, choose_format
 from postgrad.optim.stochastic_rounding import to_bfloat16
 
-_ROWS_BYTES = {"cpu": 2**20, "cuda": 2**27}
+ROWS_BYTES = {"cpu": 2**20, "cuda": 2**27}
 """fp32 rows that are in work at once: what a core's cache holds, and what keeps a GPU busy."""
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -38,6 +38,8 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
         """`seed`: of the stochastic rounding, with the number of the weight and its count of updates."""
         super().__init__(list(groups), {"lr": 0.0, "betas": betas, "eps": eps, "weight_decay": 0.0})
         self.moment_dtype, self.seed = moment_dtype, seed
+        self.rows_bytes: int | None = None
+        """fp32 rows that are in work at once. Default: `ROWS_BYTES` of the device."""
         self._numbers = {id(p): n for n, p in enumerate(p for group in self.param_groups for p in group["params"])}
 
     def empty_state(self, weight: Tensor) -> dict[str, Any]:
@@ -66,7 +68,7 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
         )
         keys = self._rounding_keys(weight, state["step"] + 1)
         row_size = weight.numel() // weight.shape[0] if weight.ndim else 1
-        for begin, rows in _parts(shard, row_size):
+        for begin, rows in _parts(shard, row_size, self.rows_bytes):
             first = (first_row(weight) + begin) * row_size
             value, first_moment, second_moment = shard[rows].float(), *(moments.read(state, n, rows) for n in _MOMENTS)
             adamw(
@@ -97,11 +99,12 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
         return [int(key) for key in sequence.generate_state(len(_MOMENTS) + 1, np.uint32)]
 
 
-def _parts(shard: Tensor, row_size: int) -> Iterator[tuple[int, Any]]:
+def _parts(shard: Tensor, row_size: int, rows_bytes: int | None) -> Iterator[tuple[int, Any]]:
     """Slices of rows that are in work at once, with their first row; all of a scalar."""
     if not shard.ndim:
         yield 0, ...
         return
-    size = max(1, _ROWS_BYTES["cuda" if shard.is_cuda else "cpu"] // (4 * row_size))
+    rows_bytes = rows_bytes or ROWS_BYTES["cuda" if shard.is_cuda else "cpu"]
+    size = max(1, rows_bytes // (4 * row_size))
     for begin in range(0, len(shard), size):
         yield begin, slice(begin, begin + size)

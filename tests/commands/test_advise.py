@@ -136,7 +136,7 @@ def test_a_pilot_is_the_stage_in_small(shelf: Workspace) -> None:
 
 
 def test_the_warm_up_of_a_pilot_is_one(shelf: Workspace) -> None:
-    """It has the steps of the stage's as far as they tame Adam, most of the pilot remains, and never fewer than its fraction."""
+    """It has the steps of the stage's as far as they tame Adam, most of the pilot remains, never fewer than its fraction."""
     asked = plan_advice(wish(written(shelf, "warm")), shelf.cache)  # 30 steps of about 600
     lengths = {steps: number(scale_schedule(asked.plan, 1.0, steps)["warmup"]) * steps for steps in (9, 20, 200, 590)}
     assert lengths == pytest.approx({9: 9 * MAX_WARMUP_SHARE, 20: 5, 200: 20, 590: 30}, rel=0.02)

@@ -595,6 +595,7 @@ OTHER: dict[str, Any] = {
 SAME: dict[str, Any] = {
     "output": "elsewhere",
     "save.every": "3%",
+    "evaluation.expected_losses": {"papers-heldout": {"value": 2.0, "low": 1.0, "high": 3.0}},
     "save.keep": "all",
     "optimizer.max_skipped_steps": 3,
     "compute.collective_timeout_seconds": 20,

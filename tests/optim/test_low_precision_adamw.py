@@ -38,7 +38,7 @@ def train(optimizer: torch.optim.Optimizer, weight: Tensor, steps: int) -> None:
 
 
 def test_in_fp32_it_is_torchs_own_to_the_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(low_precision_adamw, "_ROWS_BYTES", {"cpu": 4 * 256 * 7})  # parts of 7 rows
+    monkeypatch.setattr(low_precision_adamw, "ROWS_BYTES", {"cpu": 4 * 256 * 7})  # parts of 7 rows
     ours, theirs = nn.Parameter(torch.ones(SHAPE)), nn.Parameter(torch.ones(SHAPE))
     train(make_adamw([ours], "float32"), ours, 20)
     train(torch.optim.AdamW([theirs], lr=1e-3, betas=BETAS, weight_decay=0.1, fused=True), theirs, 20)
