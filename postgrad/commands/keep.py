@@ -432,7 +432,18 @@ def _run_rounds(trials: _Trials) -> Generator[RunEvent, None, bool]:
             raise StageError(
                 f"no combination works on this stage: {next(iter(trials.failures.values()))}", where="postgrad keep"
             )
-    return False
+    return (yield from try_safest(trials, rounds.fractions[-1]))
+
+
+def try_safest(trials: _Trials, longest: float) -> Generator[RunEvent, None, bool]:
+    """Before a bound is called impossible, run what comes closest to it in the longest pilot; True after a request to stop."""
+    forecasts = trials.forecast()
+    finalists = [each for each in forecasts if (each.name, longest) in trials.records]
+    safest = min(forecasts, key=lambda each: each.excess)
+    if safest in finalists or rank(finalists)[0].probability >= CONFIDENCE:
+        return False
+    yield InfoMessage(f"no pilot of the last round keeps the bound, so one more tries {safest.name}")
+    return (yield from trials.run(safest.name, longest, "one more pilot"))
 
 
 def _refine(trials: _Trials, forecasts: Sequence[Forecast]) -> Combination | None:

@@ -51,7 +51,7 @@ def add_replay_source(raw: dict[str, Any], stage: s.Stage, path: str, root: Path
 
 
 def check_pilots_possible(stage: s.Stage, bound: float) -> None:
-    """Refuse a stage without new text or a single set of shares, a model without a past, and a bound of nothing."""
+    """Refuse a stage without new text or a single set of shares, a model without a past, and a bound that no gate has."""
     if "new" not in {source.role for source in stage.data.sources}:
         raise StageError("no source is new", where="data.sources", expected="a source with role: new")
     if stage.data.curriculum:
@@ -64,9 +64,11 @@ def check_pilots_possible(stage: s.Stage, bound: float) -> None:
         raise StageError(
             "a randomly initialised model has nothing to forget", where="model", expected="a pretrained model"
         )
-    if not bound > 0:
+    if not 0 < bound <= 1:  # as the gate of a stage
         raise StageError(
-            f"a bound of {100 * bound:g}%", where="--max-forgetting", expected="a share above 0, such as 1%"
+            f"a bound of {100 * bound:g}%",
+            where="--max-forgetting",
+            expected="a share above 0 and at most 100%, such as 1%",
         )
 
 

@@ -55,6 +55,8 @@ def load_tokenizer(start: ModelLocation) -> PreTrainedTokenizerBase:
     Raises `ModelError` when there is no tokenizer that is fast.
     """
     tokenizer = load_tokenizer_files(start.name_or_path)
+    # Long documents are cut into rows: transformers' warning that one is longer than the model would be wrong.
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     here: ModelLocation | None = start
     while here and here.base:
         if here.folder and (here.folder / CHAT_TEMPLATE_FILE).exists():
