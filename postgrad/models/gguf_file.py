@@ -11,6 +11,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from postgrad.errors import MissingExtra, ModelError
+from postgrad.models.auto_classes import load_model_files
 from postgrad.models.gguf_tensors import add_hyperparameters, find_architecture, iter_tensors
 from postgrad.models.task import Task
 from postgrad.storage.atomic import publish_file
@@ -73,4 +74,5 @@ def read_gguf(path: Path, like: PreTrainedModel, dtype: torch.dtype) -> PreTrain
     name = find_architecture(like.config).name
     config = CONFIG_MAPPING[name].from_dict({**like.config.to_dict(), "model_type": name})
     with redirect_stderr(StringIO()):  # a progress bar
-        return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, config=config, dtype=dtype).eval()
+        model, _ = load_model_files(AutoModelForCausalLM, str(path.parent), config, gguf_file=path.name, dtype=dtype)
+    return model.eval()
