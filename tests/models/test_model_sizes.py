@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from postgrad.errors import ModelError
 from postgrad.models import grow_embeddings as grow_module
-from postgrad.models import model_sizes, pretrained
+from postgrad.models import model_sizes, pretrained, tied_weights
 from postgrad.models.auto_classes import load_config, make_model
 from postgrad.models.grow_embeddings import grow_embeddings
 from postgrad.models.location import ModelLocation
@@ -166,17 +166,24 @@ def test_tied_models_stay_tied(tmp_path: Path) -> None:
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
-def test_an_output_tied_to_the_decoder_stays_tied(tmp_path: Path) -> None:
-    """Its input embedding is the encoder's, which is another one. The mutant: records of a comparison with that."""
+def reload_tied_to_the_decoder(folder: Path) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """A T5Gemma, whose input embedding is the encoder's and whose output embedding the decoder's, and its reload."""
     model = make_tiny_model(tiny_config("t5gemma"), Task.TEXT_TO_TEXT)
-    save_pretrained(model, make_tokenizer(), tmp_path / "m", dtype=torch.float32)
-    loaded = load_pretrained(ModelLocation("m", tmp_path / "m"), Task.TEXT_TO_TEXT).model
-    assert not output_is_tied(loaded) and loaded.all_tied_weights_keys and loaded.config.tie_word_embeddings
+    save_pretrained(model, make_tokenizer(), folder, dtype=torch.float32)
+    return model, load_pretrained(ModelLocation("m", folder), Task.TEXT_TO_TEXT).model
+
+
+def test_an_output_tied_to_the_decoder_stays_tied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, loaded = reload_tied_to_the_decoder(tmp_path / "m")
+    assert not output_is_tied(loaded) and loaded.config.tie_word_embeddings
+    assert loaded.all_tied_weights_keys == model.all_tied_weights_keys
     save_pretrained(loaded, make_tokenizer(), tmp_path / "again", dtype=torch.float32)
-    assert (
-        load_file(tmp_path / "again" / "model.safetensors").keys()
-        == load_file(tmp_path / "m" / "model.safetensors").keys()
-    )
+    first, again = (load_file(tmp_path / name / "model.safetensors") for name in ("m", "again"))
+    assert first.keys() == again.keys()
+    # The mutant: an output that is not the input embedding counts as one of its own.
+    monkeypatch.setattr(tied_weights, "_output_is_separate", lambda model: not output_is_tied(model))
+    model, loaded = reload_tied_to_the_decoder(tmp_path / "mutant")
+    assert loaded.all_tied_weights_keys != model.all_tied_weights_keys
 
 
 # --- special ids --------------------------------------------------------------------------------------------------
