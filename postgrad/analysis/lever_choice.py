@@ -181,9 +181,7 @@ def _forecast_run(
     rises, probability, excess = {}, 1.0, -math.inf
     for name, bound in bounds.items():
         spread = math.hypot(_RISE_NOISE, growth[name].spread * ahead)
-        log = _shifted(trial.rises[name].value, bound) + growth[name].mean * ahead
-        ends = (math.exp(log + sign * _INTERVAL * spread) - bound / 2 for sign in (0, -1, 1))
-        rises[name] = Estimate(*ends)
+        rises[name] = _forecast_rise(trial.rises[name].value, bound, growth[name].mean * ahead, spread)
         over = _shifted(trial.rises[name].high, bound) + growth[name].mean * ahead - _shifted(bound, bound)
         probability = min(probability, NormalDist(0, spread).cdf(-over))
         excess = max(excess, over + NormalDist().inv_cdf(CONFIDENCE) * spread)
@@ -193,6 +191,14 @@ def _forecast_run(
         value = loss * math.exp(falls[name].mean * ahead)
         losses[name] = Estimate(value, value * math.exp(-_INTERVAL * spread), value * math.exp(_INTERVAL * spread))
     return Forecast(trial.name, rises, losses, probability, excess)
+
+
+def _forecast_rise(rise: float, bound: float, growth: float, spread: float) -> Estimate:
+    """The rise that grows by `growth` and varies by `spread`, both of logarithms; a fall shrinks and varies by the same."""
+    shift = bound / 2
+    grown, fallen = math.log(max(rise, 0.0) + shift) + growth, min(rise, 0.0) * math.exp(-growth)
+    ends = (sign * _INTERVAL * spread for sign in (0, -1, 1))
+    return Estimate(*(math.exp(grown + end) - shift + fallen * math.exp(-end) for end in ends))
 
 
 # --- the choice -----------------------------------------------------------------------------------------------

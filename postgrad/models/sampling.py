@@ -30,7 +30,8 @@ def count_token_ids(tokenizer: PreTrainedTokenizerBase) -> int:
 def suppressed_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
     """What `generate` must not emit: the ids that the generation config names, and those that are no tokens."""
     output = model.get_output_embeddings()
-    named = getattr(model.generation_config, "suppress_tokens", None) or []
+    # A model that generates nothing, such as an encoder, has no generation config.
+    named = getattr(getattr(model, "generation_config", None), "suppress_tokens", None) or []
     return [*named, *range(count_token_ids(tokenizer), 0 if output is None else len(output.weight))] or None
 
 

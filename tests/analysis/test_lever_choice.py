@@ -111,3 +111,17 @@ def test_a_share_between_two_lies_where_the_bound_is_met() -> None:
     assert refine_share((0.05, 0.25), (-0.1, -0.4)) is None  # the smaller one suffices
     assert refine_share((0.05, 0.25), (0.4, 0.1)) is None  # neither does
     assert lever_choice.refine_share((0.24, 0.25), (0.1, -0.1)) is None
+
+
+@pytest.mark.parametrize("mutant", [None, "falls-count-as-none"])
+def test_a_loss_that_falls_is_expected_to_fall(mutant: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what the pilot measured, with an interval in proportion, however small the bound; and without a jump at no change."""
+    if mutant:
+        right = lever_choice._forecast_rise
+        monkeypatch.setattr(lever_choice, "_forecast_rise", lambda rise, *rest: right(max(rise, 0.0), *rest))
+    (found,) = forecast([trial("whole", RUN_STEPS, -0.04, 2.0)], RUN_STEPS, {"old": 1e-5})
+    rise = found.rises["old"]
+    assert (rise.value == pytest.approx(-0.04) and rise.high - rise.low > 0.004) == (mutant is None)
+    trials = (trial("a", 50, rise, 2.0) for rise in (-1e-9, 1e-9))
+    near = [forecast([each], RUN_STEPS, {"old": BOUND})[0].rises["old"].value for each in trials]
+    assert near[0] == pytest.approx(near[1], abs=1e-7)

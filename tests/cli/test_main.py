@@ -368,8 +368,8 @@ def test_a_gate_that_fails_has_a_code_of_its_own(postgrad: Command, stage_file: 
     done = postgrad("train", file)
     assert done.code == 4
     assert "retention gate FAILED" in done.out
-    remedies = re.findall(r"postgrad (?:advise|blend|restore) .*", done.out.partition("what helps:")[2])
-    assert [command.split()[1] for command in remedies] == ["advise", "blend", "restore"]
+    remedies = re.findall(r"postgrad (?:keep|blend|restore) .*", done.out.partition("what helps:")[2])
+    assert [command.split()[1] for command in remedies] == ["keep", "blend", "restore"]
     assert "--prompts" in remedies[2]  # nothing was replayed
     for command in [*remedies, done.next]:
         parse(command.removeprefix("postgrad"))

@@ -160,7 +160,7 @@ def test_a_method_that_the_stage_has_no_room_for_is_not_tried(
 def test_a_bound_that_nothing_reaches_names_the_best(shelf: Workspace) -> None:
     place = written(shelf, "strict", schedule=None)
     raw = yaml.safe_load(place.read_text())
-    raw["schedule"]["peak"], raw["schedule"]["floor"] = 1e-1, 1e-2
+    raw["schedule"]["peak"], raw["schedule"]["floor"] = 1.0, 0.1
     place.write_text(yaml.safe_dump(raw))
     with pytest.raises(StageError, match="no combination keeps the rise") as caught:
         list(run_keep(KeepRequest(place, bound=1e-4, cost=1.3), shelf.cache, "test"))

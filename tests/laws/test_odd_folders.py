@@ -101,6 +101,7 @@ def test_a_stage_on_it_resumes_to_the_same_bits_and_publishes_its_like(
         with pytest.raises(ModelError, match="no EOS token to end an answer with"):
             plan_of(raw, cache)
         raw["data"]["sources"] = [{**raw["data"]["sources"][0], "share": 1}]
+        raw["tokens"] = 2100  # as many steps: every token is a label
     whole, parts = ({**raw, "output": str(tmp_path / output)} for output in ("whole", "parts"))
     assert isinstance(events_of(whole, cache)[-1], RunFinished)
     events = run_stage(plan_of(parts, cache), command="test", cache=cache)

@@ -70,6 +70,7 @@ OPENED_ELSEWHERE = {
     "cli/model_verbs.py": "a file that this command has written",
     "cli/demo.py": "a file that this command has written",
     "commands/builtin_corpus.py": "Python's own library",
+    "config/editor_schema.py": "the schema of the package",
     "hardware/machine.py": "/proc",
 }
 """Where a path is opened for reading without `open_regular_file`, and why it cannot be a pipe."""

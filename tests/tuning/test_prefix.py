@@ -32,6 +32,7 @@ from transformers.masking_utils import eager_mask
 from postgrad.errors import TuningError
 from postgrad.models.layers import get_layers
 from postgrad.tuning import prefix_attention
+from postgrad.tuning.attention_slots import ALTERNATIVES_HINT
 from postgrad.tuning.prefix import Prefix, PrefixEncoder, from_peft
 from postgrad.tuning.prefix_attention import LAYER_PREFIXES, PREFIX_IMPLEMENTATION, prefix_attention_forward
 from postgrad.tuning.tuning import trainable_parameters
@@ -752,7 +753,7 @@ def test_models_outside_of_the_interface_are_refused() -> None:
         before = anatomy(model)
         with pytest.raises(TuningError, match=why) as error:
             prefix(model)
-        assert "prompt tuning, LoRA and adapters" in str(error.value)
+        assert ALTERNATIVES_HINT in str(error.value)
         assert anatomy(model) == before
 
 
