@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -39,7 +40,6 @@ from postgrad.evaluation.linear_probe import (
     train_probes,
 )
 from postgrad.hardware import machine
-from postgrad.hardware.execution import choose_threads
 from postgrad.lineage.record import Interval
 from postgrad.models.auto_classes import load_config
 from postgrad.models.location import ModelLocation, locate_model
@@ -60,6 +60,8 @@ from postgrad.tuning.open_model import open_model, start_fingerprint
 _DEFAULT_CONTEXT = 512
 _NO_TOKEN_LIMIT = 1 << 40
 _DEV_SHARE = 0.1
+_MIN_THREADED_PRODUCT = 1 << 20
+"""Multiplications of a product from which a second thread pays off (two cores: .8 x at half as many, 1.4 x at twice)."""
 Progress = Callable[[str, int, int], None]
 """Is called with what is computed, how much of it is done, and the total."""
 
@@ -212,7 +214,7 @@ def compute_frozen_features(
     begin = time.perf_counter()
     items: dict[str, ProbeData] = {}
     width = int(config.get_text_config().hidden_size)
-    with _use_threads((2048, width, 4 * width), device):
+    with _use_threads((2048, width, 4 * width)):
         for part, part_rows in rows.items():
             key = fingerprint([identity, *part_rows.held_out.identity, pooling_kind, half])
             features = layer_features(
@@ -271,7 +273,7 @@ def probe_layers(
         cache=cache, progress=progress,
     )  # fmt: skip
     begin = time.perf_counter()
-    with _use_threads((BATCH_ITEMS, frozen.width, frozen.output_count * len(STRENGTHS)), torch.device("cpu")):
+    with _use_threads((BATCH_ITEMS, frozen.width, frozen.output_count * len(STRENGTHS))):
         probes = train_probes(
             frozen.items["train"],
             frozen.items["dev"],
@@ -308,10 +310,15 @@ def probe_layers(
 
 
 @contextmanager
-def _use_threads(product: tuple[int, int, int], device: torch.device) -> Iterator[None]:
-    """Inside, torch uses as many threads as pay off for a matrix product of this size."""
+def _use_threads(product: tuple[int, int, int]) -> Iterator[None]:
+    """Inside, torch uses as many threads as pay off for a matrix product of this size.
+
+    They are not measured, as those of a run are, which records them: sums are rounded by the number of threads, and the same
+    command gives the same figures.
+    """
     before = torch.get_num_threads()
-    torch.set_num_threads(choose_threads(None, product, device, 1)[0])
+    cores = machine.environment_threads() or machine.core_count()
+    torch.set_num_threads(cores if math.prod(product) >= _MIN_THREADED_PRODUCT else 1)
     try:
         yield
     finally:
