@@ -21,6 +21,7 @@ from postgrad.data.layouts.packed_examples import PackedExampleRows
 from postgrad.data.layouts.packed_text import PackedRows
 from postgrad.data.layouts.rows import IGNORED, Row, Rows
 from postgrad.data.loading import loader as loading
+from postgrad.data.loading import unpacked_rows
 from postgrad.data.loading.batch import Batch, collate
 from postgrad.data.loading.loader import Loader
 from postgrad.data.loading.mixture import Mixture, Segment, row_rates
@@ -172,6 +173,14 @@ def _in_order(lengths: Sequence[int], row_length: int, max_positions: int) -> li
     """The mutant: documents that are not sorted."""
     count = max_positions // row_length * 3
     return [list(range(i, min(i + count, len(lengths)))) for i in range(0, len(lengths), count)]
+
+
+def test_batches_are_few_where_their_padding_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Documents of similar lengths share a batch. The mutant: the smallest cost of a batch alone."""
+    lengths = [112, 128] * 4
+    assert len(group_by_length(lengths, 128, 1024)) == 1
+    monkeypatch.setattr(unpacked_rows, "_BATCH_COSTS", unpacked_rows._BATCH_COSTS[-1:])
+    assert len(group_by_length(lengths, 128, 1024)) > 1
 
 
 def test_padding_of_mixed_lengths_is_under_a_tenth() -> None:

@@ -10,6 +10,7 @@ batches such that padding and the number of batches are small; lengths are round
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -20,8 +21,10 @@ PACKED_LAYOUTS = ("packed", "prefix")
 """Layouts of rows with several documents, whose position ids restart with each; all rows have the same length."""
 _MAX_LENGTHS = 64
 _MULTIPLE = 8
-_BATCH_COST = 1 / 32
-"""Padding that is better than one more forward and backward pass, as a share of the largest batch."""
+_BATCH_COSTS = (1 / 2, 1 / 3, 1 / 4, 1 / 6, 1 / 8, 1 / 12, 1 / 16, 1 / 24, 1 / 32)
+"""Padding that is better than one more forward and backward pass, as a share of the largest batch: the first is taken whose
+padding is below `_MAX_PADDING`. A pass has a cost of its own, which on fast devices is that of hundreds of tokens."""
+_MAX_PADDING = 0.1
 
 Array = TypeVar("Array")
 
@@ -69,21 +72,31 @@ def padded_length(length: int, row_length: int) -> int:
 def group_by_length(lengths: Sequence[int], row_length: int, max_positions: int) -> list[list[int]]:
     """Indices of documents in batches of at most `max_positions` positions (one document always fits), by ascending length.
 
-    Of all divisions of the sorted documents it is one with the smallest sum of positions and `_BATCH_COST` for each batch.
+    As few batches as have little padding; a function of the lengths alone.
     """
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)  # stable: a function of the lengths alone
-    cost_N = np.zeros(len(order) + 1)
-    begin_N = np.zeros(len(order) + 1, np.int64)
-    for end, document in enumerate(order, 1):
-        width = padded_length(lengths[document], row_length)
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)  # stable
+    widths = [padded_length(lengths[document], row_length) for document in order]
+    bounds: list[int] = [0]
+    for batch_cost in _BATCH_COSTS:
+        bounds, positions = _divide(widths, max_positions, batch_cost * max_positions)
+        if positions * (1 - _MAX_PADDING) <= sum(lengths):
+            break
+    return [order[begin:end] for begin, end in pairwise(bounds)]
+
+
+def _divide(widths: Sequence[int], max_positions: int, batch_cost: float) -> tuple[list[int], int]:
+    """Bounds of batches of documents of ascending widths, and their positions.
+
+    Of all divisions it is one with the smallest sum of positions and `batch_cost` for each batch.
+    """
+    cost_N = np.zeros(len(widths) + 1)
+    begin_N = np.zeros(len(widths) + 1, np.int64)
+    for end, width in enumerate(widths, 1):
         first = max(0, min(end - 1, end - max_positions // width))
         costs = cost_N[first:end] + width * np.arange(end - first, 0, -1)
         best = int(np.argmin(costs))
-        begin_N[end], cost_N[end] = first + best, costs[best] + _BATCH_COST * max_positions
-    batches: list[list[int]] = []
-    end = len(order)
-    while end:
-        begin = int(begin_N[end])
-        batches.append(order[begin:end])
-        end = begin
-    return batches[::-1]
+        begin_N[end], cost_N[end] = first + best, costs[best] + batch_cost
+    bounds = [len(widths)]
+    while bounds[-1]:
+        bounds.append(int(begin_N[bounds[-1]]))
+    return bounds[::-1], round(cost_N[-1] - batch_cost * (len(bounds) - 1))
