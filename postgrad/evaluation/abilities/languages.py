@@ -13,7 +13,10 @@ from postgrad.data.words import split_words
 
 @dataclass(frozen=True)
 class Language:
-    """Subjects, places and questions are the same in each language, in the same order, and fit one another; `{x}` is a subject, `{X}` the same at the start of a sentence, `{p}` a place."""
+    """Subjects, places and questions, the same in each language and in the same order; each fits the others.
+
+    `{x}` is a subject, `{X}` the same at the start of a sentence, `{p}` a place.
+    """
 
     name: str
     """In English."""
@@ -117,38 +120,39 @@ LANGUAGES: Mapping[str, Language] = MappingProxyType(
 )  # fmt: skip
 """By their ISO 639-1 code."""
 
-_FUNCTION_WORDS: Mapping[str, frozenset[str]] = MappingProxyType(
-    {
-        "en": frozenset(
+_FUNCTION_WORDS: Mapping[str, frozenset[str]] = {
+    code: frozenset(words.split())
+    for code, words in {
+        "en": (
             "the a an is are was were be been i you he she it we they of to and in on at that this these those with for from by"
             " not no yes but or as his her its their my your there what who where when which have has had do does did will"
-            " would can could think".split()
+            " would can could think"
         ),
-        "de": frozenset(
+        "de": (
             "der die das den dem des ein eine einen einem einer ist sind war waren sein ich du er sie es wir ihr und oder aber"
-            " nicht kein keine ja nein in an im am zum zur auf mit von bei aus für über unter dass wo was wer wie hat haben wird"
-            " werden kann auch noch schon glaube".split()
+            " nicht kein keine ja nein in an im am zum zur auf mit von bei aus für über unter dass wo was wer wie hat haben"
+            " wird werden kann auch noch schon glaube"
         ),
-        "fr": frozenset(
+        "fr": (
             "le la les un une des du de est sont était je tu il elle nous vous ils elles et ou mais ne pas non oui dans sur"
             " sous avec pour par près au aux à que qui où quoi ce cette ces son sa ses mon ma mes a ont être avoir fait plus"
-            " crois".split()
+            " crois"
         ),
-        "es": frozenset(
+        "es": (
             "el la los las un una unos unas es son está están era yo tú él ella nosotros y o pero no sí en sobre con para por"
-            " junto al del de que quién dónde qué este esta estos su sus mi mis tu ha han ser estar hay más creo cuando".split()
+            " junto al del de que quién dónde qué este esta estos su sus mi mis tu ha han ser estar hay más creo cuando"
         ),
-        "it": frozenset(
+        "it": (
             "il lo la i gli le un uno una è sono era io tu lui lei noi voi e o ma non sì no nel nella nei sul sulla con per"
             " vicino al alla del della di che chi dove cosa questo questa suo sua mio mia ha hanno essere avere più anche"
-            " credo sia".split()
+            " credo sia"
         ),
-        "nl": frozenset(
+        "nl": (
             "de het een is zijn was waren ik jij hij zij wij u en of maar niet geen ja nee in op bij met van voor naar uit"
-            " over onder dat die deze dit wie waar wat hoe heeft hebben wordt worden kan ook nog al denk er te".split()
+            " over onder dat die deze dit wie waar wat hoe heeft hebben wordt worden kan ook nog al denk er te"
         ),
-    }
-)
+    }.items()
+}
 _SCRIPTS = {"ru": regex.compile(r"\p{Cyrillic}"), "zh": regex.compile(r"\p{Han}")}
 _OTHER_SCRIPTS = regex.compile(r"\p{Hiragana}|\p{Katakana}|\p{Hangul}|\p{Arabic}|\p{Hebrew}|\p{Devanagari}|\p{Thai}")
 _LETTER = regex.compile(r"\p{L}")

@@ -125,7 +125,9 @@ def _format(dice: Dice) -> Probe:
     if kind == 0:
         name, age, member = dice.pick(NAMES), dice.between(6, 90), bool(dice.below(2))
         value = {"name": name, "age": age, "member": member}
-        text = f'a JSON object with "name" set to "{name}", "age" set to {age} and "member" set to {str(member).lower()}'
+        text = (
+            f'a JSON object with "name" set to "{name}", "age" set to {age} and "member" set to {str(member).lower()}'
+        )
         return Probe(f"Write {text}. Write only the JSON.", json.dumps(value), {"json": value})
     words = dice.sample(NOUNS, dice.between(3, 5))
     listed = ", ".join(words)
@@ -267,7 +269,9 @@ def _calibration(dice: Dice) -> Probe:
         return Probe(f"What is {a} + {b}?", str(a + b), {}, tuple(choices))
     least = dice.between(1, 900)
     numbers = [str(number) for number in dice.sample(range(least, least + 90), 4)]
-    return Probe(f"Which of these numbers is the largest: {', '.join(numbers)}?", max(numbers, key=int), {}, tuple(numbers))
+    return Probe(
+        f"Which of these numbers is the largest: {', '.join(numbers)}?", max(numbers, key=int), {}, tuple(numbers)
+    )
 
 
 ABILITIES: Mapping[Ability, AbilityKind] = MappingProxyType(

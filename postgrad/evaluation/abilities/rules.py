@@ -20,11 +20,11 @@ from postgrad.evaluation.abilities.languages import detect_language
 Rules = Mapping[str, Any]
 
 _END_OF_REASONING = "</think>"
-_WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")  # noqa: RUF001
-_NUMBER = re.compile(r"[-−+]?\d[\d,]*(?:\.\d+)?")  # noqa: RUF001
-_SENTENCE_END = re.compile(r"[.!?]+(?=[\s\"'”’)]|$)")  # noqa: RUF001
+_WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
+_NUMBER = re.compile(r"[-−+]?\d[\d,]*(?:\.\d+)?")
+_SENTENCE_END = re.compile(r"[.!?]+(?=[\s\"'”’)]|$)")
 _FENCE = re.compile(r"```\w*\n(.*?)\n?```", re.DOTALL)
-_QUOTES = "\"'`“”‘’«»*"  # noqa: RUF001
+_QUOTES = "\"'`“”‘’«»*"
 _DECLINED = re.compile(
     r"\bi(?:'m| am) (?:so |very |really )?sorry\b"
     r"|^\W*sorry\b"
@@ -81,7 +81,7 @@ def _copied_share(text: str, answer: str) -> float:
 def _is_number(value: float, answer: str) -> bool:
     """Whether the last number of the answer is `value`."""
     found = _NUMBER.findall(answer)
-    return bool(found) and math.isclose(float(found[-1].replace(",", "").replace("−", "-")), value, abs_tol=1e-9)  # noqa: RUF001
+    return bool(found) and math.isclose(float(found[-1].replace(",", "").replace("−", "-")), value, abs_tol=1e-9)
 
 
 def _is_json(value: Any, answer: str) -> bool:
@@ -118,7 +118,7 @@ def _count_sentences(answer: str) -> int:
 
 def is_declined(answer: str) -> bool:
     """Whether an answer in English declines the request."""
-    return bool(_DECLINED.search(answer.replace("’", "'").lower()[:_DECLINED_WITHIN]))  # noqa: RUF001
+    return bool(_DECLINED.search(answer.replace("’", "'").lower()[:_DECLINED_WITHIN]))
 
 
 RULES: Mapping[str, Callable[[Any, str], float]] = MappingProxyType(

@@ -27,10 +27,16 @@ ADJECTIVES = (
     "old", "young", "quiet", "clever", "tall", "tired", "brave", "gentle", "busy", "hungry", "small", "heavy", "broken",
     "wooden", "golden", "empty", "bright", "narrow", "round", "silent",
 )  # fmt: skip
-VERBS = ("carries", "finds", "paints", "repairs", "sells", "hides", "cleans", "watches", "forgets", "borrows", "draws", "likes")
+VERBS = (
+    "carries", "finds", "paints", "repairs", "sells", "hides", "cleans", "watches",
+    "forgets", "borrows", "draws", "likes",
+)  # fmt: skip
 TIMES = ("today", "tonight", "again", "slowly", "carefully", "outside", "alone", "together", "twice", "happily")
 NAMES = (
     "Ada", "Ben", "Clara", "David", "Emma", "Felix", "Greta", "Hugo", "Irene", "Jonas", "Kira", "Leo", "Mara", "Nils",
     "Olga", "Paul", "Rosa", "Simon", "Tara", "Viktor",
 )  # fmt: skip
-SYLLABLES = ("ba", "do", "fi", "ka", "lu", "me", "no", "pi", "ra", "su", "ta", "vo", "we", "zi", "gre", "plo", "tri", "sna")
+SYLLABLES = (
+    "ba", "do", "fi", "ka", "lu", "me", "no", "pi", "ra", "su", "ta", "vo", "we", "zi",
+    "gre", "plo", "tri", "sna",
+)  # fmt: skip
