@@ -44,6 +44,7 @@ NOTES = {
     "TargetTextFile": "A path alone, without a mapping, is also accepted.",
     "HeldOutFile": "A path alone, without a mapping, is also accepted; its file name then gives the `name`.",
     "FreshModel": "A name alone, without a mapping, is an existing model.",
+    "AbilitiesConfig": "Without a mapping: `all`, a name, or a list of names.",
     "NewTokenizer": "A name alone, without a mapping, is an existing tokenizer.",
 }
 NOTES |= {

@@ -28,9 +28,11 @@ if TYPE_CHECKING:
     from postgrad.commands.check import StageCheck as StageCheck
     from postgrad.commands.check import check_stage as check_stage
     from postgrad.commands.check import dry_run as dry_run
+    from postgrad.commands.compare import AbilityComparison as AbilityComparison
     from postgrad.commands.compare import ModelComparison as ModelComparison
     from postgrad.commands.compare import RunComparison as RunComparison
     from postgrad.commands.compare import TaskComparison as TaskComparison
+    from postgrad.commands.compare import compare_abilities as compare_abilities
     from postgrad.commands.compare import compare_models as compare_models
     from postgrad.commands.compare import compare_runs as compare_runs
     from postgrad.commands.compare import compare_tasks as compare_tasks
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
     from postgrad.commands.doctor import check_machine as check_machine
     from postgrad.commands.evaluate import TextEvaluation as TextEvaluation
     from postgrad.commands.evaluate import evaluate as evaluate
+    from postgrad.commands.evaluate_abilities import AbilityEvaluation as AbilityEvaluation
+    from postgrad.commands.evaluate_abilities import evaluate_abilities as evaluate_abilities
     from postgrad.commands.evaluate_harness import HarnessEvaluation as HarnessEvaluation
     from postgrad.commands.evaluate_harness import evaluate_harness as evaluate_harness
     from postgrad.commands.evaluate_tasks import TaskEvaluation as TaskEvaluation
@@ -107,10 +111,12 @@ _NAMES = {
     "commands.blend": ("AverageOptions", "Blend", "MergeOptions", "blend"),
     "commands.check": ("StageCheck", "check_stage", "dry_run"),
     "commands.compare": (
-        "ModelComparison", "RunComparison", "TaskComparison", "compare_models", "compare_runs", "compare_tasks",
+        "AbilityComparison", "ModelComparison", "RunComparison", "TaskComparison", "compare_abilities", "compare_models",
+        "compare_runs", "compare_tasks",
     ),
     "commands.doctor": ("MachineReport", "check_machine"),
     "commands.evaluate": ("TextEvaluation", "evaluate"),
+    "commands.evaluate_abilities": ("AbilityEvaluation", "evaluate_abilities"),
     "commands.evaluate_harness": ("HarnessEvaluation", "evaluate_harness"),
     "commands.evaluate_tasks": ("TaskEvaluation", "evaluate_tasks"),
     "commands.export": ("ExportedModel", "export_model"),

@@ -75,6 +75,9 @@ def _evaluation_lines(evaluation: EvaluationPlan, overlaps: dict[str, Contaminat
     if evaluation.tasks:
         lines += ["", f"  {'task':<18} {'role':<9} {'items':>6}  prompts"]
         lines += [f"  {t.name:<18} {t.task.role:<9} {len(t):>6,}  {_describe_task(t)}" for t in evaluation.tasks]
+    if evaluation.abilities:
+        lines += ["", f"  {'ability':<18} {'probes':>6}  prompts"]
+        lines += [f"  {t.name:<18} {len(t):>6,}  {_describe_task(t)}" for t in evaluation.abilities]
     return lines
 
 

@@ -8,9 +8,11 @@ from typing import Annotated
 import typer
 
 from postgrad.cli.options import (
+    Abilities,
     Base,
     Context,
     DocumentUnit,
+    Items,
     Json,
     ModelArgument,
     Report,
@@ -29,7 +31,15 @@ def evaluate(
     tasks: Tasks = None,
     shots: Annotated[
         int | None,
-        typer.Option(min=0, help="With --tasks or --harness: demonstrations before each question."),
+        typer.Option(min=0, help="With --tasks, --abilities or --harness: demonstrations before each question."),
+    ] = None,
+    abilities: Abilities = None,
+    items: Items = 100,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="With --abilities: largest number of tokens of an answer. Default: 24 to 64, by ability."
+        ),
     ] = None,
     harness: Annotated[str | None, typer.Option(help="Tasks of lm-eval, with commas between them.")] = None,
     harness_include: Annotated[
@@ -49,10 +59,12 @@ def evaluate(
     base: Base = None,
     as_json: Json = False,
 ) -> None:
-    """Score any language model: on text in nats per token, perplexity and bits per byte; on tasks by its answers."""
-    if not files and tasks is None and harness is None:
+    """Score any language model: on text in nats per token, perplexity, bits per byte; on tasks and abilities by its answers."""
+    if not files and tasks is None and abilities is None and harness is None:
         raise StageError(
-            "there is nothing to score", where="eval", expected="files of text, --tasks FILE, or --harness TASKS"
+            "there is nothing to score",
+            where="eval",
+            expected="files of text, --tasks FILE, --abilities all, or --harness TASKS",
         )
     if harness is None and (harness_include is not None or harness_limit is not None):
         raise StageError("no task of lm-eval is named", where="eval", hint="add --harness TASK,TASK")
@@ -75,6 +87,14 @@ def evaluate(
         answered = evaluate_tasks(model, tasks, shots=shots, base=base)
         record |= answered.as_dict()
         texts.append(render.task_evaluation_text(answered))
+    if abilities is not None:
+        from postgrad.commands.evaluate_abilities import evaluate_abilities
+
+        probed = evaluate_abilities(
+            model, _names(abilities), items=items, shots=shots, max_new_tokens=max_new_tokens, base=base
+        )
+        record |= probed.as_dict()
+        texts.append(render.ability_evaluation_text(probed))
     if harness is not None:
         from postgrad.commands.evaluate_harness import evaluate_harness
 
@@ -93,6 +113,8 @@ def compare(
         typer.Option(help="Text to compare on. Default: the held-out sets of the runs."),
     ] = None,
     tasks: Tasks = None,
+    abilities: Abilities = None,
+    items: Items = 100,
     report: Report = None,
     as_json: Json = False,
 ) -> None:
@@ -100,13 +122,19 @@ def compare(
     require_training()
     check_report(report)
     from postgrad.cli import render
-    from postgrad.commands.compare import compare_models, compare_runs, compare_tasks
+    from postgrad.commands.compare import compare_abilities, compare_models, compare_runs, compare_tasks
+
+    if sum(map(bool, (text, tasks, abilities))) > 1:
+        raise StageError(
+            "--text, --tasks and --abilities are different comparisons", where="compare", hint="use one at a time"
+        )
 
     if tasks is not None:
-        if text:
-            raise StageError("--text and --tasks are two comparisons", where="compare", hint="use one option at a time")
         on_tasks = compare_tasks(models, tasks)
         print_result(on_tasks, as_json, render.task_comparison_text(on_tasks))
+    elif abilities is not None:
+        on_abilities = compare_abilities(models, _names(abilities), items=items)
+        print_result(on_abilities, as_json, render.ability_comparison_text(on_abilities))
     elif text:
         on_text = compare_models(models, text)
         print_result(on_text, as_json, render.model_comparison_text(on_text))
@@ -236,6 +264,11 @@ def importance(
     finally:
         screen.close()
     print_result(result, as_json, importance_text(result))
+
+
+def _names(option: str) -> str | list[str]:
+    """The names in an option, separated by commas."""
+    return option if option == "all" else [name.strip() for name in option.split(",")]
 
 
 def _write_page(result: object, report: Path | None) -> None:

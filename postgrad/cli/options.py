@@ -28,6 +28,11 @@ Tasks = Annotated[
     Path | None,
     typer.Option(help="Evaluate the tasks of this YAML file: a list as under evaluation.tasks."),
 ]
+Abilities = Annotated[
+    str | None,
+    typer.Option(help="Generated probes of abilities: all, or names such as copying,format,language."),
+]
+Items = Annotated[int, typer.Option(min=1, help="With --abilities: probes of each ability.")]
 StageFile = Annotated[Path, typer.Argument(help="The stage file (YAML).")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Any number of overrides, key.sub=value.")]
 ModelArgument = Annotated[str, typer.Argument(help="A model folder, run, checkpoint or Hub name.")]

@@ -13,6 +13,7 @@ from postgrad.data.problem_type import ProblemType
 from postgrad.foreign_text import plain_text
 from postgrad.hardware.memory import format_bytes
 from postgrad.reports.html.notation import HasEnds, format_interval
+from postgrad.reports.sections.ability_section import ability_score_table
 from postgrad.reports.sections.comparison_table import comparison_table
 from postgrad.reports.sections.held_out_tables import class_score_tables
 from postgrad.reports.sections.lineage_tables import lineage_summary_table, lineage_table
@@ -21,8 +22,9 @@ from postgrad.reports.sections.task_section import comparison_task_table, task_s
 if TYPE_CHECKING:
     from postgrad.commands.advise import Advice
     from postgrad.commands.blend import Blend
-    from postgrad.commands.compare import ModelComparison, RunComparison, TaskComparison
+    from postgrad.commands.compare import AbilityComparison, ModelComparison, RunComparison, TaskComparison
     from postgrad.commands.evaluate import TextEvaluation
+    from postgrad.commands.evaluate_abilities import AbilityEvaluation
     from postgrad.commands.evaluate_harness import HarnessEvaluation
     from postgrad.commands.evaluate_tasks import TaskEvaluation
     from postgrad.commands.export import ExportedModel
@@ -156,6 +158,34 @@ def task_evaluation_text(result: TaskEvaluation) -> str:
     table = task_score_table(result.tasks, f"{result.model} on the tasks of {result.file}").text(max_characters=100)
     following = next_line("compare", result.model, "another-model", "--tasks", result.file)
     return "\n".join([table, *result.notes, following])
+
+
+def ability_evaluation_text(result: AbilityEvaluation) -> str:
+    """A model's scores on generated probes."""
+    table = ability_score_table(result.abilities, result.mean, f"Abilities of {result.model}").text()
+    following = next_line("compare", result.model, "another-model", "--abilities", "all")
+    return "\n".join([table, *result.notes, following])
+
+
+def ability_comparison_text(result: AbilityComparison) -> str:
+    """Models on the same generated probes."""
+    first, *others = result.models
+    blocks = [
+        "\n".join([ability_score_table(each.abilities, each.mean, f"Abilities of {each.model}").text(), *each.notes])
+        for each in (model.evaluation for model in result.models)
+    ]
+    lines = [f"each model paired with {first.evaluation.model}, probe by probe (change, 95 % interval)"]
+    for model in others:
+        name = model.evaluation.model
+        for ability, changes in model.changes.items():
+            lines += [
+                f"  {name}, {ability}: {metric} {change.difference:+.3f} ({_ends(change, '+.3f', unit='item')})"
+                for metric, change in changes.items()
+            ]
+        if mean := model.mean_change:
+            lines.append(f"  {name}, mean: {mean.difference:+.3f} ({_ends(mean, '+.3f', unit='item')})")
+    lines.append(next_line("generate", first.evaluation.model, "--compare-with", others[0].evaluation.model))
+    return "\n\n".join([*blocks, "\n".join(lines)])
 
 
 def harness_text(result: HarnessEvaluation) -> str:

@@ -8,23 +8,26 @@ from pathlib import Path
 
 import numpy as np
 
+from postgrad.commands.evaluate_abilities import AbilityEvaluation, ability_config, answer_probes
 from postgrad.commands.evaluate_tasks import answer_tasks, pair_answers, summarize_tasks
 from postgrad.commands.results import Result, TextScore, summarize_scores
 from postgrad.commands.score_files import context_length, load_file_sets, score_model
 from postgrad.errors import StageError
 from postgrad.evaluation import before_after
-from postgrad.evaluation.generation_metrics import metric_change
+from postgrad.evaluation.generation_metrics import TaskPredictions, metric_change
 from postgrad.evaluation.held_out import HeldOutSet
 from postgrad.evaluation.perplexity import Scores
 from postgrad.hardware import machine
 from postgrad.lineage.record import Difference, Record, read_record
 from postgrad.models.location import locate_model
+from postgrad.plan.prompted_task import PromptedTask
 from postgrad.reports.html.table import Column, Table, difference_cell, text_cell, value_cell
 from postgrad.reports.notebook import tables_html
 from postgrad.reports.result_models import TaskScore
 from postgrad.reports.sections.comparison_table import arm_names, comparison_table
 from postgrad.reports.sections.task_section import comparison_task_table
 from postgrad.run import task_scores
+from postgrad.run.ability_scores import mean_change, mean_score
 from postgrad.stats.forgetting import LossChange, paired_change
 from postgrad.storage.cache_folder import cache_folder
 from postgrad.tuning.open_model import starts_as_prefix_lm
@@ -296,11 +299,82 @@ def compare_tasks(models: Sequence[str], file: Path | str, *, cache: Path | None
     (first_tasks, first_answers), *others = answered
     results = [ModelOnTasks(str(models[0]), summarize_tasks(first_tasks, first_answers))]
     for model, (tasks, answers) in zip(models[1:], others, strict=True):
-        changes: dict[str, dict[str, Difference]] = {}
-        shared_items: dict[str, int] = {}
-        for one, other in zip(first_tasks, tasks, strict=True):
-            pair = pair_answers(one, first_answers[one.name], other, answers[other.name])
-            shared_items[one.name] = len(pair[0])
-            changes[one.name] = {n: Difference(**metric_change(n, *pair)) for n in one.metrics} if len(pair[0]) else {}
-        results.append(ModelOnTasks(str(model), summarize_tasks(tasks, answers), changes, shared_items))
+        pairs = _pair_tasks(first_tasks, first_answers, tasks, answers)
+        results.append(ModelOnTasks(str(model), summarize_tasks(tasks, answers), *_changes(first_tasks, pairs)))
     return TaskComparison(tuple(results))
+
+
+_Pairs = list[tuple[TaskPredictions, TaskPredictions]]
+
+
+def _pair_tasks(
+    first_tasks: Sequence[PromptedTask],
+    first_answers: task_scores.AllAnswers,
+    tasks: Sequence[PromptedTask],
+    answers: task_scores.AllAnswers,
+) -> _Pairs:
+    """The answers of two models to their shared items, task by task."""
+    return [
+        pair_answers(one, first_answers[one.name], other, answers[other.name])
+        for one, other in zip(first_tasks, tasks, strict=True)
+    ]
+
+
+def _changes(tasks: Sequence[PromptedTask], pairs: _Pairs) -> tuple[dict[str, dict[str, Difference]], dict[str, int]]:
+    """The change of each metric of each task, and its shared items."""
+    changes: dict[str, dict[str, Difference]] = {}
+    shared_items: dict[str, int] = {}
+    for task, pair in zip(tasks, pairs, strict=True):
+        shared_items[task.name] = len(pair[0])
+        changes[task.name] = {n: Difference(**metric_change(n, *pair)) for n in task.metrics} if len(pair[0]) else {}
+    return changes, shared_items
+
+
+@dataclass(frozen=True)
+class ModelOnAbilities(Result):
+    """One model's scores on generated probes, and their paired changes from the first model."""
+
+    evaluation: AbilityEvaluation
+    changes: Mapping[str, Mapping[str, Difference]] = field(default_factory=dict)
+    """By ability and metric; empty for the first model."""
+    mean_change: Difference | None = None
+    """Of the mean over the abilities; none for the first model."""
+
+
+@dataclass(frozen=True)
+class AbilityComparison(Result):
+    """Models compared on the same generated probes, item by item."""
+
+    models: tuple[ModelOnAbilities, ...]
+
+
+def compare_abilities(
+    models: Sequence[str],
+    abilities: str | Sequence[str] = "all",
+    *,
+    items: int = 100,
+    seed: int = 0,
+    cache: Path | None = None,
+) -> AbilityComparison:
+    """Evaluate models on generated probes of abilities; each is paired with the first one, probe by probe.
+
+    A model with a chat template reads probes as its turns, and one without as plain text. The other arguments are those of
+    `evaluate_abilities`.
+    """
+    _require_two(models)
+    machine.tune_allocator()
+    config = ability_config(abilities, items=items, seed=seed)
+    cache = cache or cache_folder()
+    answered = [answer_probes(locate_model(str(model), Path.cwd()), config, cache) for model in models]
+    first_tasks, first_answers, _ = answered[0]
+    results = []
+    for number, (model, (tasks, answers, notes)) in enumerate(zip(models, answered, strict=True)):
+        scores = AbilityEvaluation(str(model), mean_score(tasks, answers), summarize_tasks(tasks, answers), notes)
+        if not number:
+            results.append(ModelOnAbilities(scores))
+            continue
+        pairs = _pair_tasks(first_tasks, first_answers, tasks, answers)
+        changes, shared_items = _changes(first_tasks, pairs)
+        mean = mean_change(first_tasks, pairs) if all(shared_items.values()) else None
+        results.append(ModelOnAbilities(scores, changes, mean))
+    return AbilityComparison(tuple(results))

@@ -14,6 +14,7 @@ from postgrad.evaluation.generation_metrics import TaskPredictions
 from postgrad.hardware import machine
 from postgrad.models.location import ModelLocation, locate_model
 from postgrad.models.model import wrap_model
+from postgrad.plan.model_inputs import ModelInputs
 from postgrad.plan.prompted_task import PromptedTask, add_soft_prompts
 from postgrad.plan.task_prompts import make_prompted_task
 from postgrad.reports.notebook import tables_html
@@ -66,13 +67,19 @@ def answer_tasks(
         add_soft_prompts(make_prompted_task(task, model_inputs, root, f"{file}: {task.name}"), model_inputs)
         for task in load_tasks(file, shots)
     ]
+    return tasks, answer_prompted_tasks(start, tasks, model_inputs, cache)
+
+
+def answer_prompted_tasks(
+    start: ModelLocation, tasks: Sequence[PromptedTask], model_inputs: ModelInputs, cache: Path
+) -> task_scores.AllAnswers:
+    """The answers of the model of a start, from the cache where they are there."""
     device = machine.default_device()
     opened = open_model(start)
     model = wrap_model(opened.model, opened.task).to(device)
-    answers = task_scores.answer_tasks(
+    return task_scores.answer_tasks(
         model, tasks, model_inputs, world=World(device), identity=start_fingerprint(start), cache=cache
     )
-    return tasks, answers
 
 
 def summarize_tasks(tasks: Sequence[PromptedTask], answers: task_scores.AllAnswers) -> tuple[TaskScore, ...]:

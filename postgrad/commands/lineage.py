@@ -50,7 +50,8 @@ def _load_stage_sets(stages: Stages, key: str, cache: Path) -> dict[str, HeldOut
         if any(set_key(record, name) == key for name in record.changes):
             stage = parse_recorded_stage(record.stage, record.name)
             # The files of tasks may have moved, and the matrix has no column for them.
-            stage = stage.model_copy(update={"evaluation": stage.evaluation.model_copy(update={"tasks": []})})
+            evaluation = stage.evaluation.model_copy(update={"tasks": [], "abilities": None})
+            stage = stage.model_copy(update={"evaluation": evaluation})
             plan = make_plan(stage, Path(record.stage_folder or "."), cache)
             return {f"{h.name}:{h.fingerprint}": h for h in plan.evaluation.sets}
     return {}

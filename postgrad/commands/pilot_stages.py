@@ -203,9 +203,10 @@ def _fit_phases(schedule: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_pilot_stage(plan: Plan, raw: Mapping[str, Any], label: str) -> s.Stage:
-    """A pilot as a stage: `raw`, the plain data of a whole stage, evaluated only at its end, without samples and tasks."""
+    """A pilot as a stage: `raw`, the plain data of a whole stage, evaluated only at its end, without samples, tasks and
+    probes."""
     evaluation = {
-        **{key: value for key, value in raw["evaluation"].items() if key != "expected_losses"},
+        **{key: value for key, value in raw["evaluation"].items() if key not in ("expected_losses", "abilities")},
         "every": "100%",
         "eval_tokens": min(plan.stage.evaluation.eval_tokens, 2000),
         "max_tokens": min(plan.stage.evaluation.max_tokens, _MAX_SCORED_TOKENS),
@@ -216,7 +217,7 @@ def make_pilot_stage(plan: Plan, raw: Mapping[str, Any], label: str) -> s.Stage:
         "tasks": [],
         "test": [],
     }
-    pilot = {key: value for key, value in raw.items() if key != "track"} | {
+    pilot = {key: value for key, value in raw.items() if key not in ("track", "max_ability_drop")} | {
         "evaluation": evaluation,
         "max_forgetting": None,
         "save": {"every": "100%", "keep": 1, "dtype": plan.stage.save.dtype},

@@ -60,7 +60,7 @@ def push_model(
     gate_failed = record is not None and record.status == "gate-failed"
     if gate_failed and not force:
         raise StageError(
-            f"the retention gate of {model} failed: it forgot more than `max_forgetting` allows",
+            f"the retention gate of {model} failed: it forgot more than `max_forgetting` or `max_ability_drop` allows",
             where="push",
             hint=f"see {start.run}/report.html; --force pushes it all the same, and its model card says so",
         )

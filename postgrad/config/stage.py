@@ -20,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+from postgrad.config.abilities import AnyAbilities
 from postgrad.config.document_filters import AnySelection
 from postgrad.config.experts_config import ExpertsConfig
 from postgrad.config.mixing import AnyMixing, fill_shares
@@ -302,6 +303,8 @@ class EvaluationConfig(ConfigModel):
     """Texts of each set to continue before and after, for the report."""
     tasks: list[TaskConfig] = []
     """Prompted tasks, before and after."""
+    abilities: Annotated[AnyAbilities | None, omit_unset] = None
+    """Generated probes of abilities (copying, format, instructions, refusals ...), before and after. Default: none."""
     expected_losses: Annotated[dict[str, ExpectedLoss], omit_unset] = {}
     """Of held-out sets: the loss after the run as `keep` or `advise` predicts it, compared with the measured one."""
 
@@ -463,6 +466,9 @@ class Stage(ConfigModel):
     max_forgetting: Share | None = None
     """Retention gate: the largest allowed relative rise of the loss on a retained set, upper end of its interval. Default:
     none."""
+    max_ability_drop: Annotated[Share | None, omit_unset] = None
+    """Retention gate on `evaluation.abilities`: the largest allowed drop of their mean score (0 to 1), upper end of its
+    interval; nor may one of them have certainly dropped by more. Default: none."""
     save: SaveConfig = SaveConfig()
     """Checkpoints."""
     compute: ComputeConfig = ComputeConfig()
@@ -517,6 +523,8 @@ class Stage(ConfigModel):
                 )
             if not isinstance(self.tuning, FullTuning):
                 raise ValueError("optimizer.master_dtype is for `tuning: {kind: full}`; other kinds train few weights")
+        if self.max_ability_drop is not None and self.evaluation.abilities is None:
+            raise ValueError("`max_ability_drop` is of measured abilities; add evaluation.abilities: all")
         if self.new_tokens is not None and all(s.role == "replay" for s in self.data.sources):
             raise ValueError("`new_tokens` needs a source with role: new")
         return self

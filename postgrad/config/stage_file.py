@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from postgrad.config.abilities import AbilitiesConfig
 from postgrad.config.renamed_keys import refuse_earlier_stage_names, upgrade_stage
 from postgrad.config.stage import EvaluationConfig, Stage
 from postgrad.config.tasks import TaskConfig
@@ -64,6 +65,14 @@ def load_tasks(path: Path, shots: int | None = None) -> list[TaskConfig]:
         return EvaluationConfig.model_validate({"tasks": raw}).tasks
     except ValidationError as error:
         raise make_stage_error(error, str(path), {"tasks": raw}, EvaluationConfig) from error
+
+
+def parse_abilities(raw: dict[str, Any]) -> AbilitiesConfig:
+    """Probes of abilities, given as under `evaluation.abilities` of a stage. Raises `StageError`."""
+    try:
+        return AbilitiesConfig.model_validate(raw)
+    except ValidationError as error:
+        raise make_stage_error(error, "abilities", raw, AbilitiesConfig) from error
 
 
 def read_mapping(path: Path, description: str, expected: str) -> dict[str, Any]:

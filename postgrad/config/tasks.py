@@ -12,6 +12,7 @@ from postgrad.config.row_format import TemplatedRowFormat
 TaskMetric = Literal[
     "accuracy", "macro-F1", "MCC",
     "exact-match", "F1", "ROUGE-1", "ROUGE-2", "ROUGE-L", "BLEU", "chrF", "numeric", "Pearson", "Spearman",
+    "1-Brier", "1-ECE",
 ]  # fmt: skip
 
 
@@ -55,7 +56,8 @@ class TaskConfig(TemplatedRowFormat):
     """Largest number of tokens of a generated answer."""
     metrics: list[TaskMetric] = []
     """Metrics; the first one is the headline. Default: accuracy (for labels also macro F1 and MCC) of choices; exact match, F1
-    and ROUGE-L of generated answers, the final number, or correlations for fractions."""
+    and ROUGE-L of generated answers, the final number, or correlations for fractions. `1-Brier` and `1-ECE` tell whether the
+    probabilities of choices can be believed."""
     items: Positive = 500
     """Limit of the test rows, in the order of their content hash."""
     during_training: bool = False

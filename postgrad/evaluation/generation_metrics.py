@@ -1,6 +1,6 @@
-"""Metrics of generated answers against references, with bootstrap intervals over items.
+"""Metrics of answers against references, with bootstrap intervals over items.
 
-Legend: K prompt seeds, I items, S statistics of an item, D draws, L predicted or true labels.
+Legend: K prompt seeds, I items, S statistics of an item, D draws, L predicted or true labels, N bins.
 
 A metric is two functions: the *statistics* of each item, which add up, and the *value* of their sum. So accuracy and a mean of
 F1, but also BLEU of a whole corpus, macro F1 or a correlation, are resampled alike: items are drawn with replacement, their
@@ -27,6 +27,7 @@ from scipy.stats import rankdata
 from postgrad.data.problem_type import ProblemType
 from postgrad.data.words import has_unspaced_script, split_spaces, split_words
 from postgrad.errors import MissingExtra
+from postgrad.evaluation.abilities.rules import score_by_reference
 from postgrad.evaluation.classification_metrics import COUNT_METRICS, correlation, correlation_moments
 from postgrad.stats.bootstrap import percentile_interval, resample_sums, undefined_draws
 from postgrad.stats.forgetting import Verdict, score_verdict
@@ -45,12 +46,17 @@ MetricName = Literal[
     "numeric",
     "Pearson",
     "Spearman",
+    "1-Brier",
+    "1-ECE",
+    "correct",
 ]
 
 KEPT_MARGIN = 0.01
 """A metric is *kept* when the whole interval of its change lies within this share of its scale."""
 
 Predictions = Sequence[str]
+ChoiceProbabilities = Mapping[str, float]
+"""Of one item: the probability of each choice by its name; they sum to 1."""
 References = Sequence[Sequence[str]]
 """References of each item: one answer, or several of which the best counts."""
 
@@ -59,7 +65,8 @@ References = Sequence[Sequence[str]]
 class Metric:
     """`statistics` maps `(predictions, references)` to shape (I, S), `value` their sums (D, S) to values of shape (D,)."""
 
-    statistics: Callable[[Predictions, References], np.ndarray]
+    statistics: Callable[[Any, References], np.ndarray]
+    """Its predictions are texts, or with `of_probabilities` the probabilities of each item's choices."""
     value: Callable[[np.ndarray], np.ndarray]
     scale: float = 1.0
     """Its largest value."""
@@ -67,6 +74,13 @@ class Metric:
     """What it counts of a reference: words, or parts between spaces."""
     tokenizer: Callable[[Sequence[str]], str] | None = None
     """The name of the tokenizer for an item with some references, where there is a choice."""
+    of_probabilities: bool = False
+    """Whether it scores the probabilities of the choices instead of the answers."""
+
+    def item_statistics(self, predictions: TaskPredictions, seed: int) -> np.ndarray:
+        """The statistics of all items under one prompt seed, of shape (I, S)."""
+        by_seed = predictions.probabilities_KI if self.of_probabilities else predictions.predictions_KI
+        return self.statistics(by_seed[seed], predictions.references_I)
 
 
 @dataclass(frozen=True)
@@ -75,6 +89,8 @@ class TaskPredictions:
 
     predictions_KI: tuple[tuple[str, ...], ...]
     references_I: tuple[tuple[str, ...], ...]
+    probabilities_KI: tuple[tuple[ChoiceProbabilities, ...], ...] = ()
+    """Of multiple choice, where a metric reads them."""
 
     def __len__(self) -> int:
         return len(self.references_I)
@@ -137,9 +153,7 @@ def metric_verdict(name: MetricName, low: float | None, high: float | None) -> V
 
 def _seed_values(metric: Metric, predictions: TaskPredictions) -> np.ndarray:
     """The metric of each prompt seed, of shape (K,)."""
-    parts = [
-        metric.statistics(seed_predictions, predictions.references_I) for seed_predictions in predictions.predictions_KI
-    ]
+    parts = [metric.item_statistics(predictions, seed) for seed in range(len(predictions.predictions_KI))]
     return np.array([metric.value(np.ones((1, len(predictions))) @ part_IS)[0] for part_IS in parts])
 
 
@@ -147,9 +161,7 @@ def _resampled_means(metric: Metric, predictions: TaskPredictions, seed: int = 0
     """The mean over the prompt seeds for each draw of items, of shape (D,); all prompt seeds have the same draws."""
     if len(predictions) < 2:
         return undefined_draws()
-    parts = [
-        metric.statistics(seed_predictions, predictions.references_I) for seed_predictions in predictions.predictions_KI
-    ]
+    parts = [metric.item_statistics(predictions, number) for number in range(len(predictions.predictions_KI))]
     return np.mean([metric.value(resample_sums(part_IS, seed)) for part_IS in parts], axis=0)
 
 
@@ -343,6 +355,29 @@ def _corpus_metric(kind: str) -> Metric:
     return Metric(statistics, value, 100.0, tokenizer=choose_bleu_tokenizer if kind == "BLEU" else None)
 
 
+def _brier_statistics(probabilities: Sequence[ChoiceProbabilities], references: References) -> np.ndarray:
+    """Half the squared distance of each item's probabilities from certainty of the right choice (0 to 1), of shape (I, 2)."""
+    return np.array(
+        [
+            (sum((p - (name == those[0])) ** 2 for name, p in each.items()) / 2, 1.0)
+            for each, those in zip(probabilities, references, strict=True)
+        ]
+    )
+
+
+_CONFIDENCE_BINS = 10
+
+
+def _confidence_statistics(probabilities: Sequence[ChoiceProbabilities], references: References) -> np.ndarray:
+    """Right minus confidence, in the bin of the confidence, of shape (I, N + 1); the last column counts."""
+    out_IN = np.zeros((len(probabilities), _CONFIDENCE_BINS + 1))
+    for row_N, each, those in zip(out_IN, probabilities, references, strict=True):
+        name, confidence = max(each.items(), key=lambda item: item[1])
+        row_N[min(int(confidence * _CONFIDENCE_BINS), _CONFIDENCE_BINS - 1)] = (name == those[0]) - confidence
+        row_N[-1] = 1
+    return out_IN
+
+
 METRICS: Mapping[MetricName, Metric] = MappingProxyType(
     {
         "accuracy": _label_metric("accuracy"),
@@ -363,6 +398,21 @@ METRICS: Mapping[MetricName, Metric] = MappingProxyType(
             lambda predictions, references: correlation_moments(*_ranks(_number_pairs(predictions, references)).T),
             correlation,
         ),
+        "1-Brier": Metric(_brier_statistics, lambda sums_DS: 1 - sums_DS[:, 0] / sums_DS[:, 1], of_probabilities=True),
+        "1-ECE": Metric(
+            _confidence_statistics,
+            lambda sums_DS: 1 - np.abs(sums_DS[:, :-1]).sum(1) / sums_DS[:, -1],
+            of_probabilities=True,
+        ),
+        "correct": Metric(
+            lambda predictions, references: np.array(
+                [(score_by_reference(*pair), 1.0) for pair in zip(predictions, references, strict=True)]
+            ),
+            lambda sums_DS: sums_DS[:, 0] / sums_DS[:, 1],
+        ),
     }
 )
-"""By name. Labels are compared as they are; what is written, after SQuAD's normalisation or as each metric does."""
+"""By name; of each, higher is better. `1-Brier` is 1 less half the Brier score of all choices (Brier 1950), `1-ECE` 1 less the
+expected calibration error in 10 bins of equal width (Guo et al. 2017, arXiv 1706.04599), `correct` the mean score by the rules
+that an item's last reference holds. Labels are compared as they are; what is written, after SQuAD's normalisation or as each
+metric does."""

@@ -1,11 +1,11 @@
-"""The retention gate: whether the loss on every retained set stayed within a stage's `max_forgetting`."""
+"""The retention gate: whether losses on retained sets, and scores of abilities, stayed within the bounds of a stage."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from postgrad.evaluation.before_after import AllScores
-from postgrad.lineage.record import RetentionGate, SetChange, WorstSet
+from postgrad.lineage.record import AbilityGate, Difference, RetentionGate, SetChange, TaskRecord, WorstSet
 
 
 def retention_gate(
@@ -23,3 +23,17 @@ def retention_gate(
         worst=WorstSet(set=name, relative_difference=difference, relative_high=high),
         passed=high <= max_forgetting,
     )
+
+
+def ability_gate(mean: Difference | None, tasks: Sequence[TaskRecord], max_drop: float | None) -> AbilityGate | None:
+    """Whether abilities were kept: the mean may not have dropped by more than `max_drop` at the upper end of its interval, and
+    none alone by more at the lower end, so that seven that are kept do not hide one that is lost."""
+    if max_drop is None or mean is None:
+        return None
+    drop, high = -(mean.difference or 0.0), -(mean.difference or 0.0) if mean.low is None else -mean.low
+    lost = [
+        task.name
+        for task in tasks
+        if (change := task.changes.get(task.metrics[0])) and change.high is not None and -change.high > max_drop
+    ]
+    return AbilityGate(max_drop=max_drop, drop=drop, drop_high=high, lost=lost, passed=high <= max_drop and not lost)

@@ -652,6 +652,35 @@ class ClusterResult(Difference):
     after: float
 
 
+class AbilityGate(RecordPart):
+    """Whether the mean score fell by at most `max_drop`, at the interval's upper end, and no ability certainly by more."""
+
+    max_drop: float
+    drop: float
+    """Before minus after, of the mean over the abilities."""
+    drop_high: float
+    """Its upper end."""
+    lost: list[str] = []
+    """Abilities whose whole interval is beyond `max_drop`."""
+    passed: bool
+
+
+class AbilitiesRecord(RecordPart):
+    """Generated probes before and after, scored from 0 to 1 by code."""
+
+    form: str = ""
+    """chat (turns of the chat template) or plain (text, after demonstrations)."""
+    seed: int = 0
+    before: float | None = None
+    """Mean over the abilities of the first metric of each."""
+    after: float | None = None
+    change: Difference | None = None
+    """After minus before; items are resampled within each ability."""
+    tasks: list[TaskRecord] = []
+    """By ability."""
+    gate: AbilityGate | None = None
+
+
 class Sample(RecordPart):
     """A prompt continued by the model before and after."""
 
@@ -710,6 +739,7 @@ class Record(RecordPart):
     penalties: list[PenaltyRecord] = []
     tasks: list[TaskRecord] = []
     task_clusters: list[ClusterResult] = []
+    abilities: AbilitiesRecord | None = None
     samples: list[Sample] = []
 
     def _repr_html_(self) -> str:

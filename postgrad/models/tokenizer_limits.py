@@ -84,7 +84,7 @@ def check_tokenizer_speed(tokenizer: PreTrainedTokenizerBase, name: str, where: 
     def encode() -> None:
         try:
             for text in _HARD_TEXTS:
-                tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"])
+                tokenizer.decode(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         except BaseException as error:  # a panic of the package is no Exception
             errors.append(error)
 

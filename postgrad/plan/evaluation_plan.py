@@ -1,4 +1,4 @@
-"""What a stage scores before, during and after training: held-out sets, tasks, and the checkpoint that is published."""
+"""What a stage scores before, during and after training: held-out sets, tasks, abilities, and the checkpoint to publish."""
 
 from __future__ import annotations
 
@@ -37,6 +37,10 @@ class EvaluationPlan:
     """Tasks in prompts, under the stage's tuning."""
     tasks_before: tuple[PromptedTask, ...]
     """The same, as the start model reads them."""
+    abilities: tuple[PromptedTask, ...]
+    """Generated probes, under the stage's tuning."""
+    abilities_before: tuple[PromptedTask, ...]
+    """The same, as the start model reads them."""
     selection_rule: SelectionRule | None
     """Selects the checkpoint that is published; None: the last one."""
     eval_tokens: int
@@ -64,6 +68,7 @@ def plan_evaluation(
     data: DataPlan,
     held_out_documents: Sequence[HeldOutDocuments],
     tasks: Sequence[PromptedTask],
+    abilities: Sequence[PromptedTask],
     schedule: lr_schedules.Schedule,
     notes: list[str],
 ) -> EvaluationPlan:
@@ -88,6 +93,8 @@ def plan_evaluation(
         pseudo_perplexity_sets_before=_make_pseudo_perplexity_sets(stage, model, scored, inputs_before),
         tasks=tuple(add_soft_prompts(task, inputs) for task in tasks),
         tasks_before=tuple(add_soft_prompts(task, inputs_before) for task in tasks),
+        abilities=tuple(add_soft_prompts(task, inputs) for task in abilities),
+        abilities_before=tuple(add_soft_prompts(task, inputs_before) for task in abilities),
         selection_rule=make_selection_rule(stage.save.choose, sets, data.steps, data.tokens, schedule),
         eval_tokens=stage.evaluation.eval_tokens,
     )

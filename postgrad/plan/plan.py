@@ -18,6 +18,7 @@ from postgrad.lineage.metrics import METRICS
 from postgrad.lineage.record import RECORD, PlannedSource, PlanSummary
 from postgrad.models.location import ModelLocation
 from postgrad.optim import lr_schedules
+from postgrad.plan.ability_tasks import form_note, has_chat_form, make_ability_tasks
 from postgrad.plan.data_plan import DataPlan, plan_data
 from postgrad.plan.demonstration_pool import make_demonstration_wrapper
 from postgrad.plan.evaluation_plan import EvaluationPlan, plan_evaluation
@@ -124,12 +125,13 @@ class Plan:
 
     def fingerprints(self) -> dict[str, Any]:
         """Of everything that goes into the run except the start model."""
-        tasks = self.evaluation.tasks
+        tasks, abilities = self.evaluation.tasks, self.evaluation.abilities
         return {
             "stage": self.stage.fingerprint(),
             "data": {source.name: source.store.fingerprint for source in self.data.sources},
             "sets": {h.name: h.fingerprint for h in self.evaluation.sets},
             **({"tasks": {t.name: t.fingerprint for t in tasks}} if tasks else {}),
+            **({"abilities": {t.name: t.fingerprint for t in abilities}} if abilities else {}),
             # Omitted without teachers: a run from before there were any can still be resumed.
             **({"teachers": [get_teacher_identity(t) for t in self.teachers.values()]} if self.teachers else {}),
         }
@@ -153,6 +155,9 @@ def make_plan(stage: s.Stage, root: Path, cache: Path, progress: ProgressCallbac
     refuse_unused_objectives(objectives, [spec.objective_indices for spec in specs])
     labels = resolve_labels(specs, cache)
     model = plan_model(stage, start, task, specs, labels)
+    is_chat = has_chat_form(
+        model.inputs
+    )  # by the start model's own template, which a stage on conversations may replace
     demonstrations = make_demonstration_wrapper(stage, specs, model.inputs)
     files = resolve_held_out_files(stage, root, specs, objectives, labels, demonstrations, model.inputs, cache)
 
@@ -168,6 +173,10 @@ def make_plan(stage: s.Stage, root: Path, cache: Path, progress: ProgressCallbac
         for i, task_config in enumerate(stage.evaluation.tasks)
     ]
     notes += [note for prompted in tasks for note in prompted.notes]
+    abilities = []
+    if config := stage.evaluation.abilities:
+        abilities = make_ability_tasks(config, model.inputs, is_chat)
+        notes += [form_note(config, is_chat), *(note for prompted in abilities for note in prompted.notes)]
     excluded = _excluded_digests(tables, tasks)
     check_labels(held_out, sources, excluded, cache, notes)
 
@@ -184,7 +193,7 @@ def make_plan(stage: s.Stage, root: Path, cache: Path, progress: ProgressCallbac
         output=output,
         model=model,
         data=data,
-        evaluation=plan_evaluation(stage, model, data, held_out, tasks, schedule, notes),
+        evaluation=plan_evaluation(stage, model, data, held_out, tasks, abilities, schedule, notes),
         objectives=objectives,
         teachers=teachers,
         schedule=schedule,

@@ -14,7 +14,7 @@ import numpy as np
 from postgrad.config.tasks import TaskConfig
 from postgrad.evaluation.choices.loglikelihood import ChoiceItem
 from postgrad.evaluation.generate_answers import StoppingRule
-from postgrad.evaluation.generation_metrics import MetricName
+from postgrad.evaluation.generation_metrics import METRICS, MetricName
 from postgrad.plan.model_inputs import ModelInputs
 from postgrad.storage.fingerprint import fingerprint
 
@@ -70,6 +70,11 @@ class PromptedTask:
         return len(self.references_I)
 
     @property
+    def needs_probabilities(self) -> bool:
+        """Whether a metric reads the probabilities of the choices."""
+        return any(METRICS[name].of_probabilities for name in self.metrics)
+
+    @property
     def num_shortened_prompts(self) -> int:
         """Prompts with fewer demonstrations than shots."""
         return sum(prompt.num_demonstrations < self.task.shots for prompts in self.prompts_KI for prompt in prompts)
@@ -89,6 +94,7 @@ class PromptedTask:
             self.task.calibrate,
             self.stopping.max_new_tokens,
             list(self.stopping.stop_strings),
+            *(["probabilities"] if self.needs_probabilities else []),
         ]
         texts = [
             [list(names) for names in part] for part in (self.choice_names_I, self.choice_texts_I, self.references_I)

@@ -23,12 +23,13 @@ from postgrad.data.read.labels import collect_labels
 from postgrad.data.read.row_kinds import RUNNING_TEXT_KINDS
 from postgrad.data.render.chat import ChatRenderer
 from postgrad.data.render.demonstrations import SEPARATOR
+from postgrad.data.render.renderers import PlainRenderer
 from postgrad.data.tokens.store import digest
 from postgrad.errors import DataError, ModelError, StageError, suggest_nearest
 from postgrad.evaluation.choices.loglikelihood import ChoiceItem, encode_item
 from postgrad.evaluation.choices.normalization import CONTENT_FREE
 from postgrad.evaluation.generate_answers import StoppingRule
-from postgrad.evaluation.generation_metrics import MetricName
+from postgrad.evaluation.generation_metrics import METRICS, MetricName
 from postgrad.models.model_sizes import get_model_sizes
 from postgrad.plan.model_inputs import ModelInputs
 from postgrad.plan.prompt_format import ChatPromptFormat, PlainPromptFormat, PromptFormat
@@ -47,7 +48,8 @@ ANSWER_CUE = "Answer:"
 """The context of an answer alone, for `normalization: answer-only`."""
 _DEFAULT_CONTEXT_LENGTH = 1024
 """Positions of a model without a limit."""
-_CHOICE_METRICS: tuple[MetricName, ...] = ("accuracy", "macro-F1", "MCC")
+_LABEL_METRICS: tuple[MetricName, ...] = ("accuracy", "macro-F1", "MCC")
+_CHOICE_METRICS: tuple[MetricName, ...] = (*_LABEL_METRICS, "1-Brier", "1-ECE")
 
 
 def make_prompted_task(task: TaskConfig, model_inputs: ModelInputs, root: Path, where: str) -> PromptedTask:
@@ -56,7 +58,7 @@ def make_prompted_task(task: TaskConfig, model_inputs: ModelInputs, root: Path, 
     Paths are relative to `root`; `where` is the key path that errors name. Raises `ModelError` for a model that does not
     generate text, `DataError` and `StageError` for rows without a prompt.
     """
-    _refuse_encoder(model_inputs, where)
+    refuse_encoder(model_inputs, where)
     config = task.model_dump()
     files = make_text_files(task.name, {**config, "hub": None}, root, where)
     if task.kind == "auto" and detect_kind(files) in RUNNING_TEXT_KINDS:  # text in rows that also have a label
@@ -64,12 +66,31 @@ def make_prompted_task(task: TaskConfig, model_inputs: ModelInputs, root: Path, 
     kind = detect_kind(files)
     rows = read_task_rows(files, where)
     renderer = make_text_renderer(kind, model_inputs, make_row_template(config), "last")
-    prompt_format = (
-        ChatPromptFormat(renderer)
-        if isinstance(renderer, ChatRenderer)
-        else PlainPromptFormat(renderer, separate=model_inputs.task.is_encoder_decoder)
-    )
+    prompt_format = make_prompt_format(renderer, model_inputs)
     pool, notes = make_demonstration_pool(task, files, rows, prompt_format, f"{where}.few_shot")
+    return prompt_rows(task, kind, rows, pool, renderer, prompt_format, model_inputs, where, notes)
+
+
+def make_prompt_format(renderer: PlainRenderer | ChatRenderer, model_inputs: ModelInputs) -> PromptFormat:
+    """The prompt format of rows with a renderer."""
+    if isinstance(renderer, ChatRenderer):
+        return ChatPromptFormat(renderer)
+    return PlainPromptFormat(renderer, separate=model_inputs.task.is_encoder_decoder)
+
+
+def prompt_rows(
+    task: TaskConfig,
+    kind: str,
+    rows: Sequence[LocatedExample],
+    pool: Sequence[LocatedExample],
+    renderer: PlainRenderer | ChatRenderer,
+    prompt_format: PromptFormat,
+    model_inputs: ModelInputs,
+    where: str,
+    notes: Sequence[str] = (),
+) -> PromptedTask:
+    """The prompts of rows, with demonstrations from a pool. Raises `DataError` and `StageError` for rows without a prompt."""
+    notes = list(notes)
     labels = _resolve_labels(task, rows, pool, where) if kind == "labelled" else ()
     is_multiple_choice = _is_multiple_choice(task, kind, labels, where)
     context_length = _get_context_length(model_inputs)
@@ -213,7 +234,8 @@ def _count_soft_prompt_ids(model_inputs: ModelInputs) -> int:
     return len(frame.prefix_ids) + len(frame.separator_ids) + len(frame.suffix_ids)
 
 
-def _refuse_encoder(model_inputs: ModelInputs, where: str) -> None:
+def refuse_encoder(model_inputs: ModelInputs, where: str) -> None:
+    """Raise `ModelError` for a model that cannot answer."""
     if not model_inputs.task.generates:
         raise ModelError(
             f"tasks in prompts need a model that generates text, and {model_inputs.start_model.name} does not",
@@ -288,7 +310,13 @@ def _resolve_metrics(
                 expected=", ".join(_CHOICE_METRICS),
                 hint="scoring: generate",
             )
-        return tuple(task.metrics) or (_CHOICE_METRICS if kind == "labelled" else _CHOICE_METRICS[:1])
+        return tuple(task.metrics) or (_LABEL_METRICS if kind == "labelled" else _LABEL_METRICS[:1])
+    if of_choices := [name for name in task.metrics if METRICS[name].of_probabilities]:
+        raise StageError(
+            f"`{of_choices[0]}` is a metric of choices, and these answers are generated",
+            where=f"{where}.metrics",
+            expected="rows with labels or choices, and scoring: multiple-choice",
+        )
     if task.metrics:
         return tuple(task.metrics)
     answers = [references[0] for references in references_I]

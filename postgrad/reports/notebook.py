@@ -10,6 +10,7 @@ from postgrad.lineage.metrics import read_run_metrics
 from postgrad.lineage.record import RECORD, PlanSummary, Record
 from postgrad.reports.html.table import Column, Table, count_cell, share_cell, text_cell, value_cell
 from postgrad.reports.pages.run_page import run_page
+from postgrad.reports.sections.ability_section import ability_table
 from postgrad.reports.sections.held_out_tables import metrics_table, score_table
 from postgrad.reports.sections.lineage_tables import lineage_summary_table, lineage_table
 from postgrad.reports.sections.task_section import task_table
@@ -23,8 +24,9 @@ def tables_html(*tables: Table | None) -> str:
 
 
 def record_html(record: Record) -> str:
-    """The tables of a record: scores, metrics, tasks."""
-    return tables_html(score_table(record, brief=True), metrics_table(record), task_table(record, brief=True))
+    """The tables of a record: scores, metrics, tasks, abilities."""
+    tasks, abilities = task_table(record, brief=True), ability_table(record, brief=True)
+    return tables_html(score_table(record, brief=True), metrics_table(record), tasks, abilities)
 
 
 def lineage_html(lineage: Lineage) -> str:

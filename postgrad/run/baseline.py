@@ -22,6 +22,7 @@ from postgrad.storage.read_json import MAX_BYTES, read_file, read_json
 
 _SCORES, _PSEUDO_SCORES = "before.npz", "pseudo-before.npz"
 _CONTINUATIONS, ANSWERS_BEFORE = "samples-before.json", "tasks-before.json"
+_ABILITIES_BEFORE = "abilities-before.json"
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Baseline:
     prompts: list[ContinuationPrompt]
     continuations: list[str]
     answers: AllAnswers
+    ability_answers: AllAnswers
 
 
 def score_baseline(context: RunContext) -> Phase[Baseline]:
@@ -57,6 +59,7 @@ def _read_baseline(context: RunContext, prompts: list[ContinuationPrompt]) -> Ba
         prompts,
         _read_continuations(context),
         task_scores.read_answers(context.score_path(ANSWERS_BEFORE), context.saved_plan.id),
+        task_scores.read_answers(context.score_path(_ABILITIES_BEFORE), context.saved_plan.id),
     )
 
 
@@ -68,6 +71,7 @@ def _is_complete(context: RunContext, sample_count: int) -> bool:
         and len(_read_continuations(context)) == sample_count
         and (not evaluation.pseudo_perplexity_sets or context.score_path(_PSEUDO_SCORES).exists())
         and (not evaluation.tasks or context.score_path(ANSWERS_BEFORE).exists())
+        and (not evaluation.abilities or context.score_path(_ABILITIES_BEFORE).exists())
     )
 
 
@@ -105,11 +109,14 @@ def _measure_baseline(context: RunContext, prompts: list[ContinuationPrompt]) ->
         prefix = plan.model.inputs.without_tuning.text_prefix
         continuations = generate_continuations(model.pretrained, plan.model.tokenizer, prompts, prefix)
     pseudo_scores = score_sets(plan.evaluation.pseudo_perplexity_sets_before, score_masked_tokens)
-    if plan.evaluation.tasks_before and world.mesh:  # a sharded model cannot generate
+    if (
+        plan.evaluation.tasks_before or plan.evaluation.abilities_before
+    ) and world.mesh:  # a sharded model cannot generate
         del model, score_sets
         model = context.load_start_model(is_whole=True)
-    answers = task_scores.answer_tasks(
-        model, plan.evaluation.tasks_before, plan.model.inputs, world=world, identity=identity, cache=cache
+    answers, ability_answers = (
+        task_scores.answer_tasks(model, tasks, plan.model.inputs, world=world, identity=identity, cache=cache)
+        for tasks in (plan.evaluation.tasks_before, plan.evaluation.abilities_before)
     )
     if not world.is_main:
         return
@@ -117,5 +124,6 @@ def _measure_baseline(context: RunContext, prompts: list[ContinuationPrompt]) ->
     if plan.evaluation.pseudo_perplexity_sets:
         context.write_scores(_PSEUDO_SCORES, pseudo_scores)
     write_checked_json(context.score_path(_CONTINUATIONS), {"continuations": continuations}, context.saved_plan.id)
-    if answers:
-        task_scores.write_answers(context.score_path(ANSWERS_BEFORE), answers, context.saved_plan.id)
+    for name, each in ((ANSWERS_BEFORE, answers), (_ABILITIES_BEFORE, ability_answers)):
+        if each:
+            task_scores.write_answers(context.score_path(name), each, context.saved_plan.id)

@@ -34,6 +34,7 @@ class Measurements:
     test_scores_before: AllScores
     """The start model's scores on the test sets, which are scored only once training has ended."""
     answers: AllAnswers
+    ability_answers: AllAnswers
     samples: list[Sample]
     drift: DriftRecord | None
     relearning: Relearning | None
@@ -42,7 +43,7 @@ class Measurements:
 def measure(context: RunContext, baseline: Baseline) -> Phase[Measurements]:
     """Measure the published model as plain transformers reads it; ranks that share a sharded one measure that.
 
-    The collective calls are scores, pseudo-perplexity, tasks, and test sets, in this order on every rank.
+    The collective calls are scores, pseudo-perplexity, tasks, abilities, and test sets, in this order on every rank.
     """
     plan, world = context.plan, context.world
     yield PhaseStarted("scoring the trained model", is_evaluation=True)
@@ -54,7 +55,7 @@ def measure(context: RunContext, baseline: Baseline) -> Phase[Measurements]:
     length, pseudo_sets = plan.model.context_length, plan.evaluation.pseudo_perplexity_sets
     scores = before_after.score_sets(model, plan.evaluation.sets, context=length, world=world)
     pseudo_scores = before_after.score_sets(model, pseudo_sets, score_masked_tokens, context=length, world=world)
-    answers = _answer_tasks(context, model)
+    answers, ability_answers = _answer_tasks(context, model)
     with gather_root(model):
         samples = _make_samples(plan, model.pretrained, baseline)
     drift = None
@@ -65,16 +66,21 @@ def measure(context: RunContext, baseline: Baseline) -> Phase[Measurements]:
     context.release_tuned_model()
     relearning = None if world.is_distributed else (yield from _measure_relearning(context, baseline.scores, scores))
     test_scores = yield from _score_start_on_tests(context)
-    return Measurements(scores, pseudo_scores, test_scores, answers, samples, drift, relearning)
+    return Measurements(scores, pseudo_scores, test_scores, answers, ability_answers, samples, drift, relearning)
 
 
-def _answer_tasks(context: RunContext, model: Model) -> AllAnswers:
-    """The published model's answers. A sharded model cannot generate, so then each rank loads the published one whole."""
+def _answer_tasks(context: RunContext, model: Model) -> tuple[AllAnswers, AllAnswers]:
+    """The published model's answers to tasks and to probes of abilities.
+
+    A sharded model cannot generate, so then each rank loads the published one whole.
+    """
     plan, world = context.plan, context.world
-    if plan.evaluation.tasks and world.is_distributed:
+    both = plan.evaluation.tasks, plan.evaluation.abilities
+    if any(both) and world.is_distributed:
         world.barrier()
         model = context.load_published_model()
-    return task_scores.answer_tasks(model, plan.evaluation.tasks, plan.model.inputs, world=world)
+    tasks, abilities = (task_scores.answer_tasks(model, each, plan.model.inputs, world=world) for each in both)
+    return tasks, abilities
 
 
 def _make_samples(plan: Plan, model: PreTrainedModel, baseline: Baseline) -> list[Sample]:

@@ -36,7 +36,8 @@ def scoring_hint(plan: Plan) -> str:
         *(["evaluation.relearning_steps: 0"] if evaluation.relearning_steps else []),
     ]
     tasks = ["fewer `shots` or `max_new_tokens` in evaluation.tasks"] if evaluation.tasks else []
-    return _join(resumed, [*tasks, _shorter_rows(plan)])
+    abilities = ["fewer `shots` in evaluation.abilities"] if evaluation.abilities else []
+    return _join(resumed, [*tasks, *abilities, _shorter_rows(plan)])
 
 
 def _smaller_micro_batch(micro: int) -> list[str]:

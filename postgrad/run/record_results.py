@@ -12,6 +12,7 @@ from postgrad.lineage.record import ExpectedLossRecord, Record, ScoresRecord, Se
 from postgrad.reports.pages import run_page
 from postgrad.reports.pages.model_card import write_model_card
 from postgrad.run import task_scores
+from postgrad.run.ability_scores import abilities_record
 from postgrad.run.baseline import Baseline
 from postgrad.run.context import RunContext
 from postgrad.run.events import Phase, PhaseStarted, RunFinished
@@ -43,10 +44,18 @@ def record_finished(
         evaluation.pseudo_perplexity_sets, baseline.pseudo_scores, measurements.pseudo_scores, vocabulary
     )
     gate = retention_gate(losses.changes, before, plan.stage.max_forgetting)
+    abilities = abilities_record(
+        plan.stage.evaluation.abilities,
+        evaluation.abilities,
+        baseline.ability_answers,
+        measurements.ability_answers,
+        plan.stage.max_ability_drop,
+    )
+    gates = [each for each in (gate, abilities.gate if abilities else None) if each]
     record = make_record(
         context,
         outcome,
-        "finished" if gate is None or gate.passed else "gate-failed",
+        "finished" if all(each.passed for each in gates) else "gate-failed",
         published_tokens,
         published_checkpoint=outcome.selector.as_record(outcome.step) if outcome.selector else None,
         scores=losses.scores,
@@ -60,6 +69,7 @@ def record_finished(
         task_clusters=task_scores.cluster_rows(
             evaluation.tasks, baseline.answers, measurements.answers, plan.data.seen_clusters
         ),
+        abilities=abilities,
         samples=measurements.samples,
     )
     record.fingerprints.model = model_fingerprint(context.folder / MODEL)
@@ -84,13 +94,17 @@ def record_stopped(context: RunContext, baseline: Baseline, outcome: TrainingOut
     """Write a record of a run that the user stopped, so that it has a report."""
     if not context.world.is_main:
         return
+    evaluation = context.plan.evaluation
     record = make_record(
         context,
         outcome,
         "stopped",
         outcome.tokens_by_source,
         scores=ScoresRecord(before=before_after.summarize_scores(baseline.scores)),
-        tasks=task_scores.task_rows(context.plan.evaluation.tasks, baseline.answers, {}),
+        tasks=task_scores.task_rows(evaluation.tasks, baseline.answers, {}),
+        abilities=abilities_record(
+            context.plan.stage.evaluation.abilities, evaluation.abilities, baseline.ability_answers, {}
+        ),
     )
     _write(context, record)
 
@@ -100,8 +114,12 @@ def _write_scores(context: RunContext, measurements: Measurements) -> None:
     context.write_scores("after.npz", measurements.scores)
     if measurements.pseudo_scores:
         context.write_scores("pseudo-after.npz", measurements.pseudo_scores)
-    if measurements.answers:
-        task_scores.write_answers(context.score_path("tasks-after.json"), measurements.answers, context.saved_plan.id)
+    for name, answers in (
+        ("tasks-after.json", measurements.answers),
+        ("abilities-after.json", measurements.ability_answers),
+    ):
+        if answers:
+            task_scores.write_answers(context.score_path(name), answers, context.saved_plan.id)
     if measurements.test_scores_before:
         context.write_scores("test-before.npz", measurements.test_scores_before)
 

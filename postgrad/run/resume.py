@@ -90,7 +90,7 @@ def _input_files(plan: Plan, fingerprints: Mapping[str, Any]) -> dict[str, Input
     flat = {
         f"{key}.{name}" if name else key: part
         for key, value in {**fingerprints, "plan": plan.as_record().as_json()}.items()
-        for name, part in (value.items() if key in ("data", "sets", "tasks") else [("", value)])
+        for name, part in (value.items() if key in ("data", "sets", "tasks", "abilities") else [("", value)])
     }
     return {key: InputFile(paths.get(key) or "", fingerprint(value)) for key, value in flat.items()}
 

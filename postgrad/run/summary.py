@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 from postgrad.lineage.record import Record
+from postgrad.reports.sections.ability_section import ability_table, gate_sentence
 from postgrad.reports.sections.drift_section import changed_weights_sentence, drift_table
 from postgrad.reports.sections.held_out_tables import (
     class_tables,
@@ -40,6 +41,18 @@ def _gate_remedies(record: Record, folder: Path, max_forgetting: float) -> str:
     return "\n".join(["what helps:", *(f"  {remedy}" for remedy in remedies)])
 
 
+def _ability_remedies(folder: Path) -> str:
+    """What helps after a failed gate on abilities."""
+    blend = shlex.join(["postgrad", "blend", str(folder), "--out", f"{folder}-blend"])
+    measure = shlex.join(["postgrad", "eval", f"{folder}-blend", "--abilities", "all"])
+    remedies = (
+        "rows that show what was lost, such as conversations, as a source with role: replay",
+        "the start model as the teacher on them: an objective of kind distill",
+        f"a model between start and end: {blend}; then {measure}",
+    )
+    return "\n".join(["what helps:", *(f"  {remedy}" for remedy in remedies)])
+
+
 def summary_text(outcome: RunFinished) -> str:
     """The scores, the retention gate, where everything is, and the next command."""
     record, folder = outcome.record, outcome.run_folder
@@ -55,6 +68,7 @@ def summary_text(outcome: RunFinished) -> str:
         drift_table(record),
         task_table(record, brief=True),
         cluster_table(record),
+        ability_table(record, brief=True),
     ):
         if table:
             lines += ["", table.text()]
@@ -66,6 +80,10 @@ def summary_text(outcome: RunFinished) -> str:
         )
         if not gate.passed:
             lines.append(_gate_remedies(record, folder, gate.max_forgetting))
+    if record.abilities and (bound := record.abilities.gate):
+        lines.append(f"\ngate on abilities {'passed' if bound.passed else 'FAILED'}: {gate_sentence(bound)}")
+        if not bound.passed:
+            lines.append(_ability_remedies(folder))
     changed = changed_weights_sentence(record) if record.sparse_update else None
     lines += ["", changed] if changed else []
     if record.totals.skipped_steps:

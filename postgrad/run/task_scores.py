@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypeVar
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from postgrad.distributed.world import World
 from postgrad.errors import DataError
@@ -34,6 +35,7 @@ from postgrad.storage.checked_files import read_checked_json, write_checked_json
 from postgrad.storage.fingerprint import fingerprint
 
 AllAnswers = dict[str, TaskPredictions]
+Each = TypeVar("Each")
 _ANSWERS = "answers"
 _MAX_ANSWER_BYTES = 2**30
 _EXAMPLES_SHOWN = 3
@@ -63,7 +65,7 @@ def answer_tasks(
                 out[task.name] = found
                 continue
         answer = _select_choices if task.is_multiple_choice else _generate_answers
-        out[task.name] = TaskPredictions(answer(model, task, model_inputs, world), task.references_I)
+        out[task.name] = answer(model, task, model_inputs, world)
         if path:
             write_answers(path, {task.name: out[task.name]}, key)
     return out
@@ -71,7 +73,7 @@ def answer_tasks(
 
 def _generate_answers(
     model: Model, prompted_task: PromptedTask, model_inputs: ModelInputs, world: World
-) -> tuple[tuple[str, ...], ...]:
+) -> TaskPredictions:
     """The text generated for each prompt."""
     prompts = [prompt.item.context for prompts in prompted_task.prompts_KI for prompt in prompts]
     texts = generate_answers(
@@ -83,13 +85,14 @@ def _generate_answers(
         pad=model_inputs.pad_id,
         decoder_prefix=model_inputs.decoder_prefix,
     )
-    return _group_by_seed(_gather_items([text.strip() for text in texts], len(prompts), world), len(prompted_task))
+    answers = _gather_items([text.strip() for text in texts], len(prompts), world)
+    return TaskPredictions(_group_by_seed(answers, len(prompted_task)), prompted_task.references_I)
 
 
 def _select_choices(
     model: Model, prompted_task: PromptedTask, model_inputs: ModelInputs, world: World
-) -> tuple[tuple[str, ...], ...]:
-    """The name of the choice with the highest score for each prompt."""
+) -> TaskPredictions:
+    """The name of the choice with the highest score for each prompt, and the probabilities where a metric reads them."""
     prompts = [prompt for prompts in prompted_task.prompts_KI for prompt in prompts]
     # Items repeat: calibration questions are equal wherever demonstrations and choices are.
     items = list(dict.fromkeys(item for prompt in prompts for item in (prompt.item, *prompt.calibration_items)))
@@ -98,12 +101,20 @@ def _select_choices(
     scored = score_choices(model, local, pad=model_inputs.pad_id, **options) if local else None
     gathered = _gather_items(list(scored.log_likelihoods) if scored else [], len(items), world)
     log_p: dict[ChoiceItem, np.ndarray] = dict(zip(items, gathered, strict=True))
-    answers = []
+    answers: list[str] = []
+    probabilities: list[dict[str, float]] = []
     for number, prompt in enumerate(prompts):
         i = number % len(prompted_task)
         scores_C = choice_scores(prompted_task, prompt, prompted_task.choice_texts_I[i], log_p)
-        answers.append(prompted_task.choice_names_I[i][int(scores_C.argmax())])
-    return _group_by_seed(answers, len(prompted_task))
+        names = prompted_task.choice_names_I[i]
+        answers.append(names[int(scores_C.argmax())])
+        if prompted_task.needs_probabilities:
+            p_C = np.exp(scores_C - np.logaddexp.reduce(scores_C))
+            probabilities.append(dict(zip(names, p_C.tolist(), strict=True)))
+    count = len(prompted_task)
+    return TaskPredictions(
+        _group_by_seed(answers, count), prompted_task.references_I, _group_by_seed(probabilities, count)
+    )
 
 
 def choice_scores(
@@ -131,16 +142,31 @@ def _gather_items(local_items: list[Any], count: int, world: World) -> list[Any]
     return out
 
 
-def _group_by_seed(answers: Sequence[str], items: int) -> tuple[tuple[str, ...], ...]:
+def _group_by_seed(answers: Sequence[Each], items: int) -> tuple[tuple[Each, ...], ...]:
     return tuple(tuple(answers[begin : begin + items]) for begin in range(0, len(answers), items))
 
 
 # --- files -----------------------------------------------------------------------------------------
 
 
+class _StoredAnswers(TypedDict):
+    """A task in a file of answers."""
+
+    said: list[list[str]]
+    references: list[list[str]]
+    probabilities: NotRequired[list[list[dict[str, float]]]]
+
+
 def write_answers(path: Path, answers: Mapping[str, TaskPredictions], owner: str = "") -> None:
     """Write all answers with their references, as JSON; `owner`: the run's id."""
-    content = {name: {"said": each.predictions_KI, "references": each.references_I} for name, each in answers.items()}
+    content = {
+        name: {
+            "said": each.predictions_KI,
+            "references": each.references_I,
+            **({"probabilities": each.probabilities_KI} if each.probabilities_KI else {}),
+        }
+        for name, each in answers.items()
+    }
     write_checked_json(path, {_ANSWERS: content}, owner)
 
 
@@ -154,19 +180,22 @@ def read_answers(path: Path, owner: str = "") -> AllAnswers:
     )
     try:
         # Files of earlier versions have no key around the tasks.
-        stored = TypeAdapter(dict[str, dict[str, list[list[str]]]]).validate_python(raw.get(_ANSWERS, raw))
+        stored = TypeAdapter(dict[str, _StoredAnswers]).validate_python(raw.get(_ANSWERS, raw))
         return {name: _parse_answers(each) for name, each in stored.items()}
     except (ValidationError, KeyError, ValueError) as error:
         problem = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
         raise DataError(f"these are no answers ({problem})", where=str(path), hint=hint) from None
 
 
-def _parse_answers(stored: Mapping[str, list[list[str]]]) -> TaskPredictions:
-    """Raises `KeyError` or `ValueError` for anything else than answers and their references."""
+def _parse_answers(stored: _StoredAnswers) -> TaskPredictions:
+    """Raises `ValueError` for anything else than answers and their references."""
     predictions_KI, references_I = stored["said"], stored["references"]
-    if any(len(predictions_I) != len(references_I) for predictions_I in predictions_KI):
+    probabilities_KI = stored.get("probabilities", [])
+    if any(len(of_seed_I) != len(references_I) for of_seed_I in (*predictions_KI, *probabilities_KI)):
         raise ValueError("an answer without a reference")
-    return TaskPredictions(tuple(map(tuple, predictions_KI)), tuple(map(tuple, references_I)))
+    return TaskPredictions(
+        tuple(map(tuple, predictions_KI)), tuple(map(tuple, references_I)), tuple(map(tuple, probabilities_KI))
+    )
 
 
 def _read_cached_answers(path: Path, key: str) -> TaskPredictions | None:

@@ -79,7 +79,14 @@ def result_point(record: Record) -> Point:
         for name, moved in drift.sets.items():
             values |= _interval_values(f"results/{name}/kl_divergence", moved.kl_divergence)
         values |= {f"results/weight_change/{part}": change for part, change in drift.relative_weight_change.items()}
-    for task in record.tasks:
+    if abilities := record.abilities:
+        values |= _interval_values("results/abilities/change", abilities.change) if abilities.change else {}
+        if gate := abilities.gate:
+            values |= {
+                "results/abilities/gate/passed": float(gate.passed),
+                "results/abilities/gate/max_drop": gate.max_drop,
+            }
+    for task in (*record.tasks, *(record.abilities.tasks if record.abilities else ())):
         for when, metrics in (("before", task.before), ("after", task.after)):
             for metric, value in metrics.items():
                 values |= _interval_values(f"results/{task.name}/{metric}/{when}", value)

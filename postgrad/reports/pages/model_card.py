@@ -25,6 +25,7 @@ from postgrad.reports.html.notation import (
     format_percent,
 )
 from postgrad.reports.html.table import Column, Table, count_cell, share_cell, text_cell, value_cell
+from postgrad.reports.sections.ability_section import ability_table, gate_sentence
 from postgrad.reports.sections.held_out_tables import metrics_table, pseudo_perplexity_table, score_table, set_names
 from postgrad.reports.sections.task_section import task_table
 from postgrad.storage.atomic import write_without_secrets
@@ -78,7 +79,13 @@ def card_body(record: Record, ancestors: Sequence[Record] = ()) -> str:
     name = escape_markdown(record.name, 120)
     start = escape_markdown(mask_secrets(_start_name((*ancestors, record)[0])), 200)
     tokens = format_compact(record.published_tokens)
-    tables = (score_table(record, brief=True), metrics_table(record), pseudo_perplexity_table(record, brief=True))
+    tables = (
+        score_table(record, brief=True),
+        metrics_table(record),
+        pseudo_perplexity_table(record, brief=True),
+        task_table(record, brief=True),
+        ability_table(record, brief=True),
+    )
     parts = [
         f"# {name}",
         f"{start}, trained further on {tokens} tokens with postgrad"
@@ -86,7 +93,7 @@ def card_body(record: Record, ancestors: Sequence[Record] = ()) -> str:
         " same documents before and after this stage, with 95 % intervals (paired bootstrap).",
         "## Learned and kept",
         *_gate_sentences(record),
-        *(table.markdown() for table in (*tables, task_table(record, brief=True)) if table and table.rows),
+        *(table.markdown() for table in tables if table and table.rows),
         "## Training data",
         _source_table(record).markdown(),
         "## Training",
@@ -158,15 +165,18 @@ def _interval_name(key: str, value: MetricValue) -> str:
 
 
 def _gate_sentences(record: Record) -> list[str]:
-    gate = record.retention_gate
-    if gate is None:
-        return []
-    word = "passed" if gate.passed else "**failed**"
-    return [
-        f"The retention gate {word}: the loss on {escape_markdown(gate.worst.set, 80)} changed by "
-        f"{format_percent(gate.worst.relative_difference)} (upper end {format_percent(gate.worst.relative_high)}); "
-        f"{format_percent(gate.max_forgetting)} was allowed."
-    ]
+    sentences = []
+    if gate := record.retention_gate:
+        word = "passed" if gate.passed else "**failed**"
+        sentences.append(
+            f"The retention gate {word}: the loss on {escape_markdown(gate.worst.set, 80)} changed by "
+            f"{format_percent(gate.worst.relative_difference)} (upper end {format_percent(gate.worst.relative_high)}); "
+            f"{format_percent(gate.max_forgetting)} was allowed."
+        )
+    if record.abilities and (bound := record.abilities.gate):
+        word = "passed" if bound.passed else "**failed**"
+        sentences.append(f"The gate on abilities {word}: {gate_sentence(bound)}.")
+    return sentences
 
 
 def _source_table(record: Record) -> Table:

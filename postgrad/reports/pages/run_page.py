@@ -8,6 +8,7 @@ from postgrad.foreign_text import plain_text
 from postgrad.lineage.metrics import MetricsRow
 from postgrad.lineage.record import Record
 from postgrad.reports.html.document import intro_paragraph, render_page, sample_box
+from postgrad.reports.sections.ability_section import abilities_section
 from postgrad.reports.sections.curves import read_curves
 from postgrad.reports.sections.drift_section import drift_section
 from postgrad.reports.sections.method_section import method_section, reproduce_section
@@ -31,6 +32,7 @@ def run_page(record: Record, metrics: Iterable[MetricsRow], damage: Sequence[str
     sections = [
         ("result", "Result", "Learned and kept", result_section(record)),
         ("tasks", "Tasks", "Tasks", tasks_section(record, curves.task_values)),
+        ("abilities", "Abilities", "Abilities", abilities_section(record)),
         ("retention", "Retention", "Forgetting during training", retention_section(record, curves)),
         ("selection", "Checkpoint", "Published checkpoint", published_step_section(record, curves)),
         ("drift", "Drift", "How far the model moved", drift_section(record)),

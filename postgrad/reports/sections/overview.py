@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from postgrad.foreign_text import mask_secrets, plain_text
-from postgrad.lineage.record import Record, SetChange, SetScore, SkippedStep
+from postgrad.lineage.record import AbilityGate, Record, RetentionGate, SetChange, SetScore, SkippedStep
 from postgrad.reports.html.document import bold_name, format_time, verdict_badge
 from postgrad.reports.html.notation import (
     HasEnds,
@@ -21,6 +21,7 @@ from postgrad.reports.html.notation import (
     no_interval,
 )
 from postgrad.reports.html.verdicts import tone_of, verdict_of
+from postgrad.reports.sections.ability_section import gate_sentence
 from postgrad.reports.sections.curves import Curves
 from postgrad.reports.sections.held_out_tables import loss_unit, main_metric, set_names
 
@@ -193,9 +194,20 @@ def _status_notices(record: Record, curves: Curves) -> list[tuple[str, str]]:
 
 
 def _gate_notices(record: Record) -> list[tuple[str, str]]:
-    gate = record.retention_gate
-    if gate is None:
+    gate, bound = record.retention_gate, record.abilities.gate if record.abilities else None
+    if gate is None and bound is None:
         return [("bad", "<b>The retention gate failed.</b>")] if record.status == "gate-failed" else []
+    return [*(_loss_gate_notices(gate) if gate else []), *(_ability_gate_notices(bound) if bound else [])]
+
+
+def _ability_gate_notices(gate: AbilityGate) -> list[tuple[str, str]]:
+    word, tone = ("passed", "good") if gate.passed else ("failed", "bad")
+    sentence = gate_sentence(gate)
+    text = f"<b>The gate on abilities {word}.</b> {escape_html(sentence[:1].upper() + sentence[1:], 600)}."
+    return [(tone, text)]
+
+
+def _loss_gate_notices(gate: RetentionGate) -> list[tuple[str, str]]:
     worst = gate.worst
     detail = (
         f"The loss on the worst retained set, {bold_name(worst.set)}, changed by {format_percent(worst.relative_difference)}"

@@ -157,7 +157,7 @@ def _gate_sentences(finished: Sequence[StudyArm]) -> list[str]:
         for arm in finished
         if arm.gate_failed
     ]
-    return [f"The retention gate (max_forgetting) failed: {join_names(failed)}."] if failed else []
+    return [f"The retention gate failed: {join_names(failed)}."] if failed else []
 
 
 def _skipped_sentences(finished: Sequence[StudyArm]) -> list[str]:

@@ -211,7 +211,7 @@ def tasks_section(record: Record, task_values: Mapping[str, Mapping[str, Sequenc
         + table.html()
         + (clusters.html() if clusters else "")
         + "".join(side_by_side(*charts[i : i + 2]) for i in range(0, len(charts), 2))
-        + "".join(_answer_details(task) for task in record.tasks[:_MAX_TASKS])
+        + "".join(answer_details(task) for task in record.tasks[:_MAX_TASKS])
     )
 
 
@@ -256,7 +256,7 @@ def _curve_figures(task_values: Mapping[str, Mapping[str, Sequence[Point]]]) -> 
     ]  # fmt: skip
 
 
-def _answer_details(task: TaskRecord) -> str:
+def answer_details(task: TaskRecord) -> str:
     """A prompt, and some questions with their answers."""
     examples = "".join(
         f'<article class="sample"><p class="prompt" dir="auto">{escaped_passage(example.question)}</p>'
