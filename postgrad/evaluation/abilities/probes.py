@@ -20,7 +20,7 @@ from postgrad.config.abilities import Ability
 from postgrad.evaluation.abilities.dice import Dice
 from postgrad.evaluation.abilities.languages import LANGUAGES
 from postgrad.evaluation.abilities.rules import Rules, split_answer_words
-from postgrad.evaluation.abilities.words import (
+from postgrad.evaluation.abilities.probe_words import (
     ADJECTIVES,
     CATEGORIES,
     NAMES,
