@@ -17,9 +17,9 @@ from postgrad.config.abilities import Ability
 from postgrad.errors import DataError
 from postgrad.evaluation.abilities import rules as rules_module
 from postgrad.evaluation.abilities.languages import LANGUAGES, detect_language
+from postgrad.evaluation.abilities.probe_words import CATEGORIES
 from postgrad.evaluation.abilities.probes import ABILITIES, make_demonstration, make_probe, make_probes
 from postgrad.evaluation.abilities.rules import RULES, is_declined, score_answer
-from postgrad.evaluation.abilities.probe_words import CATEGORIES
 from postgrad.evaluation.generation_metrics import TaskPredictions, metric_change, metric_summary
 
 ABILITY_NAMES: tuple[Ability, ...] = get_args(Ability)

@@ -19,7 +19,6 @@ from types import MappingProxyType
 from postgrad.config.abilities import Ability
 from postgrad.evaluation.abilities.dice import Dice
 from postgrad.evaluation.abilities.languages import LANGUAGES
-from postgrad.evaluation.abilities.rules import Rules, split_answer_words
 from postgrad.evaluation.abilities.probe_words import (
     ADJECTIVES,
     CATEGORIES,
@@ -29,6 +28,7 @@ from postgrad.evaluation.abilities.probe_words import (
     TIMES,
     VERBS,
 )
+from postgrad.evaluation.abilities.rules import Rules, split_answer_words
 
 _FIRST_DEMONSTRATION = 2**40
 """Demonstrations are the probes from this index on."""
