@@ -12,7 +12,7 @@ from postgrad.commands.weighted_models import parse_weighted_model
 from postgrad.data.problem_type import ProblemType
 from postgrad.foreign_text import plain_text
 from postgrad.hardware.memory import format_bytes
-from postgrad.reports.html.notation import HasEnds, format_interval
+from postgrad.reports.html.notation import HasEnds, format_interval, format_signed
 from postgrad.reports.sections.ability_section import ability_score_table
 from postgrad.reports.sections.comparison_table import comparison_table
 from postgrad.reports.sections.held_out_tables import class_score_tables
@@ -179,11 +179,11 @@ def ability_comparison_text(result: AbilityComparison) -> str:
         name = model.evaluation.model
         for ability, changes in model.changes.items():
             lines += [
-                f"  {name}, {ability}: {metric} {change.difference:+.3f} ({_ends(change, '+.3f', unit='item')})"
+                f"  {name}, {ability}: {metric} {format_signed(change.difference)} ({_ends(change, '+.3f', unit='item')})"
                 for metric, change in changes.items()
             ]
         if mean := model.mean_change:
-            lines.append(f"  {name}, mean: {mean.difference:+.3f} ({_ends(mean, '+.3f', unit='item')})")
+            lines.append(f"  {name}, mean: {format_signed(mean.difference)} ({_ends(mean, '+.3f', unit='item')})")
     lines.append(next_line("generate", first.evaluation.model, "--compare-with", others[0].evaluation.model))
     return "\n\n".join([*blocks, "\n".join(lines)])
 

@@ -30,7 +30,8 @@ def ability_gate(mean: Difference | None, tasks: Sequence[TaskRecord], max_drop:
     none alone by more at the lower end, so that seven that are kept do not hide one that is lost."""
     if max_drop is None or mean is None:
         return None
-    drop, high = -(mean.difference or 0.0), -(mean.difference or 0.0) if mean.low is None else -mean.low
+    drop = 0.0 - (mean.difference or 0.0)  # which is no -0.0
+    high = drop if mean.low is None else 0.0 - mean.low
     lost = [
         task.name
         for task in tasks

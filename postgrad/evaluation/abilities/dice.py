@@ -22,7 +22,7 @@ class Dice:
         """A whole number from 0 to `size` - 1."""
         return int(self._uniform() * size)
 
-    def between(self, low: int, high: int) -> int:
+    def integer(self, low: int, high: int) -> int:
         """A whole number from `low` to `high`."""
         return low + self.below(high - low + 1)
 

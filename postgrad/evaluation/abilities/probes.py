@@ -19,8 +19,7 @@ from types import MappingProxyType
 from postgrad.config.abilities import Ability
 from postgrad.evaluation.abilities.dice import Dice
 from postgrad.evaluation.abilities.languages import LANGUAGES
-from postgrad.evaluation.abilities.rules import Rules, split_answer_words
-from postgrad.evaluation.abilities.words import (
+from postgrad.evaluation.abilities.probe_words import (
     ADJECTIVES,
     CATEGORIES,
     NAMES,
@@ -29,6 +28,7 @@ from postgrad.evaluation.abilities.words import (
     TIMES,
     VERBS,
 )
+from postgrad.evaluation.abilities.rules import Rules, split_answer_words
 
 _FIRST_DEMONSTRATION = 2**40
 """Demonstrations are the probes from this index on."""
@@ -95,14 +95,14 @@ def _dice(ability: Ability, seed: int, index: int) -> Dice:
 
 def _copying(dice: Dice) -> Probe:
     """Words, digits or words that do not exist, to be repeated."""
-    count = dice.between(3, 7)
+    count = dice.integer(3, 7)
     kind = dice.below(3)
     if kind == 0:
         parts = [dice.pick(NOUNS) for _ in range(count)]
     elif kind == 1:
-        parts = [str(dice.between(10, 99)) for _ in range(count)]
+        parts = [str(dice.integer(10, 99)) for _ in range(count)]
     else:
-        parts = ["".join(dice.sample(SYLLABLES, dice.between(2, 3))) for _ in range(count)]
+        parts = ["".join(dice.sample(SYLLABLES, dice.integer(2, 3))) for _ in range(count)]
     text = " ".join(parts)
     request = dice.pick(("Repeat exactly this text and nothing else: {}", "Copy this line word for word: {}"))
     return Probe(request.format(text), text, {"copy": text})
@@ -111,8 +111,8 @@ def _copying(dice: Dice) -> Probe:
 def _arithmetic(dice: Dice) -> Probe:
     """A sum, difference or product of numbers of one to three digits."""
     sign = dice.pick("+-*")
-    largest = 12 if sign == "*" else 10 ** dice.between(1, 3) - 1
-    a, b = dice.between(1, largest), dice.between(1, largest)
+    largest = 12 if sign == "*" else 10 ** dice.integer(1, 3) - 1
+    a, b = dice.integer(1, largest), dice.integer(1, largest)
     if sign == "-" and a < b:
         a, b = b, a
     value = {"+": a + b, "-": a - b, "*": a * b}[sign]
@@ -123,13 +123,13 @@ def _format(dice: Dice) -> Probe:
     """JSON, lists, or a single word."""
     kind = dice.below(4)
     if kind == 0:
-        name, age, member = dice.pick(NAMES), dice.between(6, 90), bool(dice.below(2))
+        name, age, member = dice.pick(NAMES), dice.integer(6, 90), bool(dice.below(2))
         value = {"name": name, "age": age, "member": member}
         text = (
             f'a JSON object with "name" set to "{name}", "age" set to {age} and "member" set to {str(member).lower()}'
         )
         return Probe(f"Write {text}. Write only the JSON.", json.dumps(value), {"json": value})
-    words = dice.sample(NOUNS, dice.between(3, 5))
+    words = dice.sample(NOUNS, dice.integer(3, 5))
     listed = ", ".join(words)
     if kind == 1:
         lines = [f"{i}. {word}" for i, word in enumerate(words, 1)]
@@ -237,7 +237,7 @@ _SLOTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 def _fill_request(dice: Dice, request: str) -> str:
     words = {slot: dice.pick(options) for slot, options in _SLOTS.items()}
-    return request.format(**words, number=dice.between(20, 99))
+    return request.format(**words, number=dice.integer(20, 99))
 
 
 def _refusal(dice: Dice) -> Probe:
@@ -262,12 +262,12 @@ def _calibration(dice: Dice) -> Probe:
         category, word, words = _odd_word(dice, 4)
         return Probe(f"Which of these words is {category}: {', '.join(words)}?", word, {}, tuple(words))
     if kind == 1:
-        size = 10 ** dice.between(1, 3)
-        a, b = dice.between(1, size), dice.between(1, size)
+        size = 10 ** dice.integer(1, 3)
+        a, b = dice.integer(1, size), dice.integer(1, size)
         wrong = dice.sample([d for d in (-10, -3, -2, -1, 1, 2, 3, 10, 11) if a + b + d > 0], 3)
         choices = dice.sample([str(a + b), *(str(a + b + d) for d in wrong)], 4)
         return Probe(f"What is {a} + {b}?", str(a + b), {}, tuple(choices))
-    least = dice.between(1, 900)
+    least = dice.integer(1, 900)
     numbers = [str(number) for number in dice.sample(range(least, least + 90), 4)]
     return Probe(
         f"Which of these numbers is the largest: {', '.join(numbers)}?", max(numbers, key=int), {}, tuple(numbers)

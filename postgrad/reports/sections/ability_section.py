@@ -8,7 +8,7 @@ from postgrad.foreign_text import plain_text
 from postgrad.lineage.record import AbilitiesRecord, AbilityGate, Record, TaskRecord
 from postgrad.reports.html.charts import ForestRow, forest_plot
 from postgrad.reports.html.document import figure, intro_paragraph
-from postgrad.reports.html.notation import format_percent
+from postgrad.reports.html.notation import format_signed
 from postgrad.reports.html.table import (
     CHANGE_FIELDS,
     VALUE_FIELDS,
@@ -116,11 +116,11 @@ def ability_score_table(tasks: Sequence[TaskScore], mean: float, caption: str) -
 
 def gate_sentence(gate: AbilityGate) -> str:
     """What the gate found, with its bound."""
-    allowed = format_percent(gate.max_drop)
     lost = f"; certainly dropped by more: {', '.join(gate.lost)}" if gate.lost else ""
+    change, low = (format_signed(-100 * drop + 0.0, 2) for drop in (gate.drop, gate.drop_high))
     return (
-        f"the mean score of abilities dropped by {100 * gate.drop:.2f} points of 100 (upper end {100 * gate.drop_high:.2f}), "
-        f"allowed {allowed}{lost}"
+        f"the mean score of abilities changed by {change} points of 100 (lower end {low}); "
+        f"a drop of {100 * gate.max_drop:g} was allowed{lost}"
     )
 
 
