@@ -13,7 +13,7 @@ from postgrad.data.problem_type import ProblemType
 from postgrad.foreign_text import plain_text
 from postgrad.hardware.memory import format_bytes
 from postgrad.reports.html.notation import HasEnds, format_interval, format_signed
-from postgrad.reports.sections.ability_section import ability_score_table
+from postgrad.reports.sections.ability_section import ability_score_table, comparison_ability_table
 from postgrad.reports.sections.comparison_table import comparison_table
 from postgrad.reports.sections.held_out_tables import class_score_tables
 from postgrad.reports.sections.lineage_tables import lineage_summary_table, lineage_table
@@ -237,6 +237,8 @@ def run_comparison_text(result: RunComparison, report: Path | None) -> str:
     blocks = [comparison_table(records, names[0]).text()]
     if task_table := comparison_task_table(records):
         blocks.append(task_table.text())
+    if ability_table := comparison_ability_table(records):
+        blocks.append(ability_table.text())
     lines = ["\n\n".join(blocks)]
     tokens = [record.totals.tokens if record.totals else 0 for record in records]
     if max(tokens) > 1.02 * min(tokens):

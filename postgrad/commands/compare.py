@@ -24,6 +24,7 @@ from postgrad.plan.prompted_task import PromptedTask
 from postgrad.reports.html.table import Column, Table, difference_cell, text_cell, value_cell
 from postgrad.reports.notebook import tables_html
 from postgrad.reports.result_models import TaskScore
+from postgrad.reports.sections.ability_section import comparison_ability_table
 from postgrad.reports.sections.comparison_table import arm_names, comparison_table
 from postgrad.reports.sections.task_section import comparison_task_table
 from postgrad.run import task_scores
@@ -205,7 +206,8 @@ class RunComparison(Result):
 
     def _repr_html_(self) -> str:
         records = list(self.records)
-        return tables_html(comparison_table(records, self.names[0]), comparison_task_table(records))
+        tasks, abilities = comparison_task_table(records), comparison_ability_table(records)
+        return tables_html(comparison_table(records, self.names[0]), tasks, abilities)
 
 
 def compare_runs(runs: Sequence[Path | str]) -> RunComparison:

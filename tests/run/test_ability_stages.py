@@ -25,6 +25,7 @@ from postgrad.lineage.record import Difference, TaskRecord, read_record
 from postgrad.models.location import locate_model
 from postgrad.plan.ability_tasks import has_chat_form, make_ability_tasks
 from postgrad.plan.model_inputs import ModelInputs
+from postgrad.reports.sections.ability_section import comparison_ability_table
 from postgrad.run import task_scores
 from postgrad.run.summary import summary_text
 from tests.conftest import make_llama, make_tokenizer
@@ -188,6 +189,9 @@ def test_a_run_that_is_killed_answers_as_one_that_is_not(shelf: Workspace) -> No
     resumed = run_interrupted(shelf, probed(shelf, "resumed", short))
     assert resumed.record.abilities == whole.record.abilities and whole.record.abilities is not None
     assert run_trace(resumed.run_folder) == run_trace(whole.run_folder)
+    both = comparison_ability_table([whole.record, resumed.record])
+    assert both is not None and [row[0].text for row in both.rows] == ["copying", "calibration", "mean"]
+    assert len({len(row) for row in both.rows}) == 1 and comparison_ability_table([]) is None
     # Without probes it is the same training, and nothing of them is stored.
     raw = probed(shelf, "plain")
     del raw["evaluation"]["abilities"]

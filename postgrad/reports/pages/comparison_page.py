@@ -31,6 +31,7 @@ from postgrad.reports.html.document import (
 )
 from postgrad.reports.html.notation import finite, format_duration, format_percent, format_signed
 from postgrad.reports.html.table import Cell, Column, Number, Table, count_cell, text_cell
+from postgrad.reports.sections.ability_section import comparison_ability_table
 from postgrad.reports.sections.comparison_table import arm_names, comparison_table, mean_difference, removed_share
 from postgrad.reports.sections.curves import (
     EARLY_SHARE,
@@ -63,13 +64,14 @@ def comparison_page(
     """
     names = arm_names(records)
     curves = [read_curves(metrics[i] if i < len(metrics) else ()) for i in range(len(records))]
-    tasks = comparison_task_table(records)
+    tasks, abilities = comparison_task_table(records), comparison_ability_table(records)
     differences = stage_differences_table(records, names)
     arms = comparison_table(records, baseline).html() + _trade_off_figures(records, names) if records else ""
     sections = [
         ("arms", "Arms", "The arms", arms),
         ("differences", "Settings", "What differs", differences.html() if differences.rows else ""),
         ("tasks", "Tasks", "Tasks", tasks.html() if tasks else ""),
+        ("abilities", "Abilities", "Abilities", abilities.html() if abilities else ""),
         ("curves", "Curves", "Forgetting during training", _curves_section(names, curves)),
         ("samples", "Samples", "Text by arm", _samples_section(records, names)),
         ("runs", "Runs", "The runs", _runs_section(records, names)),

@@ -23,6 +23,7 @@ from postgrad.reports.html.table import (
 )
 from postgrad.reports.html.verdicts import tone_of, verdict_cell, verdict_of
 from postgrad.reports.result_models import TaskScore
+from postgrad.reports.sections.comparison_table import arm_names
 from postgrad.reports.sections.task_section import answer_details, omissions_text, prompting_text
 
 _DECIMALS = 3
@@ -112,6 +113,37 @@ def ability_score_table(tasks: Sequence[TaskScore], mean: float, caption: str) -
         Column("score (95 %)", fields=VALUE_FIELDS),
     )  # fmt: skip
     return Table(caption, columns, tuple(rows), tuple(_omissions(tasks)))
+
+
+def comparison_ability_table(records: Sequence[Record]) -> Table | None:
+    """Arms side by side: the score of each ability after the stage, and its change; the mean last. None without any."""
+    measured = [record.abilities for record in records]
+    names = list(dict.fromkeys(task.name for each in measured if each for task in each.tasks))
+    if not names:
+        return None
+    columns = [Column("ability", is_text=True)]
+    for arm in arm_names(records):
+        columns += [
+            Column("after", plain_text(arm, 60)),
+            Column("change (95 %)", plain_text(arm, 60), fields=CHANGE_FIELDS),
+        ]
+    body = [
+        (text_cell(name), *(cell for each in measured for cell in _arm_cells(each, name)))
+        for name in (*names, *([_MEAN] if len(names) > 1 else []))
+    ]
+    notes = ("A change is after minus before on the same generated probes; higher is better.",)
+    return Table("Abilities, arms side by side", tuple(columns), tuple(body), notes)
+
+
+def _arm_cells(abilities: AbilitiesRecord | None, name: str) -> tuple[Cell, Cell]:
+    """The score after, and the change, of an ability or the mean; empty cells where an arm did not measure it."""
+    after = change = None
+    if abilities and name == _MEAN:
+        after, change = abilities.after, abilities.change
+    elif abilities and (task := next((task for task in abilities.tasks if task.name == name), None)):
+        score = task.after.get(task.metrics[0])
+        after, change = score.value if score else None, task.changes.get(task.metrics[0])
+    return value_cell(after, _DECIMALS), difference_cell(change, _DECIMALS, tone_of(change), "item")
 
 
 def gate_sentence(gate: AbilityGate) -> str:
