@@ -151,6 +151,7 @@ def in_place(place: Path, write: Callable[[Path], None]) -> Path:
     return place
 
 
+@pytest.mark.slow
 def test_a_saver_that_writes_in_place_would_be_caught(
     stage_of: StageOf, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

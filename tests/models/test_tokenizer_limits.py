@@ -68,6 +68,7 @@ def test_usual_normalizers_are_not(folder: Path) -> None:
 
 def test_a_slow_tokenizer_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer_limits, "_MAX_SECONDS", 0.0)
+    monkeypatch.setattr(tokenizer_limits, "_HARD_TEXTS", ("one two " * 50_000,))
     with pytest.raises(ModelError, match="takes more than"):
         load_tokenizer(ModelLocation("m", folder))
 
