@@ -47,27 +47,26 @@ class _CausalBlocks(torch.autograd.Function):
         length = query.shape[2]
         grad = grad.to(query.dtype)
         dot_BHT1 = (grad.float() * out.float()).sum(-1, keepdim=True)
-        # Kept transposed, (..., D, T): the products below then read their operands in memory order.
-        grad_T, query_T = grad.transpose(2, 3), query.transpose(2, 3)
+        # No operand is copied in transposed order: compiled for AVX-512, torch 2.13's transposing copy of bf16 writes NaN.
         grad_query, key_parts, value_parts = [], [], []
         for i, weight in enumerate(weights):
             begin, end = i * BLOCK, min(i * BLOCK + BLOCK, length)
-            value_parts.append(grad_T[..., begin:end] @ weight)
+            value_parts.append(weight.transpose(2, 3) @ grad[:, :, begin:end])
             by_weight = grad[:, :, begin:end] @ value[:, :, :end].transpose(2, 3)
             by_score = (weight.float() * (by_weight.float() - dot_BHT1[:, :, begin:end]) * ctx.scale).to(query.dtype)
             grad_query.append(by_score @ key[:, :, :end])
-            key_parts.append(query_T[..., begin:end] @ by_score)
+            key_parts.append(by_score.transpose(2, 3) @ query[:, :, begin:end])
 
         def total(parts: list[Tensor]) -> Tensor:
             """Each stretch of keys gets a part from its own block of queries and from all later ones; summed in fp32."""
-            columns = []
+            rows = []
             for i in range(len(parts)):
                 begin, end = i * BLOCK, min(i * BLOCK + BLOCK, length)
-                column = parts[i][..., begin:end].float()
+                row = parts[i][:, :, begin:end].float()
                 for later in parts[i + 1 :]:
-                    column = column + later[..., begin:end].float()
-                columns.append(column)
-            return torch.cat(columns, -1).to(query.dtype).transpose(2, 3)
+                    row = row + later[:, :, begin:end].float()
+                rows.append(row.to(query.dtype))
+            return torch.cat(rows, 2)
 
         return torch.cat(grad_query, 2), total(key_parts), total(value_parts), None, None
 
