@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from postgrad.distributed.peers import Peers
+from postgrad.distributed.store_namespace import open_namespace
 from postgrad.errors import DistributedError, PostgradError, StageError
 
 Result = TypeVar("Result")
@@ -98,7 +99,8 @@ class World:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         backend = "nccl" if device.type == "cuda" else "gloo"
-        store, rank, size = next(iter(dist.rendezvous("env://", timeout=timeout)))
+        shared_store, rank, size = next(iter(dist.rendezvous("env://", timeout=timeout)))
+        store = open_namespace(shared_store, rank, size, timeout)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         try:
             mesh = mesh_shape.make(device, size)
