@@ -10,6 +10,7 @@ Two steps are walked: the second one has the moments of the first. Scores, teach
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -38,6 +39,7 @@ from postgrad.hardware.accelerators import ACCELERATORS, DEVICES_PER_NODE, Accel
 from postgrad.hardware.memory import format_bytes
 from postgrad.models.experts import find_experts
 from postgrad.models.pretrained import make_placeholder_model
+from postgrad.optim.gradient_release import release_gradients
 from postgrad.optim.low_precision_adamw import ROWS_BYTES, LowPrecisionAdamW
 from postgrad.optim.optimizer import Weights
 from postgrad.optim.sparse_update import FullMask
@@ -150,13 +152,14 @@ def walk_step(plan: Plan, ranks: int, device: str) -> DryRun:
         batch = _make_batch(plan, rows)
         with FakeTensorMode(allow_non_fake_inputs=True):
             run = _build(plan, tuned_model, world)
-            _step(run, batch)
+            releases = plan.stage.optimizer.release_gradients
+            _step(run, batch, releases_gradients=releases)
             state = _state_bytes(run)
             counter = _StepCounter(round(sum(state.values()) * _SCANNED_SHARE))
             for tensor in (*run.weights.masters, *run.model.parameters(), *run.optimizer.sharded_moments().values()):
                 counter.watch(local_shard(tensor))
             with counter:
-                _step(run, batch)
+                _step(run, batch, releases_gradients=releases)
             counter.scan()
     memory = {**state, _REST: counter.peak - sum(state.values())}
     collectives = counter.summary()
@@ -186,6 +189,8 @@ def _micro_batches(plan: Plan, ranks: int) -> tuple[int, int]:
     own = batch.global_batch_size // ranks
     most = batch.micro_batch_size or max(1, _ROW_TOKENS // plan.model.context_length)
     rows = max(m for m in range(1, min(own, most) + 1) if own % m == 0)
+    if plan.stage.optimizer.release_gradients:
+        rows = own
     return rows, own // rows
 
 
@@ -273,7 +278,7 @@ def _build(plan: Plan, tuned_model: TunedModel, world: World) -> Run:
         schedule=plan.schedule,
         world=world,
         sources=plan.data.source_names,
-        max_grad_norm=spec.max_grad_norm,
+        max_grad_norm=math.inf if spec.max_grad_norm is None else spec.max_grad_norm,
         seed=plan.stage.seed,
     )
 
@@ -284,7 +289,12 @@ def _make_batch(plan: Plan, rows: int) -> Batch:
     return collate([longest] * rows, [0] * rows, pad_token_id=plan.model.inputs.pad_id).find_label_positions()
 
 
-def _step(run: Run, batch: Batch) -> None:
+def _step(run: Run, batch: Batch, *, releases_gradients: bool) -> None:
+    if releases_gradients:
+        with release_gradients(run.optimizer, 0.0) as released:
+            compute_gradients(run, [batch], max(1, batch.label_count))
+        released.norm()
+        return
     compute_gradients(run, [batch], max(1, batch.label_count))
     run.weights.gradient_norm()
     run.optimizer.step(0.0)
@@ -377,6 +387,7 @@ def _helpful_keys(plan: Plan, memory: Mapping[str, int]) -> list[str]:
     """Keys that make the step smaller, those against its largest part first."""
     compute, optimizer, batch = plan.stage.compute, plan.stage.optimizer, plan.stage.batch
     against_activations = [
+        *([] if optimizer.release_gradients else ["optimizer.release_gradients: true"]),
         *([] if compute.activation_checkpointing is True else ["compute.activation_checkpointing: true"]),
         *([] if batch.micro_batch_size == 1 else ["batch.micro_batch_size: 1"]),
     ]

@@ -24,7 +24,7 @@ from postgrad.config.abilities import AnyAbilities
 from postgrad.config.document_filters import AnySelection
 from postgrad.config.experts_config import ExpertsConfig
 from postgrad.config.mixing import AnyMixing, fill_shares
-from postgrad.config.objectives import AnyObjective
+from postgrad.config.objectives import AnyObjective, GeneratingObjective
 from postgrad.config.penalties import AnyPenalty
 from postgrad.config.quantities import (
     MAX_COUNT,
@@ -195,8 +195,8 @@ class OptimizerConfig(ConfigModel):
     """Decoupled weight decay, times the learning rate."""
     decay_embeddings: bool = False
     """Decay the input embedding and the output head too."""
-    max_grad_norm: Annotated[float, Field(gt=0), BeforeValidator(reject_bool)] = 1.0
-    """Largest 2-norm of the whole gradient; larger ones are clipped."""
+    max_grad_norm: Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(reject_bool)] = 1.0
+    """Largest 2-norm of the whole gradient; larger ones are clipped. null: no clipping."""
     max_skipped_steps: Annotated[int, Field(ge=0), BeforeValidator(reject_bool)] = 10
     """How many steps, at most half of all, may be skipped because their loss or gradient is not finite; one more ends the run.
     A skipped step changes no weight and counts no trained token. May be changed on resume."""
@@ -206,6 +206,9 @@ class OptimizerConfig(ConfigModel):
     master_dtype: Annotated[Literal["bfloat16"] | None, omit_unset] = None
     """bfloat16: the weights of the blocks and their gradients are held in the dtype of the computation alone, and updates are
     rounded stochastically. Default: fp32 masters."""
+    release_gradients: Annotated[bool, Field(exclude_if=lambda value: not value)] = False
+    """Update each weight inside the backward pass, as soon as its gradient is complete, and drop the gradient: the whole one
+    never exists. The steps are the same. It needs `max_grad_norm: null` and one micro-batch for each process and step."""
     moments: Literal["reset", "keep", "keep-second"] = "reset"
     """Initial moments: zero, or those of the start checkpoint (both, or only the second)."""
     sparse_update: AnyUpdate | None = None
@@ -227,6 +230,14 @@ class OptimizerConfig(ConfigModel):
             raise ValueError("`sparse_update: mofo` selects by fp32 moments; it combines with no `moment_dtype`")
         if self.master_dtype and (self.sparse_update or self.sharpness_aware):
             raise ValueError("`master_dtype: bfloat16` combines with neither `sparse_update` nor `sharpness_aware`")
+        if self.release_gradients and self.max_grad_norm is not None:
+            raise ValueError(
+                "`release_gradients` updates weights before the norm of the whole gradient is known; set `max_grad_norm: null`"
+            )
+        if self.release_gradients and (self.sparse_update or self.sharpness_aware):
+            raise ValueError(
+                "`release_gradients` combines with neither `sparse_update` nor `sharpness_aware`, which need the whole gradient"
+            )
         if self.kind == "muon" and isinstance(self.sparse_update, MomentumUpdate):
             raise ValueError("`sparse_update: mofo` selects by AdamW's momentum; Muon combines with migu and ssu")
         return self
@@ -523,6 +534,16 @@ class Stage(ConfigModel):
                 )
             if not isinstance(self.tuning, FullTuning):
                 raise ValueError("optimizer.master_dtype is for `tuning: {kind: full}`; other kinds train few weights")
+        if self.optimizer.release_gradients:
+            if self.penalties or getattr(self.tuning, "orthogonal", None) is not None:
+                raise ValueError(
+                    "penalties: each adds its gradient to the whole one before the update; leave out "
+                    "optimizer.release_gradients"
+                )
+            if any(isinstance(objective, GeneratingObjective) for objective in self.objectives):
+                raise ValueError(
+                    "objectives: on-policy rows are batches of their own; leave out optimizer.release_gradients"
+                )
         if self.max_ability_drop is not None and self.evaluation.abilities is None:
             raise ValueError("`max_ability_drop` is of measured abilities; add evaluation.abilities: all")
         if self.new_tokens is not None and all(s.role == "replay" for s in self.data.sources):

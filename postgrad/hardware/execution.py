@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -344,6 +344,20 @@ def _micro_batch_seconds(
     return _TIMINGS[key]
 
 
+@contextmanager
+def _drop_gradients(model: Model) -> Iterator[None]:
+    """Inside, a backward pass drops each gradient when it is complete: those of all weights are never held at once."""
+
+    def drop(parameter: Tensor) -> None:
+        parameter.grad = None
+
+    with ExitStack() as hooks:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                hooks.callback(parameter.register_post_accumulate_grad_hook(drop).remove)
+        yield
+
+
 def _time_micro_batch(
     model: Model, inputs: dict[str, Tensor], dtype: str, device: torch.device, agree: Callable[[float], float]
 ) -> float:
@@ -352,7 +366,6 @@ def _time_micro_batch(
     The head is timed on some of the tokens, in a chunk as in the loss: all logits at once may need more memory than training.
     """
     inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-    trainable = [p for p in model.parameters() if p.requires_grad]
     times: list[float] = []
     length = next(iter(inputs.values())).shape[-1]
     what = f"a training step on rows of {length:,} tokens"
@@ -361,6 +374,7 @@ def _time_micro_batch(
         training_mode(model),
         torch.random.fork_rng(random_devices),
         as_model_error(model.pretrained, what, SHORTER),
+        _drop_gradients(model),
     ):
         while len(times) < 3 and sum(times) < 10:  # a large model: one run is enough
             begin = time.perf_counter()
@@ -378,6 +392,4 @@ def _time_micro_batch(
             if device.type == "cuda":
                 torch.cuda.synchronize()
             times.append(agree(time.perf_counter() - begin + head_seconds * (tokens / chunk - 1)))
-            for parameter in trainable:
-                parameter.grad = None
     return min(times[1:], default=times[0])

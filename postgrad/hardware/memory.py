@@ -34,10 +34,12 @@ class ModelDimensions:
 
 @dataclass(frozen=True)
 class StateDtypes:
-    """How the optimizer holds moments and trained weights; None: in fp32."""
+    """How the optimizer holds moments and trained weights (None: in fp32), and whether it holds the whole gradient."""
 
     moments: Literal["bfloat16", "float8"] | None = None
     masters: Literal["bfloat16"] | None = None
+    releases_gradients: bool = False
+    """Whether a gradient is dropped in the backward pass, when its weight is updated."""
 
 
 _FP32_STATE = StateDtypes()
@@ -93,9 +95,13 @@ def estimate_memory(
     # Input embedding and head are trained in fp32.
     in_bf16 = trainable - min(trainable, shape.tables // ranks) if state.masters else 0
     trained = (4 + (2 if bf16 else 0)) * (trainable - in_bf16) + 2 * in_bf16
+    gradients = trained
+    if state.releases_gradients:  # those of a block or of the embeddings are complete at once
+        largest = max(shape.tables, (shape.trainable - shape.tables) // max(1, shape.layers)) // ranks
+        gradients = min(trained, (4 + (2 if bf16 else 0)) * largest)
     return MemoryEstimate(
         weights=trained + item * frozen,
-        gradients=trained,
+        gradients=gradients,
         moments=round(_MOMENT_BYTES[state.moments] * trainable),
         activations=activations + (1 << 25) * 6,  # a chunk of logits in the loss
     )

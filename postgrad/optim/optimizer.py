@@ -115,6 +115,12 @@ class Weights:
         for compute, _ in self._pairs:
             compute.grad = None
 
+    def take_gradient(self, weight: Weight) -> None:
+        """Move the gradient of a weight's copy to its master."""
+        if weight.has_master_copy:
+            weight.master.grad = _grad(weight.parameter).float()
+            weight.parameter.grad = None
+
     def zero_gradients(self) -> None:
         """Drop all gradients."""
         for w in self.entries:
@@ -231,6 +237,21 @@ class Optimizer:
         self.weights.write_back()
         self.weights.zero_gradients()
         return num_updated
+
+    @torch.no_grad()
+    def step_weight(self, weight: Weight, rate: float) -> None:
+        """Update one weight at this learning rate, and drop its gradient; without penalties and masks."""
+        optimizer = self._owners[id(weight.master)]
+        groups = optimizer.param_groups
+        own = next(group for group in groups if any(master is weight.master for master in group["params"]))
+        optimizer.param_groups = [{**own, "params": [weight.master], "lr": rate * own["rate_factor"]}]
+        try:
+            optimizer.step()
+        finally:
+            optimizer.param_groups = groups
+        if weight.has_master_copy:
+            weight.parameter.copy_(weight.master)
+        weight.master.grad = weight.parameter.grad = None
 
     def skip(self) -> None:
         """Drop the gradients of a step without an update."""

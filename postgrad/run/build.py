@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -44,6 +45,7 @@ from postgrad.run.update_masks import make_update_mask
 from postgrad.storage.fingerprint import file_fingerprint
 from postgrad.training.checkpoint_state import STATE, has_moments, read_moments, read_progress
 from postgrad.training.checkpoints import Checkpoints
+from postgrad.training.gradient_release import train_step_releasing
 from postgrad.training.on_policy import AnswerFilter, OnPolicySampler, make_on_policy_step
 from postgrad.training.sharpness_aware import SharpnessAwareGradients
 from postgrad.training.step import Run, StepFunction, train_step
@@ -110,7 +112,26 @@ def longest_row(plan: Plan) -> Row:
 def state_dtypes(plan: Plan) -> StateDtypes:
     """How the stage's optimizer holds its state."""
     spec = plan.stage.optimizer
-    return StateDtypes(spec.moment_dtype, spec.master_dtype)
+    return StateDtypes(spec.moment_dtype, spec.master_dtype, spec.release_gradients)
+
+
+def micro_batch_size(plan: Plan, world: World) -> int | None:
+    """The rows of a micro-batch that the stage fixes; None: any number.
+
+    Raises `StageError` where gradients are released and a rank would have several micro-batches in a step.
+    """
+    rows = plan.stage.batch.micro_batch_size
+    if not plan.stage.optimizer.release_gradients:
+        return rows
+    rank_rows = plan.data.mixture.block_size // world.size
+    if rows not in (None, rank_rows):
+        raise StageError(
+            f"the {rank_rows} rows of a step make several micro-batches of {rows}, whose gradients are added before the update",
+            where="batch.micro_batch_size",
+            expected=f"{rank_rows}, or none, with optimizer.release_gradients",
+            hint="activation_checkpointing: true makes room for more rows; or lower batch.global_batch_size",
+        )
+    return rank_rows
 
 
 def choose_execution(plan: Plan, tuned_model: TunedModel, world: World) -> Execution:
@@ -127,7 +148,7 @@ def choose_execution(plan: Plan, tuned_model: TunedModel, world: World) -> Execu
         attention=tuned_model.attention or compute.attention,
         activation_checkpointing=compute.activation_checkpointing,
         threads=compute.threads,
-        micro=batch.micro_batch_size,
+        micro=micro_batch_size(plan, world),
         sequences=batch.global_batch_size,
         length=_row_length(longest),
         steps=plan.steps,
@@ -232,7 +253,7 @@ def build_run(plan: Plan, tuned_model: TunedModel, execution: Execution, world: 
         schedule=plan.schedule,
         world=world,
         sources=plan.data.source_names,
-        max_grad_norm=spec.max_grad_norm,
+        max_grad_norm=math.inf if spec.max_grad_norm is None else spec.max_grad_norm,
         # A stage of which most is skipped has not been trained, however short it is.
         max_skipped_steps=min(spec.max_skipped_steps, plan.steps // 2),
         seed=stage.seed,
@@ -265,11 +286,11 @@ def make_optimizer(
 
 
 def make_step(plan: Plan, run: Run) -> StepFunction:
-    """The step function: plain, sharpness-aware, or on-policy.
+    """The step function: plain, releasing its gradients, sharpness-aware, or on-policy.
 
     Raises `StageError` for on-policy with a sharded model, and for sharpness-aware steps in bf16.
     """
-    step: StepFunction = train_step
+    step: StepFunction = train_step_releasing if plan.stage.optimizer.release_gradients else train_step
     spec = plan.stage.optimizer.sharpness_aware
     if spec is not None and plan.sharpness_start is not None:
         if run.weights.compute_dtype != torch.float32:

@@ -22,7 +22,7 @@ from postgrad.plan.seen_sources import make_source_records
 from postgrad.reports.pages.model_card import write_model_card
 from postgrad.reports.pages.rewrite_report import rewrite_report
 from postgrad.run.anchors import penalty_fingerprints
-from postgrad.run.build import choose_execution
+from postgrad.run.build import choose_execution, micro_batch_size
 from postgrad.run.context import RunContext, prepare_model
 from postgrad.run.events import Phase, PhaseStarted, RunFinished, WarningMessage
 from postgrad.run.run_folder import MODEL, REPORT, Interrupt, claim_run_folder
@@ -116,7 +116,7 @@ def _resolve_execution(plan: Plan, tuned_model: TunedModel, saved_plan: SavedPla
     execution = Execution(**saved_plan.execution.as_json())
     # With another number of ranks a rank has other rows. The micro-batch size does not change the result.
     rows_per_rank = plan.data.mixture.block_size // world.size
-    largest = min(plan.stage.batch.micro_batch_size or execution.micro, rows_per_rank)
+    largest = min(micro_batch_size(plan, world) or execution.micro, rows_per_rank)
     asked = plan.stage.compute.activation_checkpointing
     return dataclasses.replace(
         execution,

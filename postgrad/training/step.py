@@ -13,7 +13,7 @@ gradient norm; the verdict on finiteness; the update mask.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -119,20 +119,42 @@ class LossSums(NamedTuple):
     by_source: Tensor
     row_losses: list[Tensor]
 
+    def reduce(self, world: World) -> LossSums:
+        """Sum over ranks, in place. Collective."""
+        world.all_reduce(self.all_sums)
+        world.all_reduce(self.by_source)
+        return self
+
+    def mean(self, token_count: int) -> float:
+        """The loss of all objectives, in nats per trained token."""
+        return float(self.all_sums[:-1].sum()) / token_count
+
 
 GradientFunction = Callable[[Run, Sequence[Batch], int], LossSums]
 """Leaves the gradient of a global batch of so many trained tokens in the masters, and returns the losses."""
 
 
-def compute_gradients(run: Run, micro_batches: Sequence[Batch], token_count: int) -> LossSums:
-    """The gradient at the weights, with the same random numbers whenever it is computed for a step."""
+def _backward(loss: Tensor, _: LossSums) -> None:
+    loss.backward()
+
+
+def compute_gradients(
+    run: Run,
+    micro_batches: Sequence[Batch],
+    token_count: int,
+    backward: Callable[[Tensor, LossSums], None] = _backward,
+) -> LossSums:
+    """The gradient at the weights, with the same random numbers whenever it is computed for a step.
+
+    `backward` is called with the loss of each micro-batch, and with the sums up to it.
+    """
     # Seeded per (seed, step, rank): no random state is saved or restored.
     torch.manual_seed(_derive_seed(run.seed, run.step + 1, run.world.rank))
     # The last sum is the balancing loss of experts, which is no objective.
     all_sums = torch.zeros(len(run.objectives) + 1, dtype=torch.float64, device=run.world.device)
     sums, balancing = all_sums[:-1], all_sums[-1]
     by_source = torch.zeros(len(run.sources), dtype=torch.float64, device=run.world.device)
-    row_losses: list[Tensor] = []
+    losses = LossSums(all_sums, by_source, [])
     for batch in micro_batches:
         batch = batch.to(run.world.device)
         with run.optimizer.update_mask.observe(batch):
@@ -146,13 +168,13 @@ def compute_gradients(run: Run, micro_batches: Sequence[Batch], token_count: int
                 where="tuning.kind",
                 expected="full, or a tuning that this model's backward pass supports",
             )
-        loss_and_term.div(token_count).backward()
         balancing += term.detach()
-        run.weights.accumulate_gradients()
         sums[list(batch.objectives)] += combined.sums_J
         by_source.index_add_(0, torch.from_numpy(batch.source_B).to(combined.rows_B.device), combined.rows_B)
-        row_losses.append(combined.rows_B)
-    return LossSums(all_sums, by_source, row_losses)
+        losses.row_losses.append(combined.rows_B)
+        backward(loss_and_term.div(token_count), losses)
+        run.weights.accumulate_gradients()
+    return losses
 
 
 def train_step(
@@ -162,45 +184,61 @@ def train_step(
 
     When the loss or the gradient norm is not finite on any rank, all ranks leave their weights as they are.
     """
-    step = run.step + 1
-    run.weights.tuning.on_step_begin(step)
-    counts = _count_tokens(run, micro_batches)
-    token_count = int(counts.sum())
-    all_sums, by_source, row_losses = compute(run, micro_batches, token_count)
-    sums, balancing = all_sums[:-1], all_sums[-1]
-
-    run.world.all_reduce(all_sums)
-    run.world.all_reduce(by_source)
+    counts = begin_step(run, micro_batches)
+    losses = compute(run, micro_batches, int(counts.sum())).reduce(run.world)
     loss_gradient_norm = float(run.weights.gradient_norm()) if run.penalties else None
     penalties = {penalty.name: float(penalty()) for penalty in run.penalties}
-    loss, gradient_norm = float(sums.sum()) / token_count, float(run.weights.gradient_norm())
+    loss, gradient_norm = losses.mean(int(counts.sum())), float(run.weights.gradient_norm())
     if run.world.any_rank(not (np.isfinite(loss) and np.isfinite(gradient_norm))):
-        positions = _positions_not_finite(run.world, zip(micro_batches, row_losses, strict=True))
-        run.optimizer.skip()
-        run.step, run.skipped_steps = step, run.skipped_steps + 1
-        return StepWithoutUpdate(step, token_count, run.trained_tokens, loss, gradient_norm, positions)
+        return skip_step(run, micro_batches, counts, losses, gradient_norm)
     if gradient_norm > run.max_grad_norm:
         run.weights.scale_gradients(run.max_grad_norm / gradient_norm)
-    rate = run.schedule(step) * run.lr_scale(loss)
+    rate = run.schedule(run.step + 1) * run.lr_scale(loss)
     num_updated = run.optimizer.step(rate)
+    report = end_step(run, micro_batches, counts, losses, rate, gradient_norm)
+    return replace(report, penalties=penalties, loss_gradient_norm=loss_gradient_norm, num_updated=num_updated)
 
-    run.step, run.rate = step, rate
+
+def begin_step(run: Run, micro_batches: Sequence[Batch]) -> Tensor:
+    """Begin the next step; trained tokens of each source in its global batch. Collective."""
+    run.weights.tuning.on_step_begin(run.step + 1)
+    return _count_tokens(run, micro_batches)
+
+
+def skip_step(
+    run: Run, micro_batches: Sequence[Batch], counts: Tensor, losses: LossSums, gradient_norm: float
+) -> StepWithoutUpdate:
+    """Count a step that changes no weight, and name its rows whose loss is not finite. Collective."""
+    positions = _positions_not_finite(run.world, zip(micro_batches, losses.row_losses, strict=True))
+    run.optimizer.skip()
+    run.step, run.skipped_steps = run.step + 1, run.skipped_steps + 1
+    token_count = int(counts.sum())
+    return StepWithoutUpdate(
+        run.step, token_count, run.trained_tokens, losses.mean(token_count), gradient_norm, positions
+    )
+
+
+def end_step(
+    run: Run, micro_batches: Sequence[Batch], counts: Tensor, losses: LossSums, rate: float, gradient_norm: float
+) -> StepReport:
+    """Count a step that has updated the weights at `rate`, and report it; `losses`: of all ranks."""
+    token_count = int(counts.sum())
+    run.step, run.rate = run.step + 1, rate
     run.trained_tokens += token_count
     run.trained_tokens_by_source += counts.numpy()
+    sums, balancing = losses.all_sums[:-1], losses.all_sums[-1]
     return StepReport(
-        step=step,
+        step=run.step,
         tokens=token_count,
         trained_tokens=run.trained_tokens,
-        loss=loss,
+        loss=losses.mean(token_count),
         losses={o.name: float(s) / token_count for o, s in zip(run.objectives, sums, strict=True)},
-        penalties=penalties,
+        penalties={},
         losses_by_source={
-            name: (float(by_source[k]), int(counts[k])) for k, name in enumerate(run.sources) if counts[k]
+            name: (float(losses.by_source[k]), int(counts[k])) for k, name in enumerate(run.sources) if counts[k]
         },
         rate=rate,
         gradient_norm=gradient_norm,
-        loss_gradient_norm=loss_gradient_norm,
-        num_updated=num_updated,
         balancing_loss=float(balancing) / token_count if run.balancing else None,
         **_count_padding(micro_batches),
     )
