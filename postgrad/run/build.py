@@ -45,10 +45,10 @@ from postgrad.run.update_masks import make_update_mask
 from postgrad.storage.fingerprint import file_fingerprint
 from postgrad.training.checkpoint_state import STATE, has_moments, read_moments, read_progress
 from postgrad.training.checkpoints import Checkpoints
-from postgrad.training.gradient_release import train_step_releasing
 from postgrad.training.on_policy import AnswerFilter, OnPolicySampler, make_on_policy_step
 from postgrad.training.sharpness_aware import SharpnessAwareGradients
 from postgrad.training.step import Run, StepFunction, train_step
+from postgrad.training.step_in_backward import train_step_releasing
 from postgrad.tuning.adapter_folder import read_export
 from postgrad.tuning.tuning import TuningExport
 

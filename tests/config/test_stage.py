@@ -617,6 +617,8 @@ def test_a_fingerprint_is_of_everything_but_where_and_how_often() -> None:
     prints += [parse_stage(changed(each), "t").fingerprint() for each in muon]
     low_precision = {"compute.dtype": "bfloat16", "optimizer.master_dtype": "bfloat16"}
     prints += [parse_stage(changed(low_precision), "t").fingerprint()]
+    released = {"optimizer.release_gradients": True, "optimizer.max_grad_norm": None}
+    prints += [parse_stage(changed(released), "t").fingerprint()]
     bound = {"evaluation.abilities": "all", "max_ability_drop": "3%"}
     prints += [parse_stage(changed(bound), "t").fingerprint()]
     assert len(set(prints)) == len(prints)
@@ -625,7 +627,7 @@ def test_a_fingerprint_is_of_everything_but_where_and_how_often() -> None:
     for part in ("data", "batch", "optimizer", "evaluation", "save", "compute"):
         model = type(getattr(stage(), part))
         missing = {f"{part}.{f}" for f in model.model_fields} - listed - {"data.sources", "data.mixing"}
-        assert missing - {key for each in (*muon, low_precision) for key in each} == set()
+        assert missing - {key for each in (*muon, low_precision, released) for key in each} == set()
 
 
 def test_the_way_a_number_is_written_is_no_other_stage() -> None:

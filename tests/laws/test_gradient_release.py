@@ -21,8 +21,8 @@ from postgrad.objectives.objective import CombinedLoss
 from postgrad.optim.optimizer import Optimizer, Weight, Weights
 from postgrad.run import build
 from postgrad.training import step as step_module
-from postgrad.training.gradient_release import train_step_releasing
 from postgrad.training.step import Run, StepReport, StepWithoutUpdate
+from postgrad.training.step_in_backward import train_step_releasing
 from tests.laws.test_meshes import assert_resumes, difference, last_checkpoint, losses, read_tensors, train_mesh
 from tests.laws.test_meshes import small as small
 from tests.tiny_stages import Workspace, make_workspace, run_interrupted, run_trace
