@@ -48,8 +48,8 @@ SIZES: dict[str, dict[str, int]] = {
     "124M": {"hidden": 768, "layers": 12, "heads": 12, "intermediate": 2048, "vocabulary": 32768},
 }
 TIME, RATE = 512, 1e-3
-MICRO_BATCHES = 2
-"""Parts in which our arm takes the batch, as it would choose by itself: about 2,048 tokens at once on a CPU."""
+MICRO_BATCH_ROWS = 2048 // TIME
+"""Rows that our arm takes at once, as it would choose by itself on a CPU: about 2,048 tokens."""
 PEER_ARMS = (
     "trainer",
     "trainer-best",
@@ -295,9 +295,8 @@ def run_ours(work: Path, steps: int, setting: dict[str, Any]) -> None:
     fsdp.compile_layers(model)
     run = make_run(model, weights, [TokenLoss()], rate=setting["rate"], betas=(0.9, 0.999), weight_decay=0.0)
     feed, report = read_batches(work, setting["batch"]), Report()
-    micro = setting["batch"] // MICRO_BATCHES
     for _ in range(steps):
-        ids, positions, labels = (each.split(micro) for each in next(feed))
+        ids, positions, labels = (each.split(MICRO_BATCH_ROWS) for each in next(feed))
         report(train_step(run, list(map(make_batch, ids, positions, labels))).loss)
 
 
