@@ -4,7 +4,8 @@ The code is that of a real step: meta model, tuning, sharding, forward and backw
 group answers every collective call at once, and fake tensors take no memory, so a laptop walks 70 billion weights on 64 ranks.
 The bytes that are alive are counted, every collective call by its bytes, and operations by torch's formulas.
 
-Two steps are walked: the second one has the moments of the first. Scores, teachers and penalties are not part of it.
+Two steps are walked: the second one has the moments of the first. Scores, teachers, penalties and the balancing loss of experts
+are not part of it.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
+from transformers import PreTrainedModel
 
 from postgrad.config.objectives import DistillObjective, GeneratingObjective
 from postgrad.data.loading.batch import Batch, collate
@@ -58,8 +60,16 @@ plain FSDP2, and .49 compiled and in float8."""
 _REST = "gathered weights, gradients, activations and buffers"
 _SCANNED_SHARE = 1 / 256
 """New bytes, as a share of the state, after which those that are alive are counted."""
+
+
+def _grouped_flops(left: Tensor, right: Tensor, *_: Any, **__: Any) -> int:
+    """Of products of groups of rows, or of columns, each with its own matrix: each row has one."""
+    return 2 * (left.numel() * right.shape[-1] if left.ndim == 2 else right.numel() * left.shape[-2])
+
+
 _FLOPS: Mapping[Any, Any] = {
     **flop_registry,
+    torch.ops.aten._grouped_mm: _grouped_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
 }
@@ -233,20 +243,44 @@ def _make_model(plan: Plan, world: World) -> TunedModel:
             expected="a folder with a config.json, or a Hub name, that is no tuning's and no new model",
         )
     pretrained = make_placeholder_model(model.start, model.task)
-    if find_experts(pretrained):
+    if find_experts(pretrained) and plan.stage.compute.dtype == "float32":
         raise StageError(
-            "a dry run does not walk mixtures of experts: which expert a token goes to depends on values",
-            where="model",
-            expected="a model without routers",
+            "a dry run walks mixtures of experts in bf16, as torch's kernel for their products on a GPU",
+            where="compute.dtype",
+            expected="bfloat16 or auto",
         )
+    loaded = LoadedModel(pretrained, model.task, model.task_layer, ())
     try:
-        return tune(plan, LoadedModel(pretrained, model.task, model.task_layer, ()), world, has_values=False)
+        with _experts_as_on_gpus(pretrained):
+            return tune(plan, loaded, world, has_values=False)
     except (NotImplementedError, RuntimeError) as error:
         raise StageError(
             f"`{plan.stage.tuning.kind}` computes from the weights of its start model, and a dry run has no values",
             where="tuning.kind",
             expected="full, lora without `variant`, or another kind with weights of its own",
         ) from error
+
+
+@contextmanager
+def _experts_as_on_gpus(pretrained: PreTrainedModel) -> Iterator[None]:
+    """From here on, experts are computed group by group, whose shapes depend on no value; inside, token by token.
+
+    The kernel of groups has no placeholders in fp32, in which a model is tried.
+    """
+    if not find_experts(pretrained):
+        yield
+        return
+    if not pretrained._can_set_experts_implementation():
+        raise StageError(
+            "a dry run does not walk experts that transformers computes one by one: which tokens they get depends on values",
+            where="model",
+            expected="a mixture of experts with their weights in one tensor, or a model without experts",
+        )
+    pretrained.set_experts_implementation("batched_mm")
+    try:
+        yield
+    finally:
+        pretrained.set_experts_implementation("grouped_mm")
 
 
 def _build(plan: Plan, tuned_model: TunedModel, world: World) -> Run:

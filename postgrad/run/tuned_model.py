@@ -143,7 +143,8 @@ def tune(plan: Plan, loaded: LoadedModel, world: World, *, has_values: bool = Tr
         )
     model = wrap_model(loaded.model, loaded.task)
     model = model.to(world.device) if has_values else model
-    balancing, notes = choose_balancing(plan.stage.experts, model)
+    # Which of a model's routers the loss is of is found by trying it.
+    balancing, notes = choose_balancing(plan.stage.experts, model) if has_values else (None, ())
     loaded = replace(loaded, notes=(*loaded.notes, *notes))
     return TunedModel(model, loaded, tuning, {**options, "seed": plan.stage.seed}, base_names, balancing)
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from postgrad.check import dry_run
 from postgrad.check.dry_run import DryRun, walk_step
@@ -16,6 +17,7 @@ from postgrad.errors import StageError
 from postgrad.models.model import CausalModel
 from tests.conftest import StageOf, make_llama, make_tokenizer
 from tests.run.test_run import plan_of
+from tests.tiny_models import VOCABULARY
 
 ROWS, LENGTH = 8, 32
 REST = "gathered weights, gradients, activations and buffers"
@@ -99,6 +101,55 @@ def test_a_step_that_does_not_fit_names_what_helps(walk: Any, monkeypatch: pytes
     found = walk(2)
     assert not found.fits
     assert "compute.activation_checkpointing" in "\n".join(found.lines())
+
+
+def make_mixture() -> Qwen3MoeForCausalLM:
+    return Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            moe_intermediate_size=16,
+            num_experts=4,
+            num_experts_per_tok=2,
+            max_position_embeddings=LENGTH,
+        )
+    )
+
+
+@pytest.mark.parametrize("mutant", [None, "groups-are-free"])
+def test_a_mixture_of_experts_computes_with_those_of_each_token(
+    walk: Any, mutant: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many operations as torch counts in a real step, expert by expert; the state is that of all experts."""
+    if mutant:
+        monkeypatch.delitem(dry_run._FLOPS, torch.ops.aten._grouped_mm)
+    pretrained = make_mixture()
+    pretrained.config.save_pretrained(tmp_path / "mixture")
+    make_tokenizer().save_pretrained(tmp_path / "mixture")
+    pretrained.set_attn_implementation("eager")
+    pretrained.set_experts_implementation("eager")
+    model = CausalModel(pretrained).train()
+    ids = torch.randint(5, 300, (ROWS, LENGTH))
+    with FlopCounterMode(display=False) as counter:
+        output = model(input_ids=ids, position_ids=torch.arange(LENGTH).expand_as(ids))
+        output.hidden.sum().backward()
+    assert output.head is not None
+    products = counter.get_total_flops() + 3 * 2 * ROWS * (LENGTH - 1) * output.head.weight_VD.numel()
+    stage: dict[str, Any] = {"model": str(tmp_path / "mixture"), "compute": {"dtype": "bfloat16"}}
+    found, count = walk(1, **stage), sum(p.numel() for p in pretrained.parameters())
+    assert found.memory["optimizer states"] == 8 * count
+    recomputed_scores = (
+        2 * 2 * ROWS * LENGTH**2 * pretrained.config.hidden_size
+    )  # by the walk's attention, in its backward
+    assert (found.flops == products + recomputed_scores) == (mutant is None)
+    if mutant is None:
+        assert walk(4, **stage).memory["optimizer states"] == 2 * count
+        with pytest.raises(StageError, match=r"compute\.dtype: a dry run walks mixtures of experts in bf16"):
+            walk(1, model=stage["model"])
 
 
 @pytest.mark.parametrize(
